@@ -1,0 +1,98 @@
+"""Files that are either whole or not there, and the small networks that ship with the project.
+
+Weights are safetensors: reading them executes nothing.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+
+@contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Yields a temporary name beside `path`; on success the finished file takes its place, on any failure nothing changes."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        with open(partial, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Writes a text file atomically."""
+    with atomic_path(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def data_small_dir() -> Path:
+    """The folder of the embedded dataset and networks: `data_small` beside the package, or $REPAE_DATA_SMALL.
+
+    Raises:
+        FileNotFoundError: it is not there.
+    """
+    named = os.environ.get("REPAE_DATA_SMALL")
+    folder = Path(named) if named else Path(__file__).resolve().parent.parent / "data_small"
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"the embedded data folder {folder} does not exist: work in a checkout of the repository (pip install -e .) "
+            "or set REPAE_DATA_SMALL to its data_small folder"
+        )
+    return folder
+
+
+def save_weights(path: str | Path, module: nn.Module, metadata: dict | None = None) -> None:
+    """Writes a module's state dict as safetensors, atomically; `metadata` (JSON values) travels in the header."""
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
+    header = {key: json.dumps(value) for key, value in (metadata or {}).items()}
+    with atomic_path(path) as partial:
+        partial.write_bytes(save(state, header))
+
+
+def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict]:
+    """The (state dict, metadata) of a file written by `save_weights`.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a safetensors file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"the weights {path} do not exist: check the path, or restore the file from the repository")
+    try:
+        with safe_open(path, "pt") as file:
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            metadata = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not a safetensors file of this project ({error}): download or write it again") from None
+    return state, metadata
+
+
+def load_weights(path: str | Path, module: nn.Module) -> nn.Module:
+    """Fills a module with the weights of a file, all of them or none, and returns it in eval mode.
+
+    Raises:
+        FileNotFoundError, ValueError: see `read_weights`; ValueError too when names or shapes differ.
+    """
+    state, _ = read_weights(path)
+    own = module.state_dict()
+    wrong = [
+        f"{name} {list(state[name].shape) if name in state else 'missing'} instead of "
+        f"{list(own[name].shape) if name in own else 'nothing'}"
+        for name in sorted(own.keys() | state.keys())
+        if name not in own or name not in state or own[name].shape != state[name].shape
+    ]
+    if wrong:
+        raise ValueError(f"{path} does not fit {type(module).__name__}: {'; '.join(wrong[:3])} ({len(wrong)} in all)")
+    module.load_state_dict(state)
+    return module.eval()

@@ -1,0 +1,348 @@
+"""One training step of REPA-E: three updates, and the rule which loss reaches which network.
+
+REPA-E section 3.3 and the official training script; taught in `notebooks/04_stop_gradient.ipynb` and
+`notebooks/05_end_to_end.ipynb`. This file is the only place where gradients are routed:
+
+| loss                        | VAE encoder | VAE decoder | SiT to the tap, projector | SiT after the tap | discriminator |
+|-----------------------------|-------------|-------------|---------------------------|-------------------|---------------|
+| reconstruction, perceptual  | yes         | yes         | -                         | -                 | -             |
+| KL                          | yes         | -           | -                         | -                 | -             |
+| adversarial                 | yes         | yes         | -                         | -                 | -             |
+| alignment, VAE step         | yes         | -           | passes through, unchanged | -                 | -             |
+| hinge                       | -           | -           | -                         | -                 | yes           |
+| velocity                    | **no**      | -           | yes                       | yes               | -             |
+| alignment, SiT step         | -           | -           | yes                       | -                 | -             |
+
+The one bold "no" is the stop-gradient: with it lifted, the VAE learns latents that are easy to denoise and empty.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from repae_lite.objectives import VAELossConfig, hinge_discriminator_loss, vae_regularization_loss
+from repae_lite.sit import SiT
+from repae_lite.vae import AutoencoderKL
+
+
+@dataclass(frozen=True)
+class StepConfig:
+    """What a training step does; the defaults are the official REPA-E recipe.
+
+    Attributes:
+        vae_loss: the VAE's regularisation terms.
+        vae_align_coeff: weight of the alignment loss that reaches the VAE through SiT; 0 makes the `vae-only` control.
+        vae_diffusion_coeff: weight of the velocity loss that reaches the VAE. 0 is REPA-E's stop-gradient; more is the naive
+            end-to-end training that collapses the latents, for study.
+        proj_coeff: weight of the alignment loss in the SiT step; 0 makes a plain SiT.
+        path, weighting: see `repae_lite.flow`.
+        vae_step_batch_stats: False normalises latents by running statistics in the VAE step, as the official code does; True by the
+            batch's own.
+        max_grad_norm: gradient clipping, separately for VAE, discriminator and SiT.
+        ema_decay: of the SiT's moving average.
+    """
+
+    vae_loss: VAELossConfig = field(default_factory=VAELossConfig)
+    vae_align_coeff: float = 1.5
+    vae_diffusion_coeff: float = 0.0
+    proj_coeff: float = 0.5
+    path: str = "linear"
+    weighting: str = "uniform"
+    vae_step_batch_stats: bool = False
+    max_grad_norm: float = 1.0
+    ema_decay: float = 0.9999
+
+
+@dataclass
+class TrainState:
+    """Everything a step changes, and the frozen networks it consults.
+
+    Attributes:
+        vae, sit: the two models; `vae` may be any module with `encode` and `decode`.
+        ema: moving average of sit (`make_ema`).
+        optimizers: by name: "sit", and where they train "vae" and "discriminator".
+        config: see `StepConfig`.
+        discriminator: None trains without the adversarial term.
+        perceptual: frozen perceptual distance, see `repae_lite.objectives`.
+        step: number of finished steps.
+    """
+
+    vae: AutoencoderKL
+    sit: SiT
+    ema: SiT
+    optimizers: dict[str, torch.optim.Optimizer]
+    config: StepConfig = field(default_factory=StepConfig)
+    discriminator: nn.Module | None = None
+    perceptual: nn.Module | None = None
+    step: int = 0
+
+    @property
+    def gan_active(self) -> bool:
+        """Whether this step has an adversarial term and a discriminator update."""
+        return self.discriminator is not None and self.config.vae_loss.gan_active(self.step)
+
+
+@dataclass
+class VAEStepOutput:
+    """What the VAE step hands on: images, and everything the SiT step must reuse."""
+
+    z: Tensor
+    x_hat: Tensor
+    t: Tensor
+    eps: Tensor
+    losses: dict[str, Tensor]
+
+
+def make_optimizer(
+    parameters: nn.Module, lr: float = 1e-4, betas: tuple[float, float] = (0.9, 0.999), weight_decay: float = 0.0
+) -> torch.optim.AdamW:
+    """AdamW as in the official run, over the parameters that train (fused on a GPU)."""
+    trainable = [p for p in parameters.parameters() if p.requires_grad]
+    return torch.optim.AdamW(
+        trainable, lr=lr, betas=betas, weight_decay=weight_decay, eps=1e-8, fused=trainable[0].is_cuda or None
+    )
+
+
+def make_ema(sit: SiT) -> SiT:
+    """A frozen copy in eval mode, to be moved by `update_ema`."""
+    return deepcopy(sit).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
+    """Moves every float tensor of ema towards model, BatchNorm statistics too; integer buffers are copied."""
+    source = model.state_dict()
+    averaged, current = [], []
+    for name, tensor in ema.state_dict().items():
+        if tensor.is_floating_point():
+            averaged.append(tensor)
+            current.append(source[name].to(tensor.dtype))
+        else:
+            tensor.copy_(source[name])
+    torch._foreach_lerp_(averaged, current, 1 - decay)
+
+
+@contextmanager
+def frozen(*modules: nn.Module | None) -> Iterator[None]:
+    """Switches parameter gradients off inside; gradients still flow *through* the modules to their inputs.
+
+    Afterwards exactly those parameters train that trained before (the official code switches all on, D2).
+    """
+    parameters = [p for module in modules if module is not None for p in module.parameters() if p.requires_grad]
+    for p in parameters:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in parameters:
+            p.requires_grad_(True)
+
+
+def check_batch(sit: SiT, x: Tensor, labels: Tensor, targets: Tensor | Sequence[Tensor] | None) -> None:
+    """Refuses what would train silently wrong.
+
+    Raises:
+        ValueError: images not float in [-1, 1] or not finite, labels out of range, targets not finite.
+    """
+    if not x.is_floating_point():
+        raise ValueError(f"images have dtype {x.dtype}: convert uint8 pixels with repae_lite.data.to_unit_range first")
+    if labels.shape != x.shape[:1]:
+        raise ValueError(f"labels have shape {tuple(labels.shape)} for {x.shape[0]} images: give one class number per image")
+    largest = float(x.detach().abs().max())
+    if not largest < float("inf"):
+        raise ValueError(f"the image batch contains {'NaN' if largest != largest else 'infinity'}: look for broken files in the data")
+    if largest > 1 + 1e-3:
+        raise ValueError(f"images reach {largest:.4g} in magnitude but must lie in [-1, 1]: use repae_lite.data.to_unit_range on uint8 pixels")
+    sit.check_labels(labels)
+    for i, target in enumerate(_as_list(targets)):
+        if not bool(target.isfinite().all()):
+            raise ValueError(f"targets[{i}] contain NaN or infinity: check the vision encoder and its input")
+
+
+def vae_step(
+    state: TrainState,
+    x: Tensor,
+    labels: Tensor,
+    targets: Tensor | Sequence[Tensor] | None,
+    *,
+    eps_posterior: Tensor | None = None,
+    t: Tensor | None = None,
+    eps: Tensor | None = None,
+) -> VAEStepOutput:
+    """Official step 1: the VAE learns to reconstruct, and to have latents whose SiT features align (REPA-E eq. 3 and 4).
+
+    SiT is frozen and in eval mode: no label dropout, running BatchNorm statistics, gradients pass through it to z.
+
+    Args:
+        state: updated in place: the VAE's weights and its optimiser.
+        x: images (B, 3, H, W) in [-1, 1].
+        labels: classes (B,).
+        targets: encoder tokens (B, N, D), or one such tensor per encoder.
+        eps_posterior, eps: noise (B, C, h, w); t: times (B,). Drawn when None.
+    """
+    config = state.config
+    state.vae.train()
+    state.sit.eval()
+    with frozen(state.sit, state.discriminator):
+        # 1a. Reconstruct.
+        posterior = state.vae.encode(x)
+        z = posterior.sample(eps_posterior)
+        x_hat = state.vae.decode(z)
+        logits_fake = state.discriminator.train()(x_hat) if state.gan_active else None
+        losses = vae_regularization_loss(
+            x, x_hat, posterior.kl(), config.vae_loss, perceptual=state.perceptual, logits_fake=logits_fake
+        )
+        # 1b. Align: through the frozen SiT, only as deep as the tap (and to the end only in the naive variant).
+        out = state.sit.loss_forward(
+            z,
+            labels,
+            targets,
+            t=t,
+            eps=eps,
+            path=config.path,
+            weighting=config.weighting,
+            align_only=config.vae_diffusion_coeff == 0,
+            batch_stats=config.vae_step_batch_stats,
+        )
+        total = losses["vae_reg"]
+        if out.align_loss is not None:
+            losses["vae_align"] = out.align_loss
+            if config.vae_align_coeff:
+                total = total + config.vae_align_coeff * out.align_loss
+        if config.vae_diffusion_coeff:
+            losses["vae_denoising"] = out.denoising_loss.mean()
+            total = total + config.vae_diffusion_coeff * losses["vae_denoising"]
+        losses["vae_total"] = total
+        losses["grad_norm_vae"] = _update(total, state.vae, state.optimizers["vae"], config.max_grad_norm)
+    return VAEStepOutput(z.detach(), x_hat.detach(), out.t, out.eps, losses)
+
+
+def discriminator_step(state: TrainState, x: Tensor, x_hat: Tensor) -> dict[str, Tensor]:
+    """Official step 2: the discriminator learns to tell images x from reconstructions x_hat, both (B, 3, H, W)."""
+    state.discriminator.train()
+    logits_real, logits_fake = state.discriminator(x.detach()), state.discriminator(x_hat.detach())
+    loss = hinge_discriminator_loss(logits_real, logits_fake)
+    norm = _update(loss, state.discriminator, state.optimizers["discriminator"], state.config.max_grad_norm)
+    return {
+        "disc": loss,
+        "logits_real": logits_real.mean(),
+        "logits_fake": logits_fake.mean(),
+        "grad_norm_disc": norm,
+    }
+
+
+def sit_step(
+    state: TrainState,
+    z: Tensor,
+    labels: Tensor,
+    targets: Tensor | Sequence[Tensor] | None,
+    *,
+    t: Tensor | None = None,
+    eps: Tensor | None = None,
+    label_drop: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """Official step 3: SiT learns velocity and alignment on latents that carry no gradient (REPA-E's stop-gradient).
+
+    Called alone, with latents of a frozen VAE, this is REPA; without targets it is a plain SiT.
+
+    Args:
+        state: updated in place: SiT's weights, BatchNorm statistics and optimiser.
+        z: un-normalised latents (B, C, h, w).
+        labels: classes (B,).
+        targets: encoder tokens (B, N, D), one such tensor per encoder, or None.
+        t, eps: times (B,) and noise like z: the ones of the VAE step. Drawn when None.
+        label_drop: which labels become the null class (B,); drawn when None.
+    """
+    config = state.config
+    state.sit.train()
+    out = state.sit.loss_forward(
+        z.detach(),
+        labels,
+        targets,
+        t=t,
+        eps=eps,
+        path=config.path,
+        weighting=config.weighting,
+        label_drop=label_drop,
+    )
+    losses = {"denoising": out.denoising_loss.mean()}
+    total = losses["denoising"]
+    if out.align_loss is not None:
+        losses["sit_align"] = out.align_loss
+        total = total + config.proj_coeff * out.align_loss
+    losses["sit_total"] = total
+    losses["grad_norm_sit"] = _update(total, state.sit, state.optimizers["sit"], config.max_grad_norm)
+    return losses
+
+
+def repae_step(
+    state: TrainState,
+    x: Tensor,
+    labels: Tensor,
+    targets: Tensor | Sequence[Tensor] | None,
+    *,
+    eps_posterior: Tensor | None = None,
+    t: Tensor | None = None,
+    eps: Tensor | None = None,
+    label_drop: Tensor | None = None,
+) -> dict[str, float]:
+    """One REPA-E training step: VAE, discriminator, SiT, moving average, in this order.
+
+    Args:
+        state: updated in place.
+        x: images (B, 3, H, W) in [-1, 1].
+        labels: classes (B,).
+        targets: encoder tokens of the clean images (B, N, D), or one such tensor per encoder.
+        eps_posterior, eps: noise (B, C, h, w); t: times (B,); label_drop: bool (B,). Drawn when None.
+
+    Returns:
+        Every loss and every gradient norm before clipping, as floats.
+
+    Raises:
+        ValueError: a batch that would train silently wrong; see `check_batch`.
+    """
+    check_batch(state.sit, x, labels, targets)
+    vae_out = vae_step(state, x, labels, targets, eps_posterior=eps_posterior, t=t, eps=eps)
+    losses = dict(vae_out.losses)
+    if state.gan_active:
+        losses |= discriminator_step(state, x, vae_out.x_hat)
+    losses |= sit_step(state, vae_out.z, labels, targets, t=vae_out.t, eps=vae_out.eps, label_drop=label_drop)
+    update_ema(state.ema, state.sit, state.config.ema_decay)
+    state.step += 1
+    return as_floats(losses)
+
+
+def latent_step(
+    state: TrainState, z: Tensor, labels: Tensor, targets: Tensor | Sequence[Tensor] | None, **draws: Tensor | None
+) -> dict[str, float]:
+    """One step with the VAE left alone: SiT and its moving average, on latents z (B, C, h, w). REPA, or a plain SiT without targets.
+
+    Keyword draws are those of `sit_step`.
+    """
+    losses = sit_step(state, z, labels, targets, **draws)
+    update_ema(state.ema, state.sit, state.config.ema_decay)
+    state.step += 1
+    return as_floats(losses)
+
+
+def as_floats(losses: dict[str, Tensor]) -> dict[str, float]:
+    """Detached floats, moved from the device in one transfer."""
+    values = torch.stack([value.detach().float() for value in losses.values()]).tolist()
+    return dict(zip(losses, values, strict=True))
+
+
+def _as_list(targets: Tensor | Sequence[Tensor] | None) -> list[Tensor]:
+    return [] if targets is None else [targets] if isinstance(targets, Tensor) else list(targets)
+
+
+def _update(loss: Tensor, module: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
+    """Backward, clip, step; returns the gradient norm before clipping."""
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_([p for p in module.parameters() if p.requires_grad], max_norm)
+    optimizer.step()
+    return norm

@@ -1,0 +1,82 @@
+"""Networks with the weights of the reference data: a recipe of seeded random numbers, described in tests/reference/README.md."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from repae_lite.discriminator import PatchDiscriminator
+from repae_lite.objectives import LPIPSLoss, VAELossConfig
+from repae_lite.sit import SiT, SiTConfig
+from repae_lite.steps import StepConfig, TrainState, make_ema, make_optimizer
+from repae_lite.vae import AutoencoderKL
+
+REFERENCE = Path(__file__).parent / "reference"
+
+
+def golden() -> tuple[dict[str, torch.Tensor], dict]:
+    """Tensors and numbers of set A."""
+    return load_file(REFERENCE / "golden_A.safetensors"), json.loads((REFERENCE / "golden_A.json").read_text())
+
+
+def fill(module: torch.nn.Module, offset: int) -> torch.nn.Module:
+    """Gives every tensor the value that the recipe prescribes for its name and rank."""
+    state = module.state_dict()
+    for i, name in enumerate(sorted(state)):
+        tensor = state[name]
+        r = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(offset + i))
+        if not tensor.is_floating_point():
+            tensor.zero_()
+        elif name.endswith("pos_embed"):
+            continue
+        elif name.endswith("running_var"):
+            tensor.copy_(1 + 0.1 * r.abs())
+        elif tensor.ndim > 1:
+            tensor.copy_(r / tensor[0].numel() ** 0.5)
+        elif name.endswith("weight"):
+            tensor.copy_(1 + 0.1 * r)
+        else:
+            tensor.copy_(0.1 * r)
+    return module
+
+
+def golden_vae() -> AutoencoderKL:
+    return fill(AutoencoderKL.from_preset("f8d4"), 0).eval()
+
+
+def golden_sit(train_pos_embed: bool = False) -> SiT:
+    config = SiTConfig(
+        in_channels=4, input_size=8, patch_size=2, width=64, depth=4, heads=4, label_dropout=0.0, target_dims=(48,),
+        alignment_depth=2, projector_width=128, train_pos_embed=train_pos_embed,
+    )  # fmt: skip
+    return fill(SiT(config), 20000).eval()
+
+
+def golden_discriminator() -> PatchDiscriminator:
+    return fill(PatchDiscriminator(), 40000).eval()
+
+
+def golden_lpips(lpips_range: str) -> LPIPSLoss:
+    loss = LPIPSLoss(lpips_range, pretrained_trunk=False)
+    convolutions = [m for m in loss.net.net.modules() if isinstance(m, torch.nn.Conv2d)]
+    assert len(convolutions) == 13
+    for k, conv in enumerate(convolutions):
+        r = torch.randn(conv.weight.shape, generator=torch.Generator().manual_seed(9000 + k))
+        conv.weight.copy_(r * (2 / conv.weight[0].numel()) ** 0.5)
+        conv.bias.zero_()
+    return loss
+
+
+def golden_state(variant: str) -> TrainState:
+    """The training state before the first of the three steps; variant "official" (with D1 and D2) or "corrected"."""
+    vae, sit, disc = golden_vae(), golden_sit(train_pos_embed=variant == "official"), golden_discriminator()
+    return TrainState(
+        vae=vae,
+        sit=sit,
+        ema=make_ema(sit),
+        optimizers={"vae": make_optimizer(vae), "sit": make_optimizer(sit), "discriminator": make_optimizer(disc)},
+        config=StepConfig(vae_loss=VAELossConfig()),
+        discriminator=disc,
+        perceptual=golden_lpips(variant),
+    )

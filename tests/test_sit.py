@@ -1,0 +1,107 @@
+"""SiT beyond its agreement with the official one (test_golden): normalisation, dropout, presets, refusals."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from repae_lite.sit import SIT_PRESETS, SiT, SiTConfig, sincos_position_embedding
+
+
+@pytest.fixture()
+def sit():
+    torch.manual_seed(0)
+    model = SiT.from_preset("tiny", depth=2)
+    for p in model.parameters():
+        if p.requires_grad:
+            torch.nn.init.normal_(p, std=0.1)
+    return model.eval()
+
+
+def test_presets_cover_all_sizes_and_patches():
+    assert set(SIT_PRESETS) == {f"SiT-{s}/{p}" for s in ("S", "B", "L", "XL") for p in (1, 2, 4, 8)} | {"tiny"}
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"), [("SiT-S/2", 33), ("SiT-B/2", 130), ("SiT-L/2", 458), ("SiT-XL/2", 675)]
+)
+def test_preset_sizes_match_the_published_parameter_counts(name, millions):
+    """SiT paper, Table 1, without projector and position embedding (which the published counts leave out)."""
+    with torch.device("meta"):
+        model = SiT.from_preset(name, target_dims=())
+    count = sum(p.numel() for n, p in model.named_parameters() if n != "pos_embed")
+    assert round(count / 1e6) == pytest.approx(millions, abs=1)
+
+
+def test_starts_as_zero_velocity():
+    out = SiT.from_preset("tiny")(torch.randn(2, 4, 8, 8), torch.rand(2), torch.tensor([0, 10]))
+    assert out.shape == (2, 4, 8, 8) and not out.any()
+
+
+def test_position_embedding_is_a_function_of_row_and_column():
+    embedding = sincos_position_embedding(16, 3).reshape(3, 3, 16)
+    columns, rows = embedding[..., :8], embedding[..., 8:]
+    assert_close(columns, columns[:1].expand(3, -1, -1))
+    assert_close(rows, rows[:, :1].expand(-1, 3, -1))
+    assert_close(rows[:, 0], columns[0])
+    assert len({tuple(v.tolist()) for v in embedding.reshape(9, 16)}) == 9
+
+
+def test_patches_return_to_their_place():
+    model = SiT(SiTConfig(input_size=4, patch_size=2, in_channels=3, width=16, depth=1, heads=2, alignment_depth=1, target_dims=()))
+    z = torch.arange(48.0).reshape(1, 3, 4, 4)
+    tokens = z.reshape(1, 3, 2, 2, 2, 2).permute(0, 2, 4, 3, 5, 1).reshape(1, 4, 12)  # (row, column), then (y, x, channel)
+    assert torch.equal(model._unpatchify(tokens), z)
+
+
+def test_normalize_modes_and_round_trip(sit):
+    z = torch.randn(8, 4, 8, 8) * 3 + 2
+    sit.set_latent_stats(1 / z.std((0, 2, 3), correction=0), z.mean((0, 2, 3)))
+    running = sit.normalize(z)
+    batch = sit.normalize(z, batch_stats=True)
+    assert_close(running, batch, rtol=1e-4, atol=1e-4)
+    assert_close(batch.mean((0, 2, 3)), torch.zeros(4), atol=1e-4, rtol=0)
+    assert_close(sit.denormalize(running.double()), z, rtol=1e-4, atol=1e-3)
+    before = sit.bn.running_mean.clone()
+    sit.train()
+    sit.normalize(z + 5, batch_stats=False)
+    assert torch.equal(before, sit.bn.running_mean)
+    sit.normalize(z + 5)
+    assert_close(sit.bn.running_mean, 0.9 * before + 0.1 * (z + 5).mean((0, 2, 3)), rtol=1e-4, atol=1e-4)
+
+
+def test_label_dropout_only_in_training(sit):
+    labels = torch.arange(1000) % 10
+    assert torch.equal(sit._drop_labels(labels, None), labels)
+    torch.manual_seed(0)
+    dropped = sit.train()._drop_labels(labels, None) == sit.null_class
+    assert 0.06 < float(dropped.float().mean()) < 0.14  # 0.1 +- 4 standard errors
+    forced = torch.tensor([True, False])
+    assert sit._drop_labels(torch.tensor([3, 4]), forced).tolist() == [10, 4]
+
+
+def test_align_only_stops_at_the_tap_and_agrees(sit):
+    z, labels, targets = torch.randn(2, 4, 8, 8), torch.tensor([1, 2]), torch.randn(2, 16, 128)
+    draws = {"t": torch.rand(2), "eps": torch.randn(2, 4, 8, 8)}
+    full = sit.loss_forward(z, labels, targets, **draws)
+    short = sit.loss_forward(z, labels, targets, **draws, align_only=True)
+    assert short.v_hat is None and short.denoising_loss is None
+    assert_close(short.align_loss, full.align_loss)
+    assert_close(full.v_hat, sit(full.z_t, draws["t"], labels))
+
+
+REFUSED = {
+    "preset": (lambda s: SiT.from_preset("SiT-H/2"), "unknown SiT preset 'SiT-H/2': choose one of SiT-S/1"),
+    "patch": (lambda s: SiT.from_preset("SiT-S/8", input_size=20), "latent size 20 is not a multiple of patch size 8"),
+    "heads": (lambda s: SiT.from_preset("tiny", heads=3), "width 128 must be a multiple of heads 3"),
+    "tap": (lambda s: SiT.from_preset("tiny", alignment_depth=7), "alignment depth 7 is outside 1 to 6"),
+    "channels": (lambda s: s(torch.zeros(1, 32, 8, 8), torch.zeros(1), torch.zeros(1).long()), r"takes \(B, 4, 8, 8\)"),
+    "size": (lambda s: s(torch.zeros(1, 4, 16, 16), torch.zeros(1), torch.zeros(1).long()), r"shape \(1, 4, 16, 16\)"),
+    "label": (lambda s: s(torch.zeros(1, 4, 8, 8), torch.zeros(1), torch.tensor([11])), "label 11 is outside 0 to 9"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refusals(sit, case):
+    call, message = REFUSED[case]
+    with pytest.raises(ValueError, match=message):
+        call(sit)
