@@ -71,7 +71,7 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict]:
         raise FileNotFoundError(f"the weights {path} do not exist: check the path, or restore the file from the repository")
     try:
         with safe_open(path, "pt") as file:
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            state = {name: file.get_tensor(name) for name in file.keys()}
             metadata = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
     except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not a safetensors file of this project ({error}): download or write it again") from None

@@ -31,7 +31,9 @@ class Guidance:
         if self.scale < 1:
             raise ValueError(f"guidance scale {self.scale} is below 1: use 1 for none, more for stronger guidance")
         if not 0 <= self.low <= self.high <= 1:
-            raise ValueError(f"guidance interval [{self.low}, {self.high}] is not inside [0, 1] in order: set 0 <= low <= high <= 1")
+            raise ValueError(
+                f"guidance interval [{self.low}, {self.high}] is not inside [0, 1] in order: set 0 <= low <= high <= 1"
+            )
 
     def active(self, t: float) -> bool:
         """Whether guidance acts at time t."""

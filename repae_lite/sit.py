@@ -228,9 +228,7 @@ class FinalLayer(nn.Module):
 
 def projector(in_dim: int, width: int, out_dim: int) -> nn.Sequential:
     """REPA's projector: three linear layers with SiLU between, from SiT features to encoder tokens."""
-    return nn.Sequential(
-        nn.Linear(in_dim, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, out_dim)
-    )
+    return nn.Sequential(nn.Linear(in_dim, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, out_dim))
 
 
 class SiT(nn.Module):
@@ -247,9 +245,7 @@ class SiT(nn.Module):
         self.x_embedder = PatchEmbed(c.patch_size, c.in_channels, c.width)
         self.t_embedder = TimestepEmbedder(c.width)
         self.y_embedder = LabelEmbedder(c.num_classes, c.width)
-        self.pos_embed = nn.Parameter(
-            sincos_position_embedding(c.width, c.grid_size), requires_grad=c.train_pos_embed
-        )
+        self.pos_embed = nn.Parameter(sincos_position_embedding(c.width, c.grid_size), requires_grad=c.train_pos_embed)
         self.blocks = nn.ModuleList(SiTBlock(c.width, c.heads) for _ in range(c.depth))
         self.projectors = nn.ModuleList(projector(c.width, c.projector_width, dim) for dim in c.target_dims)
         self.final_layer = FinalLayer(c.width, c.patch_size**2 * c.in_channels)

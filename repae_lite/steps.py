@@ -154,9 +154,13 @@ def check_batch(sit: SiT, x: Tensor, labels: Tensor, targets: Tensor | Sequence[
         raise ValueError(f"labels have shape {tuple(labels.shape)} for {x.shape[0]} images: give one class number per image")
     largest = float(x.detach().abs().max())
     if not largest < float("inf"):
-        raise ValueError(f"the image batch contains {'NaN' if largest != largest else 'infinity'}: look for broken files in the data")
+        raise ValueError(
+            f"the image batch contains {'NaN' if largest != largest else 'infinity'}: look for broken files in the data"
+        )
     if largest > 1 + 1e-3:
-        raise ValueError(f"images reach {largest:.4g} in magnitude but must lie in [-1, 1]: use repae_lite.data.to_unit_range on uint8 pixels")
+        raise ValueError(
+            f"images reach {largest:.4g} in magnitude but must lie in [-1, 1]: use repae_lite.data.to_unit_range on uint8 pixels"
+        )
     sit.check_labels(labels)
     for i, target in enumerate(_as_list(targets)):
         if not bool(target.isfinite().all()):

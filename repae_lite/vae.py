@@ -24,6 +24,7 @@ class VAEConfig:
         attention_levels: levels (0 = full resolution) whose blocks are followed by self-attention.
         groups: groups of the GroupNorm layers; must divide every level's channels.
         mid_attention: self-attention at the bottom.
+        fold: the network works on images whose fold x fold pixel blocks were folded into channels; 1 for none.
     """
 
     latent_channels: int = 4
@@ -33,6 +34,7 @@ class VAEConfig:
     attention_levels: tuple[int, ...] = ()
     groups: int = 32
     mid_attention: bool = True
+    fold: int = 1
 
     def __post_init__(self):
         bad = [self.width * m for m in self.multipliers if (self.width * m) % self.groups]
@@ -42,13 +44,13 @@ class VAEConfig:
     @property
     def downsampling(self) -> int:
         """Image pixels per latent pixel, along each side."""
-        return 2 ** (len(self.multipliers) - 1)
+        return self.fold * 2 ** (len(self.multipliers) - 1)
 
 
 VAE_PRESETS = {
     "f8d4": VAEConfig(),
     "f16d32": VAEConfig(latent_channels=32, multipliers=(1, 1, 2, 2, 4), attention_levels=(4,)),
-    "tiny": VAEConfig(width=16, multipliers=(1, 2, 2), blocks=1, groups=8, mid_attention=False),
+    "tiny": VAEConfig(width=32, multipliers=(1, 1), blocks=1, groups=8, mid_attention=False, fold=2),
 }
 
 
@@ -172,7 +174,8 @@ class Encoder(nn.Module):
         super().__init__()
         widths = [config.width * m for m in config.multipliers]
         last = len(widths) - 1
-        self.conv_in = nn.Conv2d(3, config.width, 3, padding=1)
+        self.fold = nn.PixelUnshuffle(config.fold)
+        self.conv_in = nn.Conv2d(3 * config.fold**2, config.width, 3, padding=1)
         self.down = nn.ModuleList()
         for i, (before, after) in enumerate(zip([config.width, *widths], widths, strict=False)):
             level = Level(before, after, config.blocks, i in config.attention_levels, config.groups)
@@ -184,7 +187,7 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv_in(x)
+        h = self.conv_in(self.fold(x))
         for level in self.down:
             h = level(h)
             if hasattr(level, "downsample"):
@@ -208,7 +211,8 @@ class Decoder(nn.Module):
                 level.upsample = Upsample(width)
             self.up.append(level)
         self.norm_out = nn.GroupNorm(config.groups, widths[0], eps=1e-6)
-        self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
+        self.conv_out = nn.Conv2d(widths[0], 3 * config.fold**2, 3, padding=1)
+        self.unfold = nn.PixelShuffle(config.fold)
 
     def forward(self, z: Tensor) -> Tensor:
         h = self.mid(self.conv_in(z))
@@ -216,7 +220,7 @@ class Decoder(nn.Module):
             h = level(h)
             if hasattr(level, "upsample"):
                 h = level.upsample(h)
-        return self.conv_out(F.silu(self.norm_out(h)))
+        return self.unfold(self.conv_out(F.silu(self.norm_out(h))))
 
 
 class AutoencoderKL(nn.Module):
@@ -267,9 +271,7 @@ class AutoencoderKL(nn.Module):
             ValueError: z does not have the VAE's number of channels.
         """
         if z.ndim != 4 or z.shape[1] != self.config.latent_channels:
-            raise ValueError(
-                f"latents have shape {tuple(z.shape)}: this VAE decodes (B, {self.config.latent_channels}, h, w)"
-            )
+            raise ValueError(f"latents have shape {tuple(z.shape)}: this VAE decodes (B, {self.config.latent_channels}, h, w)")
         return self.decoder(self.post_quant_conv(z))
 
     def forward(self, x: Tensor, eps_posterior: Tensor | None = None) -> tuple[Posterior, Tensor, Tensor]:

@@ -45,7 +45,9 @@ def test_velocity_loss_is_per_image():
 
 
 def test_hinge_loss():
-    assert float(hinge_discriminator_loss(torch.tensor([2.0, 0.0]), torch.tensor([-3.0, 1.0]))) == pytest.approx(0.5 * (0.5 + 1.0))
+    assert float(hinge_discriminator_loss(torch.tensor([2.0, 0.0]), torch.tensor([-3.0, 1.0]))) == pytest.approx(
+        0.5 * (0.5 + 1.0)
+    )
 
 
 def test_vae_loss_terms_and_weights():

@@ -21,9 +21,7 @@ def test_presets_cover_all_sizes_and_patches():
     assert set(SIT_PRESETS) == {f"SiT-{s}/{p}" for s in ("S", "B", "L", "XL") for p in (1, 2, 4, 8)} | {"tiny"}
 
 
-@pytest.mark.parametrize(
-    ("name", "millions"), [("SiT-S/2", 33), ("SiT-B/2", 130), ("SiT-L/2", 458), ("SiT-XL/2", 675)]
-)
+@pytest.mark.parametrize(("name", "millions"), [("SiT-S/2", 33), ("SiT-B/2", 130), ("SiT-L/2", 458), ("SiT-XL/2", 675)])
 def test_preset_sizes_match_the_published_parameter_counts(name, millions):
     """SiT paper, Table 1, without projector and position embedding (which the published counts leave out)."""
     with torch.device("meta"):
@@ -47,7 +45,9 @@ def test_position_embedding_is_a_function_of_row_and_column():
 
 
 def test_patches_return_to_their_place():
-    model = SiT(SiTConfig(input_size=4, patch_size=2, in_channels=3, width=16, depth=1, heads=2, alignment_depth=1, target_dims=()))
+    model = SiT(
+        SiTConfig(input_size=4, patch_size=2, in_channels=3, width=16, depth=1, heads=2, alignment_depth=1, target_dims=())
+    )
     z = torch.arange(48.0).reshape(1, 3, 4, 4)
     tokens = z.reshape(1, 3, 2, 2, 2, 2).permute(0, 2, 4, 3, 5, 1).reshape(1, 4, 12)  # (row, column), then (y, x, channel)
     assert torch.equal(model._unpatchify(tokens), z)

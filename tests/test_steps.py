@@ -179,7 +179,9 @@ def moved(before: dict[str, torch.Tensor], module: nn.Module) -> set[str]:
 
 
 def snapshot(state: TrainState) -> dict[str, dict[str, torch.Tensor]]:
-    return {name: copy.deepcopy(getattr(state, name).state_dict()) for name in ("vae", "sit", "ema", "discriminator", "perceptual")}
+    return {
+        name: copy.deepcopy(getattr(state, name).state_dict()) for name in ("vae", "sit", "ema", "discriminator", "perceptual")
+    }
 
 
 def moved_models(before, state):
@@ -262,7 +264,9 @@ def test_routing_vae_step_uses_running_statistics_unless_asked():
 
 
 @pytest.mark.parametrize(
-    ("align", "diffusion", "depends"), [(0.0, 0.0, False), (1.5, 0.0, True), (0.0, 1.0, True)], ids=["vae-only", "repa-e", "naive"]
+    ("align", "diffusion", "depends"),
+    [(0.0, 0.0, False), (1.5, 0.0, True), (0.0, 1.0, True)],
+    ids=["vae-only", "repa-e", "naive"],
 )
 def test_routing_vae_update_depends_on_sit_only_through_its_coefficients(align, diffusion, depends):
     x, targets, draws = make_batch()
