@@ -636,15 +636,11 @@ _X, _Y = np.meshgrid(_AXIS, -_AXIS)  # (64, 64): x right, y up, the image within
 _PIXEL = 2.0 / (SIZE * SUPERSAMPLE)
 
 
-def _planes(colour: np.ndarray) -> np.ndarray:
-    return colour[:, None, None]  # channels first while drawing: numpy is faster along long rows
-
-
 def _background(c: Canvas, look: Look, ends: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
-    """Gradient plus a weak texture: stripes, a checkerboard or soft blotches; (3, 64, 64)."""
+    """Gradient plus a weak texture: stripes, a checkerboard or soft blotches; (64, 64, 3)."""
     angle = c.between(0, 2 * np.pi)
-    ramp = np.clip(0.5 + 0.4 * (_X * np.cos(angle) + _Y * np.sin(angle)), 0, 1)
-    rgb = _planes(ends[0]) * (1 - ramp) + _planes(ends[1]) * ramp
+    ramp = np.clip(0.5 + 0.4 * (_X * np.cos(angle) + _Y * np.sin(angle)), 0, 1)[..., None]
+    rgb = ends[0] * (1 - ramp) + ends[1] * ramp
     turn, period, phase = c.between(0, np.pi), c.between(5, 13), c.between(0, 2 * np.pi)
     a, b = _X * np.cos(turn) + _Y * np.sin(turn), _Y * np.cos(turn) - _X * np.sin(turn)
     kind = c.count(0, 3)
@@ -656,7 +652,7 @@ def _background(c: Canvas, look: Look, ends: tuple[np.ndarray, np.ndarray]) -> n
         wave = np.sin(0.6 * period * a + phase) + np.sin(0.45 * period * b + 2 * phase)
     else:
         wave = np.zeros_like(a)
-    return rgb + look.texture * c.between(0.3, 1.0) * wave
+    return rgb + look.texture * c.between(0.3, 1.0) * wave[..., None]
 
 
 def _scatter(c: Canvas, look: Look, palette: Palette) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -709,7 +705,7 @@ def draw(label: int, rng: np.random.Generator, look: Look = Look()) -> Drawing:
     rgb = _background(c, look, palette.back)
     parts = np.zeros(_X.shape, np.uint8)
     for distance, colour in _scatter(c, look, palette):
-        rgb += np.clip(0.5 - distance / _PIXEL, 0, 1) * (_planes(colour) - rgb)
+        rgb += np.clip(0.5 - distance / _PIXEL, 0, 1)[..., None] * (colour - rgb)
         parts[distance < 0] = PART["distractor"]
     # The object: outline first, then its parts from back to front, lit from one side and darker at their edges.
     light_angle, strength, rounding = c.between(0.2, np.pi - 0.2), c.between(0.0, 0.2), c.between(0.0, 0.3)
@@ -721,15 +717,15 @@ def draw(label: int, rng: np.random.Generator, look: Look = Look()) -> Drawing:
     silhouette = union(*[distance for _, distance, _, solid in c.layers if solid])
     if outline < look.outline:
         ink = palette.dark if outline < 0.8 * look.outline else palette.pale
-        rgb += np.clip(0.5 - (silhouette - thick) / pixel, 0, 1) * (_planes(ink) - rgb)
+        rgb += np.clip(0.5 - (silhouette - thick) / pixel, 0, 1)[..., None] * (ink - rgb)
     for part, distance, colour, solid in c.layers:
         shade = light * (1 - rounding * np.clip(1 + distance / 0.16, 0, 1)) if solid else light
         alpha = np.clip(0.5 - distance / pixel, 0, 1)
-        rgb += alpha * (np.minimum(_planes(colour) * shade, 1.0) - rgb)
+        rgb += alpha[..., None] * (np.minimum(colour * shade[..., None], 1.0) - rgb)
         parts[distance < 0] = part
-    small = np.clip(rgb, 0, 1).reshape(3, SIZE, SUPERSAMPLE, SIZE, SUPERSAMPLE).mean((2, 4))  # (3, 32, 32)
+    small = np.clip(rgb, 0, 1).reshape(SIZE, SUPERSAMPLE, SIZE, SUPERSAMPLE, 3).mean((1, 3))  # (32, 32, 3)
     steps = look.levels - 1
-    image = np.rint(np.rint(small * steps) * (255 / steps)).astype(np.uint8).transpose(1, 2, 0)
+    image = np.rint(np.rint(small * steps) * (255 / steps)).astype(np.uint8)
     pose = np.array([cx, cy, np.log(scale), aspect, np.sin(turn), np.cos(turn), float(flip)], np.float32)
     return Drawing(image, _reduce_parts(parts), pose)
 
@@ -766,7 +762,7 @@ def make_split(
         raise ValueError(f"count {count} makes no images; use a positive number.")
     indices = range(count)
     if progress:
-        from tqdm import tqdm  # only here: drawing itself needs numpy alone
+        from tqdm import tqdm
 
         indices = tqdm(indices, desc=split, unit="img")
     made = [make_one(split, index, seed, look) for index in indices]
@@ -805,93 +801,6 @@ def main() -> int:
         print("all pixels are as shipped")
         return 0
     write_text(checksums, "\n".join(lines) + "\n")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
-
-
-# ---- files -----------------------------------------------------------------------------------------------------------
-
-CHECKSUMS = "CHECKSUMS.sha256"
-
-
-def sha256(data: bytes | np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(data) if isinstance(data, np.ndarray) else data).hexdigest()
-
-
-def array_checksums(split: str, images: np.ndarray, labels: np.ndarray, parts: np.ndarray) -> dict[str, str]:
-    """What must come out again wherever the maker runs; the files' bytes also depend on the PNG and HDF5 libraries."""
-    arrays = {"pixels": images, "labels": labels.astype("<i8"), "parts": parts}
-    return {f"{split} {name}": sha256(array) for name, array in arrays.items()}
-
-
-def read_checksums(folder: Path) -> tuple[dict[str, str], dict[str, str]]:
-    """The checksums of a folder: {"train pixels": …} and {"train/images.h5": …}.
-
-    Array checksums stand in comment lines, so `sha256sum --check CHECKSUMS.sha256` checks the files.
-
-    Raises:
-        FileNotFoundError: the folder has no checksums.
-    """
-    path = folder / CHECKSUMS
-    if not path.is_file():
-        raise FileNotFoundError(f"The checksums {path} do not exist; run make_images.py without --check to write them.")
-    arrays, files = {}, {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        digest, name = line.removeprefix("# ").split("  ", 1)
-        (arrays if line.startswith("# ") else files)[name] = digest
-    return arrays, files
-
-
-def write_dataset(folder: Path) -> None:
-    """Draws both splits and writes their files and checksums; checksums of other files in the folder are kept."""
-    from repae_lite.data import write_images_h5
-    from repae_lite.files import write_text
-
-    try:
-        arrays, files = read_checksums(folder)
-    except FileNotFoundError:
-        arrays, files = {}, {}
-    for split, count in SPLITS.items():
-        images, labels, parts, _ = make_split(split, count, progress=True)
-        write_images_h5(folder / split / "images.h5", images, labels)
-        arrays |= array_checksums(split, images, labels, parts)
-        files |= {f"{split}/{n}": sha256((folder / split / n).read_bytes()) for n in ("images.h5", "images_h5.json")}
-    lines = [f"# {digest}  {name}" for name, digest in arrays.items()]
-    lines += [f"{digest}  {name}" for name, digest in files.items()]
-    write_text(folder / CHECKSUMS, "\n".join(lines) + "\n")
-
-
-def check_dataset(folder: Path) -> list[str]:
-    """Remakes both splits and reads the shipped files; returns the names of what differs from the checksums."""
-    arrays, files = read_checksums(folder)
-    wrong = [n for n, digest in files.items() if not (folder / n).is_file() or sha256((folder / n).read_bytes()) != digest]
-    for split, count in SPLITS.items():
-        made = array_checksums(split, *make_split(split, count, progress=True)[:3])
-        wrong += [f"remade {name}" for name, digest in made.items() if arrays.get(name) != digest]
-    return wrong
-
-
-def main(arguments: list[str] | None = None) -> int:
-    here = Path(__file__).resolve().parent
-    parser = argparse.ArgumentParser(description="Draw the embedded dataset and write it with its checksums.")
-    parser.add_argument("--out", type=Path, default=here, help="folder to write or check (default: this script's)")
-    parser.add_argument("--check", action="store_true", help="write nothing; remake and compare with the checksums")
-    options = parser.parse_args(arguments)
-    sys.path.insert(0, str(here.parent))  # repae_lite, in a checkout that is not installed
-    if not options.check:
-        write_dataset(options.out)
-        return 0
-    try:
-        wrong = check_dataset(options.out)
-    except FileNotFoundError as error:
-        print(error, file=sys.stderr)
-        return 1
-    if wrong:
-        print(f"{', '.join(wrong)} in {options.out}: different from {CHECKSUMS}; restore the folder.", file=sys.stderr)
-        return 1
     return 0
 
 

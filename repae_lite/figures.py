@@ -235,7 +235,7 @@ def curve_panels(
         for name, (steps, values) in series.items():
             steps, values = np.asarray(steps, float), np.atleast_2d(np.asarray(values, float))  # (seeds, T)
             if values.shape[1] != len(steps):
-                raise ValueError(f"{name}: {len(steps)} steps, values {values.shape}: use (T,) or (seeds, T).")
+                raise ValueError(f"{name}: {len(steps)} steps, values {values.shape}, not (seeds, T).")
             color, mean = looks[name][0], values.mean(axis=0)
             if len(values) > 1:
                 ax.plot(steps, _moving_average(values, smooth).T, color=color, lw=0.8, alpha=0.35)

@@ -222,7 +222,7 @@ def linear_probe(
     train, test = _matrix(train_feats, "train_feats"), _matrix(test_feats, "test_feats")
     for feats, labels, name in ((train, train_labels, "train"), (test, test_labels, "test")):
         if labels.shape != (len(feats),):
-            raise ValueError(f"{name}_labels must be ({len(feats)},), one class each, got {tuple(labels.shape)}.")
+            raise ValueError(f"{name}_labels must be ({len(feats)},), got {tuple(labels.shape)}.")
     if train.shape[1] != test.shape[1]:
         raise ValueError(f"train width {train.shape[1]}, test width {test.shape[1]}: use one layer for both.")
     mean, std = train.mean(dim=0), train.std(dim=0).clamp(min=1e-8)
@@ -254,9 +254,9 @@ def latent_structure(z: Tensor) -> dict[str, float | list[float]]:
 
     Returns:
         `spatial_variance`: variance over the h*w positions, averaged over images and channels.
-        `total_variation`: sum of |differences of neighbours| along h and w over channels, averaged over images.
+        `total_variation`: sum of |neighbour differences| along h and w, over channels; mean over images.
         `high_frequency_share`: share of the power without the mean (DC) that lies above half the Nyquist
-            frequency, sqrt(f_y^2 + f_x^2) > 1/4 cycle per position; averaged over channels. White noise: .81 at 8x8.
+            frequency, sqrt(f_y^2 + f_x^2) > 1/4 cycle per position; mean over channels. White noise 8x8: .81.
         `channel_std`: C standard deviations over images and positions.
     """
     if z.ndim != 4 or min(z.shape[-2:]) < 2:
