@@ -781,7 +781,7 @@ def sha256(data: bytes) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent, help="folder to write to, or to check")
-    parser.add_argument("--check", action="store_true", help="remake all pixels and compare with CHECKSUMS.sha256; write nothing")
+    parser.add_argument("--check", action="store_true", help="remake all pixels and compare; write nothing")
     args = parser.parse_args()
 
     lines = []
@@ -794,10 +794,11 @@ def main() -> int:
             lines += [f"{sha256(f.read_bytes())}  {split}/{f.name}" for f in (path, path.with_name("images_h5.json"))]
     checksums = args.out / "CHECKSUMS.sha256"
     if args.check:
-        missing = [line for line in lines if line not in checksums.read_text().splitlines()]
-        if missing:
-            print(f"{missing[0].split('  ')[1]} differ from {checksums.name}: another numpy, or a changed maker", file=sys.stderr)
-            return 1
+        known = checksums.read_text().splitlines() if checksums.is_file() else []
+        for line in lines:
+            if line not in known:
+                print(f"{line.split('  ')[1]} differ from {checksums}: another numpy, or a changed maker", file=sys.stderr)
+                return 1
         print("all pixels are as shipped")
         return 0
     write_text(checksums, "\n".join(lines) + "\n")

@@ -116,8 +116,8 @@ def train_teacher(steps: int) -> tuple[torch.nn.Module, dict]:
 
 def patch_coverage(parts: Tensor, grid: int = 4) -> Tensor:
     """Share of each part type in each patch: (N, 32, 32) integers to (N, grid^2, parts)."""
-    onehot = F.one_hot(parts, len(PART_NAMES)).permute(0, 3, 1, 2).float()
-    return F.adaptive_avg_pool2d(onehot, grid).flatten(2).transpose(1, 2)
+    onehot = (F.one_hot(chunk, len(PART_NAMES)).permute(0, 3, 1, 2).float() for chunk in parts.split(500))
+    return torch.cat([F.adaptive_avg_pool2d(chunk, grid).flatten(2).transpose(1, 2) for chunk in onehot])
 
 
 def label_leak(tokens: Tensor, labels: Tensor) -> float:

@@ -1,7 +1,7 @@
 """Loading and saving models: safe formats only, never partially, never in silence.
 
-Taught in `notebooks/06_drop_in_vae.ipynb`. VAEs travel as one safetensors file whose header holds their configuration and latent
-statistics.
+Taught in `notebooks/06_drop_in_vae.ipynb`. A VAE travels as one safetensors file whose header holds its configuration and
+latent statistics.
 """
 
 from dataclasses import asdict

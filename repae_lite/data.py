@@ -106,7 +106,8 @@ class ImageH5Dataset(Dataset):
             self._file = h5py.File(self.path, "r")
         name = self.names[index]
         try:
-            pixels = np.array(Image.open(io.BytesIO(bytes(self._file[name][()]))).convert("RGB"))
+            image = Image.open(io.BytesIO(bytes(self._file[name][()])))
+            pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))
         except (UnidentifiedImageError, OSError) as error:
             raise ValueError(f"image {name} in {self.path} cannot be decoded ({error}): write the file again") from None
         return torch.from_numpy(pixels).permute(2, 0, 1).contiguous(), self.labels[index]

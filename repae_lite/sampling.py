@@ -5,6 +5,7 @@ Deterministic samplers solve the probability-flow ODE dz = v dt; the stochastic 
 in float64, the network runs in its own dtype. What comes back is normalised: `sit.denormalize(sample)` is what the VAE decodes.
 """
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -75,7 +76,7 @@ def sample_ode(
     guidance = guidance or Guidance()
     times = torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()
     z_t = eps.double()
-    for i, (t, t_next) in enumerate(zip(times[:-1], times[1:], strict=True)):
+    for i, (t, t_next) in enumerate(itertools.pairwise(times)):
         guided = guidance.active(t)
         d = _guided(_velocities(sit, z_t, t, labels, guided), guidance.scale)
         z_next = z_t + (t_next - t) * d
@@ -123,7 +124,7 @@ def sample_sde(
     guidance = guidance or Guidance()
     times = [*torch.linspace(1, last_time, steps, dtype=torch.float64).tolist(), 0.0]
     z_t = eps.double()
-    for t, t_next in zip(times[:-1], times[1:], strict=True):
+    for t, t_next in itertools.pairwise(times):
         d = _guided(
             [
                 v - t * score_from_velocity(v, z_t, torch.full((len(z_t),), t, dtype=torch.float64, device=z_t.device), path)

@@ -1,0 +1,51 @@
+# Four commands; each first sets up what it needs (.ci/setup), once, and works offline afterwards.
+# A checkout path may contain spaces: always `.venv/bin/python -m ...`, never a script from .venv/bin.
+
+PY := .venv/bin/python
+ARGS ?=
+
+# The Jupyter kernel "python3" is the one of .venv, whatever kernels the user has registered.
+export JUPYTER_PREFER_ENV_PATH := 1
+export JUPYTER_PATH := $(CURDIR)/.venv/share/jupyter
+export PYTHON
+unexport PYTHONPATH PYTHONHOME
+
+.PHONY: help tour lab test clean set-up
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make tour    run all notebooks and put their results on one page, runs/tour/index.html"
+	@echo "make lab     open the notebooks in JupyterLab"
+	@echo "make test    check the style (ruff), run the tests (pytest) and the notebooks in smoke mode"
+	@echo "make clean   remove runs/ and caches (not .venv: rm -rf .venv does that)"
+	@echo
+	@echo "The first of them sets up .venv: minutes, gigabytes, once. PYTHON=python3.12 chooses the Python;"
+	@echo "ARGS=... is passed on: make tour ARGS='--only 05 --smoke', make test ARGS='-k flow'."
+
+set-up:
+	@sh .ci/setup
+
+tour: set-up
+	@$(PY) notebooks/tour.py $(ARGS)
+
+lab: set-up
+	@echo "Starting JupyterLab; stop it with Ctrl-C. Without a browser here, open the address it prints."
+	@root=; if [ "$$(id -u)" = 0 ]; then root=--allow-root; fi; \
+	first=$$(ls notebooks/[0-9][0-9]_*.ipynb 2>/dev/null | head -n 1); \
+	$(PY) -m jupyterlab $$root $$first $(ARGS)
+
+test: set-up
+	@echo "Checking the style (ruff)."
+	@$(PY) -m ruff check .
+	@echo "Running the tests (pytest)."
+	@$(PY) -m pytest -q $(ARGS)
+	@if ls notebooks/*.ipynb >/dev/null 2>&1; then \
+		echo "Running the notebooks in smoke mode (nbval)."; \
+		CI=1 $(PY) -m pytest -q --nbval-lax --nbval-current-env notebooks; \
+	fi
+
+clean:
+	@echo "Removing runs/ and caches. .venv stays; rm -rf .venv removes it, and the next make builds it again."
+	@rm -rf runs .pytest_cache .ruff_cache .coverage build dist *.egg-info
+	@find . \( -path ./.venv -o -path ./.git \) -prune -o -type d \
+		\( -name __pycache__ -o -name .ipynb_checkpoints \) -exec rm -rf {} +

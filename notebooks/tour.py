@@ -1,0 +1,546 @@
+"""Run this folder's numbered notebooks and put their results on one page: the runner behind `make tour`.
+
+Each notebook runs in a fresh kernel of this Python; the executed copy goes to runs/tour/NAME.ipynb and
+appears there only when it is complete. runs/tour/index.html then shows, for every notebook: what it found
+(cells tagged `finding`), its figures (PNG outputs of cells tagged `signature`), its tables (outputs of cells
+tagged `scoreboard`) and the minutes it took.
+
+    python notebooks/tour.py                      all notebooks, in order
+    python notebooks/tour.py --only 03 --only 05  some of them; the page keeps the results of earlier runs
+    python notebooks/tour.py --smoke              few steps: does everything run?
+    python notebooks/tour.py --param seed=1       set a parameter in each notebook that has it
+"""
+
+import argparse
+import ast
+import contextlib
+import datetime
+import hashlib
+import html
+import os
+import platform
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import warnings
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+
+TITLE = "REPA-E, the tour"
+CLAIM = (
+    "A VAE and a latent diffusion transformer can be tuned together, end to end, when the "
+    "representation-alignment loss is what reaches the VAE and the diffusion loss is kept from it."
+)
+
+
+class UserError(Exception):
+    """A mistake that one sentence explains; it becomes exit code 2."""
+
+
+class Interrupted(BaseException):
+    """A signal asked us to stop; `number` is the signal."""
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.number = number
+
+
+# ---------------------------------------------------------------- choosing
+
+
+def choose(folder: Path, only: list[str]) -> list[Path]:
+    """The numbered notebooks of `folder` in order; with `only`, those that start with one of its entries.
+
+    Raises:
+        UserError: there is none, or an entry of `only` matches none.
+    """
+    found = sorted(folder.glob("[0-9][0-9]_*.ipynb"))
+    if not found:
+        raise UserError(f"There are no numbered notebooks (such as 01_vae.ipynb) in {folder.name}/.")
+    wanted = [part.removesuffix(".ipynb") for entry in only for part in entry.split(",") if part]
+    for prefix in wanted:
+        if not any(path.stem.startswith(prefix) for path in found):
+            names = ", ".join(path.stem for path in found)
+            raise UserError(f"--only {prefix} matches no notebook; there are {names}.")
+    return [path for path in found if not wanted or any(path.stem.startswith(prefix) for prefix in wanted)]
+
+
+def parameters_of(path: Path, given: dict[str, object]) -> dict[str, object]:
+    """Those of the `given` parameters that the notebook's `parameters` cell declares."""
+    import papermill
+
+    declared = papermill.inspect_notebook(str(path)) if given else {}
+    return {name: given[name] for name in declared if name in given}
+
+
+def parse_parameter(text: str) -> tuple[str, object]:
+    """`NAME=VALUE` as a pair; VALUE is a Python literal (number, True, list ...) or else plain text."""
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=VALUE")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value
+
+
+# ---------------------------------------------------------------- running
+
+
+@dataclass
+class Run:
+    """One notebook being executed: what the terminal line shows, and the handle that stops it."""
+
+    name: str
+    cells: int = 0
+    cell: int = 0  # code cells begun
+    started: float = field(default_factory=time.monotonic)
+    client: object = None
+    notebook: object = None
+    error: Exception | None = None
+    stderr: object = field(default_factory=tempfile.TemporaryFile)  # the kernel's: noise, unless it dies
+
+    def seconds(self) -> float:
+        return time.monotonic() - self.started
+
+    def line(self) -> str:
+        minutes, seconds = divmod(int(self.seconds()), 60)
+        return f"{self.name}  cell {self.cell}/{self.cells}  {minutes:02d}:{seconds:02d}"
+
+    def kill_kernel(self) -> None:
+        """Kill the kernel and what it started; harmless when there is none (yet)."""
+        manager = getattr(self.client, "km", None)
+        pid = getattr(getattr(manager, "provisioner", None), "pid", None)
+        if pid:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(pid, signal.SIGKILL)  # a kernel leads its own process group
+
+
+def engine(run: Run):
+    """A papermill engine that tells `run` which cell is on and which client holds the kernel."""
+    from papermill.clientwrap import PapermillNotebookClient
+    from papermill.engines import NBClientEngine
+
+    class TourEngine(NBClientEngine):
+        @classmethod
+        def execute_managed_notebook(cls, nb_man, kernel_name, start_timeout=120, **_):
+            run.cells = sum(cell.cell_type == "code" for cell in nb_man.nb.cells)
+            begin = nb_man.cell_start
+
+            def cell_start(cell, cell_index=None, **options):
+                run.cell += cell.cell_type == "code"
+                begin(cell, cell_index, **options)
+
+            nb_man.cell_start = cell_start
+            run.client = PapermillNotebookClient(
+                nb_man, kernel_name=kernel_name, timeout=None, startup_timeout=start_timeout
+            )
+            return run.client.execute(stderr=run.stderr)
+
+    return TourEngine
+
+
+class Progress:
+    """The terminal line of the running notebook: rewritten in place, or else repeated each half minute."""
+
+    def __init__(self, stream=sys.stdout):
+        self.stream, self.live, self.last = stream, stream.isatty(), time.monotonic()
+
+    def show(self, text: str) -> None:
+        if self.live:
+            width = shutil.get_terminal_size().columns - 1
+            print(f"\r\x1b[K{text[:width]}", end="", file=self.stream, flush=True)
+        elif time.monotonic() - self.last > 30:
+            self.end(text)
+
+    def end(self, text: str) -> None:
+        """Write a line that stays."""
+        print(("\r\x1b[K" if self.live else "") + text, file=self.stream, flush=True)
+        self.last = time.monotonic()
+
+
+def execute(path: Path, out: Path, parameters: dict[str, object], progress: Progress) -> str | None:
+    """Run one notebook into out/NAME.ipynb, or out/NAME.failed.ipynb and then return the error's sentence.
+
+    The final names are only ever given to finished files; an interruption leaves none behind.
+
+    Raises:
+        Interrupted: a signal came; the kernel is gone by then.
+    """
+    import nbformat
+    import papermill
+    from papermill.engines import papermill_engines
+
+    final, failed = out / f"{path.stem}.ipynb", out / f"{path.stem}.failed.ipynb"
+    partial = out / f"{path.stem}.ipynb.partial"
+    run = Run(path.stem)
+    papermill_engines.register("tour", engine(run))
+
+    def work() -> None:
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="The specified file .* does not end in one of")
+                run.notebook = papermill.execute_notebook(
+                    str(path), str(partial), parameters, engine_name="tour", kernel_name="python3",
+                    language="python", progress_bar=False, cwd=str(path.parent),
+                )  # fmt: skip
+        except Exception as error:
+            run.error = error
+
+    # papermill runs in a thread so that this one is free to show the time and to hear Ctrl-C.
+    worker = threading.Thread(target=work, daemon=True)
+    try:
+        worker.start()
+        while worker.is_alive():
+            progress.show(run.line())
+            worker.join(0.25)
+    except Interrupted:
+        for _ in range(60):  # the kernel may only just be starting: keep killing until papermill has given up
+            run.kill_kernel()
+            worker.join(0.25)
+            if not worker.is_alive():
+                break
+        partial.unlink(missing_ok=True)
+        progress.end(run.line())
+        raise
+
+    sentence = explain(run) if run.error else None
+    if run.notebook is None and partial.exists():
+        run.notebook = nbformat.read(partial, as_version=4)
+    if run.notebook is not None:
+        note = {
+            "seconds": round(run.seconds(), 1),
+            "finished": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+            "smoke": "CI" in os.environ,
+            "parameters": {name: repr(value) for name, value in parameters.items()},
+            "source": hashlib.sha256(path.read_bytes()).hexdigest(),
+        }
+        run.notebook.metadata["tour"] = note | ({"error": sentence} if sentence else {})
+        run.notebook.metadata.get("papermill", {}).pop("output_path", None)
+        run.notebook.metadata.get("papermill", {})["input_path"] = path.name
+        write(partial, nbformat.writes(run.notebook))
+        os.replace(partial, failed if sentence else final)
+    if not sentence:
+        failed.unlink(missing_ok=True)
+    progress.end(f"{run.line()}  {'failed' if sentence else 'done'}")
+    return sentence
+
+
+def explain(run: Run) -> str:
+    """One sentence for what stopped the notebook: its name, the cell as Jupyter numbers it, the error."""
+    kind, text = type(run.error).__name__, str(run.error)
+    if kind == "PapermillExecutionError":
+        text = re.sub(r"\x1b\[[0-9;]*m", "", run.error.evalue).strip()
+        text = f"{run.error.ename}: {text.splitlines()[0]}" if text else run.error.ename
+        return f"{run.name} failed in cell [{run.error.exec_count}]: {text}"
+    if kind == "DeadKernelError":
+        run.stderr.seek(0)
+        said = run.stderr.read().decode(errors="replace").strip().splitlines()
+        said = [line for line in said if not line.startswith("[IPKernelApp]")]
+        why = f"its last words: {said[0]}" if said else "most often for lack of memory"
+        return f"{run.name} failed in cell [{run.cell}]: its kernel died ({why})"
+    where = f"in cell [{run.cell}]" if run.cell else "before its first cell"
+    return f"{run.name} failed {where}: {kind}: {(text.strip().splitlines() or [''])[-1]}"
+
+
+def write(path: Path, text: str) -> None:
+    """Write `text` to `path` and have it on the disk before returning."""
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+# ---------------------------------------------------------------- the page
+
+
+def markdown(text: str) -> str:
+    """Markdown as HTML (tables and raw HTML included); formulas stay TeX, in their own style."""
+    import mistune
+
+    render = mistune.create_markdown(escape=False, plugins=["table", "strikethrough", "math"])
+    delimiters = r'(class="math">)(?:\\\(|\$\$)\s*(.*?)\s*(?:\\\)|\$\$)<'
+    return re.sub(delimiters, r"\1\2<", render(text), flags=re.S)
+
+
+def outputs(cell, *kinds: str):
+    """Yield (kind, data) of each output of a cell in its first form among `kinds`; print gives text/plain."""
+    for output in cell.get("outputs", []):
+        if output.output_type == "stream":
+            data = {"text/plain": output.text} if output.name == "stdout" else {}
+        else:
+            data = output.get("data", {})
+        for kind in kinds:
+            if data.get(kind):
+                yield kind, data[kind]
+                break
+
+
+def pieces(notebook) -> dict[str, list[str]]:
+    """The HTML of a notebook's tagged cells, in their order, by tag: finding, signature, scoreboard."""
+    found: dict[str, list[str]] = {"finding": [], "signature": [], "scoreboard": []}
+    for cell in notebook.cells:
+        tags = cell.metadata.get("tags", [])
+        for tag in ("finding", "scoreboard"):
+            if tag in tags and cell.cell_type == "markdown":
+                found[tag].append(markdown(cell.source))
+            elif tag in tags:
+                for kind, data in outputs(cell, "text/html", "text/markdown", "text/plain"):
+                    if kind == "text/plain" and "signature" in tags and data.startswith("<Figure size"):
+                        continue
+                    as_html = {"text/html": str, "text/markdown": markdown}.get(kind)
+                    found[tag].append(as_html(data) if as_html else f"<pre>{html.escape(data.strip())}</pre>")
+        if "signature" in tags:
+            for _, data in outputs(cell, "image/png"):
+                png = "".join(data.split())
+                if png not in found["signature"]:  # a cell that ends in `fig` shows it twice
+                    found["signature"].append(png)
+    return found
+
+
+def title_of(notebook, default: str) -> str:
+    """The first heading of the first markdown cell, as plain text."""
+    first = next((cell.source for cell in notebook.cells if cell.cell_type == "markdown"), "")
+    heading = re.search(r"^#+\s+(.+?)\s*#*$", first, flags=re.M)
+    return re.sub(r"[*_`]{1,2}(\S.*?)[*_`]{1,2}", r"\1", heading[1]) if heading else default
+
+
+def section(path: Path, out: Path) -> tuple[str, str, float] | None:
+    """(HTML, row for the contents, seconds) of a notebook's newest run; None when it has not run here."""
+    import nbformat
+
+    executed = out / f"{path.stem}.failed.ipynb"
+    if not executed.exists():
+        executed = out / f"{path.stem}.ipynb"
+    if not executed.exists():
+        return None
+    notebook = nbformat.read(executed, as_version=4)
+    note = notebook.metadata.get("tour", {})
+    title, seconds = html.escape(title_of(notebook, path.stem)), note.get("seconds", 0.0)
+    minutes = f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.0f} s"
+    facts = [minutes, note.get("finished", "")[:16].replace("T", " ")]
+    facts += ["smoke run: few steps, numbers mean nothing"] if note.get("smoke") else []
+    facts += [f"{name} = {value}" for name, value in note.get("parameters", {}).items()]
+    if note.get("source") != hashlib.sha256(path.read_bytes()).hexdigest():
+        facts.append("the notebook has changed since")
+    found = pieces(notebook)
+    body = [f'<p class="facts">{html.escape(" · ".join(facts))}</p>']
+    if note.get("error"):
+        body.append(f'<p class="error">{html.escape(note["error"])}</p>')
+    body += [f'<div class="finding">{piece}</div>' for piece in found["finding"]]
+    for number, png in enumerate(found["signature"], 1):
+        body.append(f'<img alt="{title}, figure {number}" src="data:image/png;base64,{png}">')
+    body += [f'<div class="table">{piece}</div>' for piece in found["scoreboard"]]
+    if not any(found.values()) and not note.get("error"):
+        body.append("<p>This notebook has no tagged result.</p>")
+    body.append(f'<p><a href="{html.escape(executed.name)}">The executed notebook</a></p>')
+    page = f'<section id="{path.stem}"><h2>{title}</h2>\n' + "\n".join(body) + "\n</section>"
+    state = "failed" if note.get("error") else minutes
+    row = f'<li><a href="#{path.stem}">{title}</a><span>{state}</span></li>'
+    return page, row, seconds
+
+
+def machine() -> str:
+    """CPU, cores, torch and, in a git checkout, the commit: one line."""
+    cpu = ""
+    with contextlib.suppress(OSError):
+        cpu = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), flags=re.M)
+        cpu = cpu[1] if cpu else ""
+    if not cpu and sys.platform == "darwin":
+        cpu = answer("sysctl", "-n", "machdep.cpu.brand_string")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    facts = [cpu or platform.machine(), f"{cores} core{'s' * (cores != 1)}"]
+    facts.append(f"Python {platform.python_version()}")
+    with contextlib.suppress(PackageNotFoundError):
+        facts.append(f"torch {version('torch')}")
+    commit = answer("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD")
+    if commit:
+        changed = answer("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no")
+        facts.append(f"commit {commit}" + (" with local changes" if changed else ""))
+    return " · ".join(facts)
+
+
+def answer(*command: str) -> str:
+    """What a command prints, stripped; empty when it fails or is not there."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def peak_gib() -> float:
+    """The largest memory any finished child process (a kernel, here) had, in GiB."""
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss  # bytes on macOS, KiB elsewhere
+    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20
+
+
+def build_page(notebooks: list[Path], out: Path) -> Path:
+    """Write out/index.html from the executed notebooks in `out`; it needs no other file and no network."""
+    made = [part for part in (section(path, out) for path in notebooks) if part]
+    total = sum(seconds for _, _, seconds in made) / 60
+    when = datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
+    page = PAGE.format(
+        title=TITLE, claim=html.escape(CLAIM), style=STYLE, when=when, machine=html.escape(machine()),
+        rows="\n".join(row for _, row, _ in made), sections="\n".join(text for text, _, _ in made),
+        total=f"{total:.1f}", count=f"{len(made)} of {len(notebooks)}", peak=f"{peak_gib():.1f}",
+    )  # fmt: skip
+    partial = out / "index.html.partial"
+    write(partial, page)
+    os.replace(partial, out / "index.html")
+    return out / "index.html"
+
+
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>{style}</style>
+</head>
+<body>
+<header>
+<h1>{title}</h1>
+<p class="claim">{claim}</p>
+<p class="facts">{when} · {machine}</p>
+<ol>
+{rows}
+</ol>
+</header>
+{sections}
+<footer>{count} notebooks shown, {total} minutes in all; a kernel of the last run used at most {peak} GiB
+of memory.</footer>
+</body>
+</html>
+"""
+
+STYLE = """
+:root { color-scheme: light dark; --page: #fcfcfb; --ink: #1c1e21; --soft: #62676e; --line: #dcdedf;
+  --card: #fff; --accent: #0b62a8; --bad: #b3261e; }
+@media (prefers-color-scheme: dark) { :root { --page: #16181b; --ink: #e6e7e8; --soft: #a0a5ab;
+  --line: #363a3f; --card: #1f2226; --accent: #7cb8ee; --bad: #ff8f85; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 62rem; background: var(--page);
+  color: var(--ink); font: 1rem/1.55 system-ui, sans-serif; overflow-wrap: break-word; }
+h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .5rem; }
+h2 { font-size: 1.35rem; line-height: 1.25; margin: 0 0 .25rem; }
+a { color: var(--accent); }
+.claim { font-size: 1.15rem; max-width: 46rem; margin: 0 0 .5rem; }
+.facts, footer { color: var(--soft); font-size: .875rem; margin: 0 0 1rem; }
+ol { list-style: none; margin: 1.5rem 0 0; padding: 0; border-top: 1px solid var(--line); max-width: 46rem; }
+ol li { display: flex; justify-content: space-between; gap: 1rem; padding: .35rem 0;
+  border-bottom: 1px solid var(--line); }
+ol span { color: var(--soft); white-space: nowrap; font-variant-numeric: tabular-nums; }
+section { margin-top: 2.5rem; padding-top: 1.5rem; border-top: 2px solid var(--line); }
+img { display: block; max-width: 100%; height: auto; margin: 1rem 0; padding: .5rem; background: #fff;
+  border: 1px solid var(--line); border-radius: 6px; }
+.finding { max-width: 46rem; margin: 0 0 1rem; padding-left: .9rem; border-left: 4px solid var(--accent); }
+.finding > :first-child { margin-top: 0; } .finding > :last-child { margin-bottom: 0; }
+.finding h1, .finding h2, .finding h3, .finding h4 { font-size: 1.05rem; }
+.table { overflow-x: auto; margin: 1rem 0; }
+table { border-collapse: collapse; font-size: .92rem;
+  font-variant-numeric: tabular-nums; background: var(--card); }
+th, td { padding: .35rem .7rem; border-bottom: 1px solid var(--line);
+  text-align: right; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; } thead th { border-bottom: 2px solid var(--soft); }
+pre { overflow-x: auto; padding: .7rem; background: var(--card); border: 1px solid var(--line);
+  border-radius: 6px; font-size: .85rem; line-height: 1.4; }
+.math { font-family: ui-serif, serif; font-style: italic; }
+.error { color: var(--bad); font-weight: 600; }
+footer { margin-top: 3rem; padding-top: 1rem; border-top: 2px solid var(--line); }
+"""
+
+
+# ---------------------------------------------------------------- the command
+
+
+def prepare_environment(smoke: bool) -> None:
+    """What the kernels inherit: this Python's kernel first, figures in the notebook, no stray warnings."""
+    share = str(Path(sys.prefix) / "share" / "jupyter")
+    known = os.environ.get("JUPYTER_PATH", "").split(os.pathsep)
+    os.environ["JUPYTER_PATH"] = os.pathsep.join([share, *(p for p in known if p and p != share)])
+    os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"
+    os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"
+    os.environ.pop("MPLBACKEND", None)  # a user's Agg would keep every figure out of the notebooks
+    if smoke:
+        os.environ["CI"] = "1"
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="tour.py", description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--only", action="append", default=[], metavar="05", help="run only the notebooks so numbered")
+    add("--smoke", action="store_true", help="few steps (sets CI=1): shows that everything runs")
+    add("--out", type=Path, default=ROOT / "runs" / "tour", help="where the results go (runs/tour)")
+    add("--param", action="append", default=[], type=parse_parameter, metavar="NAME=VALUE",
+        help="set a parameter in each notebook that has it")  # fmt: skip
+    return parser.parse_args(arguments)
+
+
+def tour(options: argparse.Namespace) -> int:
+    """Run the chosen notebooks up to the first that fails, write the page, return the exit code."""
+    everything = choose(HERE, [])
+    chosen = choose(HERE, options.only)
+    prepare_environment(options.smoke)
+    try:
+        import papermill  # noqa: F401
+    except ImportError:
+        raise UserError("papermill is not installed for this Python; `make tour` sets it up.") from None
+    given = dict(options.param)
+    parameters = {path: parameters_of(path, given) for path in chosen}
+    for name in given:
+        if not any(name in mine for mine in parameters.values()):
+            raise UserError(f"--param {name}: none of the chosen notebooks has a parameter of that name.")
+
+    out = options.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    progress = Progress()
+    smoke = ", in smoke mode: few steps, numbers mean nothing" if "CI" in os.environ else ""
+    progress.end(f"Running {len(chosen)} notebook{'s' * (len(chosen) != 1)}{smoke}.")
+    sentence = None
+    for path in chosen:
+        sentence = execute(path, out, parameters[path], progress)
+        if sentence:
+            break
+    index = build_page(everything, out)
+    print(f"Results: {os.path.relpath(index)}", flush=True)
+    if sentence:
+        kept = out / f"{path.stem}.failed.ipynb"
+        where = f" (what ran is in {os.path.relpath(kept)})" if kept.exists() else ""
+        print(f"{sentence}{where}.", file=sys.stderr)
+    return 1 if sentence else 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the tour and return 0, or 1 a notebook failed, 2 a wrong option, 130 interrupted."""
+    options = parse_arguments(arguments)
+
+    def stop(number, _frame):
+        signal.signal(number, signal.SIG_IGN)  # once is enough
+        raise Interrupted(number)
+
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        return tour(options)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except Interrupted as interruption:
+        print("Interrupted: finished notebooks are kept, the one that was running is not.", file=sys.stderr)
+        return 128 + interruption.number
+
+
+if __name__ == "__main__":
+    sys.exit(main())
