@@ -1,0 +1,106 @@
+"""The embedded networks do what their logs say, and the plumbing of the notebooks holds."""
+
+import json
+
+import pytest
+import torch
+
+from repae_lite.data import to_unit_range
+from repae_lite.files import data_small_dir
+from repae_lite.metrics import psnr
+from repae_lite.small_scale import METHODS, SmallScale, progress
+from repae_lite.steps import repae_step
+
+
+@pytest.fixture(scope="module")
+def small():
+    return SmallScale.load()
+
+
+def log(name):
+    return json.loads((data_small_dir() / "logs" / f"{name}.json").read_text())
+
+
+def test_evaluator_knows_the_evaluation_images(small):
+    with torch.no_grad():
+        guesses = small.evaluator(to_unit_range(small.eval_images)).argmax(1)
+    accuracy = float((guesses == small.eval_labels).float().mean())
+    logged = log("evaluator")["curve"][-1]["class_accuracy"]  # on other images: 1,000 draws, standard error below 0.01
+    assert accuracy > 0.95 and accuracy == pytest.approx(logged, abs=0.03)
+
+
+def test_vae_reconstructs_as_well_as_its_log_says(small):
+    vae = small.new_state("repa", sit_lr=1e-3, vae_lr=1e-3).vae
+    measured = float(psnr(to_unit_range(small.reconstruct(vae)), to_unit_range(small.eval_images)).mean())
+    assert measured == pytest.approx(log("vae")["curve"][-1]["psnr"], abs=0.5)
+
+
+def test_latent_statistics_of_the_shipped_vae_normalise_its_latents(small):
+    state = small.new_state("repa", sit_lr=1e-3, vae_lr=1e-3)
+    normalised = state.sit.eval().normalize(small.eval_latents(state.vae))
+    assert normalised.mean((0, 2, 3)).abs().max() < 0.1
+    assert (normalised.std((0, 2, 3)) - 1).abs().max() < 0.1
+
+
+def test_teacher_and_judges_are_frozen_and_independent(small):
+    for network in (small.encoder, small.evaluator, small.perceptual):
+        assert not any(p.requires_grad for p in network.parameters())
+    assert len({log(name)["seed"] for name in ("teacher", "perceptual", "evaluator", "vae")}) == 4
+    assert small.tokens.shape == (6000, 16, 128) and not small.tokens.requires_grad
+
+
+def test_routing_a_whole_step_leaves_teacher_judge_and_perceptual_network_alone(small):
+    before = {name: [p.clone() for p in getattr(small, name).parameters()] for name in ("encoder", "evaluator", "perceptual")}
+    state = small.new_state("repa-e", sit_lr=1e-3, vae_lr=1e-3)
+    index = torch.arange(4)
+    tokens = small.encoder(small.images[index])
+    repae_step(state, to_unit_range(small.images[index]), small.labels[index], tokens)
+    for name, kept in before.items():
+        for p, old in zip(getattr(small, name).parameters(), kept, strict=True):
+            assert p.grad is None and torch.equal(p, old), name
+
+
+def test_tokens_are_those_of_the_encoder(small):
+    index = torch.tensor([5, 4000])
+    torch.testing.assert_close(small.encoder(small.images[index]), small.tokens[index], rtol=1e-4, atol=1e-4)
+
+
+def test_batches_cover_every_epoch_and_repeat_by_seed(small):
+    seen = torch.cat(list(small.batches(188, 32, seed=3)))
+    assert seen[:6000].sort().values.equal(torch.arange(6000))
+    assert torch.equal(seen, torch.cat(list(small.batches(188, 32, seed=3))))
+    assert not torch.equal(seen, torch.cat(list(small.batches(188, 32, seed=4))))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_fresh_states_of_one_seed_are_alike(small, method):
+    states = []
+    for _ in range(2):
+        torch.manual_seed(7)
+        states.append(small.new_state(method, sit_lr=1e-3, vae_lr=1e-4))
+    for a, b in zip(states[0].sit.parameters(), states[1].sit.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert ("vae" in states[0].optimizers) == (method != "repa")
+
+
+def test_generation_repeats_and_scores_are_sane(small):
+    torch.manual_seed(0)
+    state = small.new_state("repa", sit_lr=1e-3, vae_lr=1e-3)
+    first, labels = small.generate(state.ema, state.vae, 20, steps=2, seed=1)
+    again, _ = small.generate(state.ema, state.vae, 20, steps=2, seed=1)
+    assert torch.equal(first, again) and first.dtype == torch.uint8 and labels.tolist() == [*range(10)] * 2
+    rebuilt = small.reconstruct(state.vae)
+    perfect = small.score(small.eval_images, small.eval_labels, rebuilt)
+    assert perfect["frechet"] == pytest.approx(0, abs=1e-3) and perfect["class_accuracy"] > 0.95
+    assert perfect["frechet_to_reconstructions"] == pytest.approx(perfect["reconstruction_frechet"], rel=1e-3, abs=1e-3)
+    untrained = small.score(first, labels, rebuilt)
+    assert untrained["frechet"] > perfect["reconstruction_frechet"]
+
+
+def test_unknown_method_is_refused(small):
+    with pytest.raises(ValueError, match="unknown method 'dit': choose one of repa, vae-only, repa-e, naive"):
+        small.new_state("dit", sit_lr=1e-3, vae_lr=1e-3)
+
+
+def test_progress_passes_items_through(capsys):
+    assert list(progress(iter("abc"), 3, "letters")) == ["a", "b", "c"]
