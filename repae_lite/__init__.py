@@ -3,9 +3,9 @@
 The house has five floors; a file imports only from floors below its own (`figures` and `method_map` share one):
 
     ground  files, flow, metrics, figures, method_map    no knowledge of the networks
-    1       objectives, vae, discriminator, data
-    2       sit, encoders, checkpoint
-    3       sampling, steps                              `steps` is the method
+    1       objectives, data
+    2       vae, sit, discriminator, encoders
+    3       sampling, steps, checkpoint                  `steps` is the method
     4       small_scale, cli
 
 `notebooks/00_map.ipynb` is the guided way in.

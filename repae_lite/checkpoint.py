@@ -48,7 +48,7 @@ def _vae_path(source: str | Path) -> Path:
 def _vae_metadata(path: Path) -> dict:
     _, metadata = read_weights(path)
     if not {"vae_config", "latents_scale", "latents_bias"} <= metadata.keys():
-        raise ValueError(f"{path} holds no VAE configuration: give a file written by repae_lite.checkpoint.save_vae")
+        raise ValueError(f"{path} holds no VAE configuration: this version loads files written by repae_lite.checkpoint.save_vae")
     return metadata
 
 

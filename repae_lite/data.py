@@ -6,6 +6,7 @@ Taught in `notebooks/00_map.ipynb`. The layout is that of the official REPA-E pr
 
 import io
 import json
+import os
 from pathlib import Path
 
 import h5py
@@ -71,7 +72,7 @@ class ImageH5Dataset(Dataset):
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self._file = None
+        self._file, self._process = None, None
         if not self.path.is_file():
             raise FileNotFoundError(
                 f"the image file {self.path} does not exist: check the path, or write it by preprocessing a folder"
@@ -82,7 +83,10 @@ class ImageH5Dataset(Dataset):
                     raise ValueError(
                         f"{self.path} has no dataset.json: it was not written by the official preprocessing or by ours"
                     )
-                entries = json.loads(bytes(file["dataset.json"][()]))["labels"]
+                try:
+                    entries = json.loads(bytes(file["dataset.json"][()])).get("labels")
+                except (json.JSONDecodeError, AttributeError):
+                    raise ValueError(f"{self.path} has a dataset.json that cannot be read: write the file again") from None
                 if not entries:
                     raise ValueError(
                         f"{self.path} has no labels: preprocess a folder with one subfolder per class, or with a dataset.json"
@@ -102,8 +106,8 @@ class ImageH5Dataset(Dataset):
         return len(self.names)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        if self._file is None:
-            self._file = h5py.File(self.path, "r")
+        if self._process != os.getpid():  # an HDF5 handle must not be shared across a fork
+            self._file, self._process = h5py.File(self.path, "r"), os.getpid()
         name = self.names[index]
         try:
             image = Image.open(io.BytesIO(bytes(self._file[name][()])))
@@ -113,7 +117,7 @@ class ImageH5Dataset(Dataset):
         return torch.from_numpy(pixels).permute(2, 0, 1).contiguous(), self.labels[index]
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_file": None}
+        return self.__dict__ | {"_file": None, "_process": None}
 
 
 def write_images_h5(path: str | Path, images: np.ndarray, labels: np.ndarray, *, compress: bool = True) -> None:

@@ -42,6 +42,8 @@ class TinyViT(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Images (B, 3, 32, 32) in [-1, 1] to tokens (B, 16, 128), after the final norm."""
+        if x.ndim != 4 or x.shape[1:] != (3, 32, 32):
+            raise ValueError(f"images have shape {tuple(x.shape)}: the tiny encoder takes (B, 3, 32, 32)")
         h = self.stem(x).flatten(2).transpose(1, 2) + self.pos_embed
         return self.blocks(h)
 

@@ -74,7 +74,9 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict]:
             state = {name: file.get_tensor(name) for name in file.keys()}
             metadata = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
     except (SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not a safetensors file of this project ({error}): download or write it again") from None
+        raise ValueError(
+            f"{path} is not a safetensors file of this project ({error}): only such files are read here, never pickles"
+        ) from None
     return state, metadata
 
 

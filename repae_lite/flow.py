@@ -27,6 +27,7 @@ class Path:
 
 _HALF_PI = math.pi / 2
 
+WEIGHTINGS = ("uniform", "lognormal")
 PATHS = {
     "linear": Path(
         "linear",
@@ -75,10 +76,9 @@ def interpolate(z: Tensor, eps: Tensor, t: Tensor, path: str | Path = "linear") 
     Returns:
         (z_t, v), both shaped like z.
     """
-    path, t = get_path(path), expand_time(t, z)
-    z_t = path.alpha(t) * z + path.sigma(t) * eps
-    v = path.d_alpha(t) * z + path.d_sigma(t) * eps
-    return z_t, v
+    path, t = get_path(path), expand_time(t, z)  # t stays float32 when z is half precision: only the factors are rounded
+    alpha, sigma, d_alpha, d_sigma = (f(t).to(z.dtype) for f in (path.alpha, path.sigma, path.d_alpha, path.d_sigma))
+    return alpha * z + sigma * eps, d_alpha * z + d_sigma * eps
 
 
 def score_from_velocity(v: Tensor, z_t: Tensor, t: Tensor, path: str | Path = "linear") -> Tensor:

@@ -16,8 +16,13 @@ from repae_lite.files import data_small_dir, load_weights
 
 
 def velocity_loss(v_hat: Tensor, v: Tensor) -> Tensor:
-    """Mean squared error of the predicted velocity per image: (B, …) to (B,)."""
-    return (v_hat - v).square().flatten(1).mean(1)
+    """Mean squared error of the predicted velocity per image: (B, …) to (B,), at least in float32."""
+    return (full_precision(v_hat) - full_precision(v)).square().flatten(1).mean(1)
+
+
+def full_precision(x: Tensor) -> Tensor:
+    """Half-precision tensors as float32, all others as they are."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def alignment_loss(projected: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
@@ -44,8 +49,8 @@ def alignment_loss(projected: Sequence[Tensor], targets: Sequence[Tensor]) -> Te
                 f"targets[{i}] have shape {tuple(target.shape)} but the projected SiT features {tuple(h_proj.shape)} (B, N, D): "
                 "choose an encoder resolution and SiT patch size with the same token grid, and its width in target_dims"
             )
-        with torch.autocast(h_proj.device.type, enabled=False):
-            cosine = F.normalize(h_proj.float(), dim=-1) * F.normalize(target.float(), dim=-1)
+        # Products, sums and norms are not autocast to half precision; what matters is that they start from float32.
+        cosine = F.normalize(h_proj.float(), dim=-1) * F.normalize(target.float(), dim=-1)
         similarities.append(cosine.sum(-1).mean())
     return -torch.stack(similarities).mean()
 

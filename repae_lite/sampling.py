@@ -29,7 +29,7 @@ class Guidance:
     high: float = 1.0
 
     def __post_init__(self):
-        if self.scale < 1:
+        if not self.scale >= 1:
             raise ValueError(f"guidance scale {self.scale} is below 1: use 1 for none, more for stronger guidance")
         if not 0 <= self.low <= self.high <= 1:
             raise ValueError(
@@ -72,7 +72,7 @@ def sample_ode(
     if solver not in ("euler", "heun"):
         raise ValueError(f"unknown solver {solver!r}: choose euler or heun")
     get_path(path)
-    _check(sit, labels, steps, minimum=1)
+    _check(sit, eps, labels, steps, minimum=1)
     guidance = guidance or Guidance()
     times = torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()
     z_t = eps.double()
@@ -96,6 +96,7 @@ def sample_sde(
     steps: int = 250,
     guidance: Guidance | None = None,
     path: str | Path = "linear",
+    noise: Tensor | None = None,
     generator: torch.Generator | None = None,
     last_time: float = 0.04,
 ) -> Tensor:
@@ -110,7 +111,8 @@ def sample_sde(
         steps: model evaluations, the last one included; at least 2.
         guidance: off when None.
         path: the path the model was trained on; it turns velocities into scores.
-        generator: source of the step noise, float64; the global one when None.
+        noise: the steps' noise (steps - 1, B, C, h, w), float64 for full agreement; drawn when None.
+        generator: where it is drawn from, in float64; the global one when None.
         last_time: where the noise-free last step starts.
 
     Returns:
@@ -120,11 +122,15 @@ def sample_sde(
         ValueError: unknown path, fewer than two steps, or labels out of range.
     """
     path = get_path(path)
-    _check(sit, labels, steps, minimum=2)
+    _check(sit, eps, labels, steps, minimum=2)
+    if not 0 < last_time < 1:
+        raise ValueError(f"last_time {last_time} is not between 0 and 1: the score is undefined at 0, use the default 0.04")
+    if noise is not None and noise.shape != (steps - 1, *eps.shape):
+        raise ValueError(f"step noise has shape {tuple(noise.shape)}: {steps} steps need {(steps - 1, *eps.shape)}")
     guidance = guidance or Guidance()
     times = [*torch.linspace(1, last_time, steps, dtype=torch.float64).tolist(), 0.0]
     z_t = eps.double()
-    for t, t_next in itertools.pairwise(times):
+    for i, (t, t_next) in enumerate(itertools.pairwise(times)):
         d = _guided(
             [
                 v - t * score_from_velocity(v, z_t, torch.full((len(z_t),), t, dtype=torch.float64, device=z_t.device), path)
@@ -134,13 +140,18 @@ def sample_sde(
         )
         mean = z_t + (t_next - t) * d
         if t_next > 0:
-            noise = torch.randn(z_t.shape, dtype=torch.float64, device=z_t.device, generator=generator)
-            mean = mean + (2 * t * (t - t_next)) ** 0.5 * noise
+            if noise is None:
+                draw = torch.randn(z_t.shape, dtype=torch.float64, device=z_t.device, generator=generator)
+            else:
+                draw = noise[i].to(z_t)
+            mean = mean + (2 * t * (t - t_next)) ** 0.5 * draw
         z_t = mean
     return z_t
 
 
-def _check(sit: SiT, labels: Tensor, steps: int, minimum: int) -> None:
+def _check(sit: SiT, eps: Tensor, labels: Tensor, steps: int, minimum: int) -> None:
+    if labels.shape != eps.shape[:1]:
+        raise ValueError(f"labels have shape {tuple(labels.shape)} for {eps.shape[0]} samples: give one class number per sample")
     if steps < minimum:
         raise ValueError(f"{steps} sampling steps are too few: use at least {minimum}")
     sit.check_labels(labels)
@@ -150,7 +161,7 @@ def _velocities(sit: SiT, z_t: Tensor, t: float, labels: Tensor, guided: bool) -
     """Float64 velocities [conditional], or [conditional, unconditional] from one doubled batch when guided."""
     if guided:
         z_t, labels = torch.cat([z_t, z_t]), torch.cat([labels, torch.full_like(labels, sit.null_class)])
-    times = torch.full((len(z_t),), t, device=z_t.device, dtype=sit.pos_embed.dtype)
+    times = torch.full((len(z_t),), t, device=z_t.device, dtype=torch.promote_types(sit.pos_embed.dtype, torch.float32))
     v = sit(z_t.to(sit.pos_embed.dtype), times, labels).double()
     return list(v.chunk(2)) if guided else [v]
 

@@ -6,13 +6,14 @@ checkpoints, so their state dicts load with `strict=True`.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from repae_lite.flow import Path, interpolate, sample_time
+from repae_lite.flow import Path, get_path, interpolate, sample_time
 from repae_lite.objectives import alignment_loss, velocity_loss
 
 
@@ -51,6 +52,14 @@ class SiTConfig:
     train_pos_embed: bool = False
 
     def __post_init__(self):
+        sizes = ("in_channels", "input_size", "patch_size", "width", "depth", "heads", "num_classes", "projector_width")
+        for name in sizes:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if not isinstance(self.target_dims, tuple):
+            raise ValueError(f"target_dims is {self.target_dims!r}: give a tuple with one width per encoder, as in (768,)")
+        if not 0 <= self.label_dropout < 1:
+            raise ValueError(f"label_dropout is {self.label_dropout}: it is a share, from 0 up to (not including) 1")
         if self.input_size % self.patch_size:
             raise ValueError(
                 f"latent size {self.input_size} is not a multiple of patch size {self.patch_size}: "
@@ -226,6 +235,11 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(self.norm_final(h), shift, scale))
 
 
+def as_list(targets: Tensor | Sequence[Tensor] | None) -> list[Tensor]:
+    """Encoder tokens as a list, one tensor per encoder; empty for None."""
+    return [] if targets is None else [targets] if isinstance(targets, Tensor) else list(targets)
+
+
 def projector(in_dim: int, width: int, out_dim: int) -> nn.Sequential:
     """REPA's projector: three linear layers with SiLU between, from SiT features to encoder tokens."""
     return nn.Sequential(nn.Linear(in_dim, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, out_dim))
@@ -290,6 +304,11 @@ class SiT(nn.Module):
 
     def set_latent_stats(self, scale: Tensor, bias: Tensor) -> None:
         """Starts the running statistics from a VAE's: bias (C,) = mean, scale (C,) = 1 / std of its latents."""
+        if scale.numel() != self.config.in_channels or bias.numel() != self.config.in_channels:
+            raise ValueError(
+                f"latent statistics of {scale.numel()} and {bias.numel()} channels for a SiT of {self.config.in_channels}: "
+                "use those of the VAE that the SiT was built for"
+            )
         self.bn.running_mean.copy_(bias.reshape(-1))
         self.bn.running_var.copy_(scale.reshape(-1).square().reciprocal())
 
@@ -319,8 +338,8 @@ class SiT(nn.Module):
 
     # ---------------------------------------------------------------- network
 
-    def check_labels(self, labels: Tensor) -> None:
-        """Refuses labels outside 0 … num_classes (the last is the null class). Synchronises a GPU: call it once per batch.
+    def check_labels(self, labels: Tensor, *, allow_null: bool = True) -> None:
+        """Refuses labels out of range; the null class is for sampling, not a training label. Synchronises a GPU: once per batch.
 
         Raises:
             ValueError: wrong dtype, or a label out of range.
@@ -328,27 +347,54 @@ class SiT(nn.Module):
         if labels.dtype not in (torch.int64, torch.int32):
             raise ValueError(f"labels have dtype {labels.dtype}: give integer class numbers (int64)")
         low, high = int(labels.min()), int(labels.max())
-        if low < 0 or high > self.null_class:
+        if low < 0 or high > self.null_class - (not allow_null):
             raise ValueError(
                 f"label {low if low < 0 else high} is outside 0 to {self.null_class - 1} (null class {self.null_class}): "
-                "fix the labels or build the SiT with more num_classes"
+                "fix the labels (they count from 0) or build the SiT with more num_classes"
             )
 
-    def _embed(self, z_t: Tensor, t: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens (B, N, width) and condition (B, width)."""
+    def check_targets(self, batch: int, targets: Sequence[Tensor]) -> None:
+        """Refuses encoder tokens that do not fit this SiT's grid and projectors.
+
+        Raises:
+            ValueError: another number of encoders, or another shape than (batch, N, D).
+        """
+        dims = self.config.target_dims
+        if len(targets) != len(dims):
+            raise ValueError(
+                f"{len(targets)} target encoders for a SiT with {len(dims)} projectors: build it with one target_dims entry each"
+            )
+        for i, (target, dim) in enumerate(zip(targets, dims, strict=True)):
+            expected = (batch, self.config.grid_size**2, dim)
+            if tuple(target.shape) != expected:
+                raise ValueError(
+                    f"targets[{i}] have shape {tuple(target.shape)} but this SiT needs {expected} (B, N, D): choose an encoder "
+                    "resolution and SiT patch size with the same token grid, and its width in target_dims"
+                )
+
+    def _check_input(self, z_t: Tensor, labels: Tensor) -> None:
         expected = (self.config.in_channels, self.config.input_size, self.config.input_size)
         if z_t.ndim != 4 or tuple(z_t.shape[1:]) != expected:
             raise ValueError(
                 f"latents have shape {tuple(z_t.shape)}: this SiT takes (B, {', '.join(map(str, expected))}); "
                 "build it with the VAE's in_channels and input_size"
             )
-        if not labels.is_cuda:
+        if labels.shape != z_t.shape[:1]:
+            raise ValueError(f"labels have shape {tuple(labels.shape)} for {z_t.shape[0]} latents: give one class number per latent")
+        if labels.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere it would wait for the device
             self.check_labels(labels)
+
+    def _embed(self, z_t: Tensor, t: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens (B, N, width) and condition (B, width)."""
+        self._check_input(z_t, labels)
+        z_t = z_t.to(self.pos_embed.dtype)
         h = self.x_embedder(z_t) + self.pos_embed
         return h, self.t_embedder(t) + self.y_embedder(labels)
 
     def features(self, z_t: Tensor, t: Tensor, labels: Tensor, depth: int | None = None) -> Tensor:
         """Token features after `depth` blocks (the alignment depth by default): (B, N, width), for normalised z_t."""
+        if depth is not None and not 0 <= depth <= self.config.depth:
+            raise ValueError(f"depth {depth} is outside 0 to {self.config.depth}, the number of blocks: choose one inside")
         h, condition = self._embed(z_t, t, labels)
         for block in self.blocks[: self.config.alignment_depth if depth is None else depth]:
             h = block(h, condition)
@@ -406,12 +452,21 @@ class SiT(nn.Module):
         Raises:
             ValueError: shapes, labels or token counts do not fit.
         """
-        t = sample_time(z.shape[0], weighting=weighting, path=path, device=z.device).to(z.dtype) if t is None else t.flatten()
+        targets = as_list(targets)
+        path = get_path(path)
+        self._check_input(z, labels)  # before BatchNorm takes notice
+        if targets:
+            self.check_targets(z.shape[0], targets)
+        t = sample_time(z.shape[0], weighting=weighting, path=path, device=z.device) if t is None else t.flatten()
         eps = torch.randn_like(z) if eps is None else eps
+        if len(t) != len(z) or eps.shape != z.shape:
+            raise ValueError(
+                f"{len(t)} times and noise of shape {tuple(eps.shape)} for latents {tuple(z.shape)}: "
+                "draw one time per latent and noise like z"
+            )
         z_t, v = interpolate(self.normalize(z, batch_stats), eps, t, path)
         v_hat, h = self._run(z_t, t, self._drop_labels(labels, label_drop), align_only)
 
-        targets = [] if targets is None else [targets] if isinstance(targets, Tensor) else list(targets)
         projected = [project(h) for project in self.projectors] if targets else []
         return LossOutput(
             denoising_loss=None if align_only else velocity_loss(v_hat, v),

@@ -24,8 +24,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from repae_lite.flow import WEIGHTINGS, get_path
 from repae_lite.objectives import VAELossConfig, hinge_discriminator_loss, vae_regularization_loss
-from repae_lite.sit import SiT
+from repae_lite.sit import SiT, as_list
 from repae_lite.vae import AutoencoderKL
 
 
@@ -55,6 +56,11 @@ class StepConfig:
     vae_step_batch_stats: bool = False
     max_grad_norm: float = 1.0
     ema_decay: float = 0.9999
+
+    def __post_init__(self):
+        get_path(self.path)
+        if self.weighting not in WEIGHTINGS:
+            raise ValueError(f"unknown time weighting {self.weighting!r}: choose one of {', '.join(WEIGHTINGS)}")
 
 
 @dataclass
@@ -102,6 +108,8 @@ def make_optimizer(
 ) -> torch.optim.AdamW:
     """AdamW as in the official run, over the parameters that train (fused on a GPU)."""
     trainable = [p for p in parameters.parameters() if p.requires_grad]
+    if not trainable:
+        raise ValueError(f"every parameter of this {type(parameters).__name__} is frozen: leave its optimiser out, or unfreeze it")
     return torch.optim.AdamW(
         trainable, lr=lr, betas=betas, weight_decay=weight_decay, eps=1e-8, fused=trainable[0].is_cuda or None
     )
@@ -146,8 +154,10 @@ def check_batch(sit: SiT, x: Tensor, labels: Tensor, targets: Tensor | Sequence[
     """Refuses what would train silently wrong.
 
     Raises:
-        ValueError: images not float in [-1, 1] or not finite, labels out of range, targets not finite.
+        ValueError: images not float in [-1, 1] or not finite, labels out of range, targets not finite or not on SiT's grid.
     """
+    if x.ndim != 4 or x.shape[0] == 0:
+        raise ValueError(f"images have shape {tuple(x.shape)}: give a batch (B, 3, H, W) with at least one image")
     if not x.is_floating_point():
         raise ValueError(f"images have dtype {x.dtype}: convert uint8 pixels with repae_lite.data.to_unit_range first")
     if labels.shape != x.shape[:1]:
@@ -161,10 +171,28 @@ def check_batch(sit: SiT, x: Tensor, labels: Tensor, targets: Tensor | Sequence[
         raise ValueError(
             f"images reach {largest:.4g} in magnitude but must lie in [-1, 1]: use repae_lite.data.to_unit_range on uint8 pixels"
         )
-    sit.check_labels(labels)
-    for i, target in enumerate(_as_list(targets)):
+    _check_conditions(sit, x.shape[0], labels, targets)
+
+
+def _check_conditions(sit: SiT, batch: int, labels: Tensor, targets: Tensor | Sequence[Tensor] | None) -> None:
+    sit.check_labels(labels, allow_null=False)
+    if targets := as_list(targets):
+        sit.check_targets(batch, targets)
+    for i, target in enumerate(targets):
         if not bool(target.isfinite().all()):
             raise ValueError(f"targets[{i}] contain NaN or infinity: check the vision encoder and its input")
+
+
+def _check_ready(state: TrainState, targets: Tensor | Sequence[Tensor] | None) -> None:
+    """Refuses a state whose configuration asks for what is not there."""
+    config = state.config
+    if config.vae_loss.gan_active(state.step) and state.discriminator is None:
+        raise ValueError(f"gan_weight is {config.vae_loss.gan_weight} but there is no discriminator: pass one or set the weight to 0")
+    if config.vae_align_coeff and not as_list(targets):
+        raise ValueError(f"vae_align_coeff is {config.vae_align_coeff} but there are no targets: pass encoder tokens or set it to 0")
+    needed = ["vae", "sit", *(["discriminator"] if state.gan_active else [])]
+    if missing := [name for name in needed if name not in state.optimizers]:
+        raise ValueError(f"the training state has no optimizer for {missing[0]}: add one with make_optimizer, or use latent_step")
 
 
 def vae_step(
@@ -307,8 +335,10 @@ def repae_step(
         Every loss and every gradient norm before clipping, as floats.
 
     Raises:
-        ValueError: a batch that would train silently wrong; see `check_batch`.
+        ValueError: a batch that would train silently wrong (see `check_batch`), or a part that the configuration needs is missing.
+        FloatingPointError: a gradient is not finite.
     """
+    _check_ready(state, targets)
     check_batch(state.sit, x, labels, targets)
     vae_out = vae_step(state, x, labels, targets, eps_posterior=eps_posterior, t=t, eps=eps)
     losses = dict(vae_out.losses)
@@ -326,7 +356,15 @@ def latent_step(
     """One step with the VAE left alone: SiT and its moving average, on latents z (B, C, h, w). REPA, or a plain SiT without targets.
 
     Keyword draws are those of `sit_step`.
+
+    Raises:
+        ValueError: latents not finite, labels out of range, targets not finite or not on SiT's grid.
     """
+    if not bool(z.isfinite().all()):
+        raise ValueError("the latent batch contains NaN or infinity: check the VAE that made it and the cached file")
+    if labels.shape != z.shape[:1]:
+        raise ValueError(f"labels have shape {tuple(labels.shape)} for {z.shape[0]} latents: give one class number per latent")
+    _check_conditions(state.sit, z.shape[0], labels, targets)
     losses = sit_step(state, z, labels, targets, **draws)
     update_ema(state.ema, state.sit, state.config.ema_decay)
     state.step += 1
@@ -339,14 +377,18 @@ def as_floats(losses: dict[str, Tensor]) -> dict[str, float]:
     return dict(zip(losses, values, strict=True))
 
 
-def _as_list(targets: Tensor | Sequence[Tensor] | None) -> list[Tensor]:
-    return [] if targets is None else [targets] if isinstance(targets, Tensor) else list(targets)
-
-
 def _update(loss: Tensor, module: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
-    """Backward, clip, step; returns the gradient norm before clipping."""
+    """Backward, clip, step; returns the gradient norm before clipping.
+
+    Raises:
+        FloatingPointError: the norm is not finite; weights, optimiser and moving average are then as before the update.
+    """
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     norm = nn.utils.clip_grad_norm_([p for p in module.parameters() if p.requires_grad], max_norm)
+    if not bool(norm.isfinite()):
+        raise FloatingPointError(
+            f"the gradient norm of {type(module).__name__} is {float(norm)}: lower the learning rate, or use bfloat16 or float32"
+        )
     optimizer.step()
     return norm

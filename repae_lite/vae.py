@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from repae_lite.objectives import full_precision
+
 
 @dataclass(frozen=True)
 class VAEConfig:
@@ -37,6 +39,10 @@ class VAEConfig:
     fold: int = 1
 
     def __post_init__(self):
+        if self.groups < 1 or self.fold < 1 or self.width < 1 or self.blocks < 1:
+            raise ValueError(
+                f"width {self.width}, blocks {self.blocks}, groups {self.groups} and fold {self.fold} must be at least 1"
+            )
         bad = [self.width * m for m in self.multipliers if (self.width * m) % self.groups]
         if bad:
             raise ValueError(f"groups={self.groups} does not divide {bad[0]} channels: choose a divisor of width {self.width}")
@@ -58,17 +64,22 @@ class Posterior:
     """The diagonal Gaussian q(z | x) that the encoder predicts.
 
     Args:
-        moments: mean and log-variance, stacked along channels (B, 2C, h, w); the log-variance is clamped to [-30, 20].
+        moments: mean and log-variance, stacked along channels (B, 2C, h, w); the log-variance is clamped to [-30, 20]. Half
+            precision is raised to float32: the KL of a sharp posterior overflows float16.
     """
 
     def __init__(self, moments: Tensor):
-        self.mean, log_var = moments.chunk(2, dim=1)
+        self.mean, log_var = full_precision(moments).chunk(2, dim=1)
         self.log_var = log_var.clamp(-30.0, 20.0)
         self.std = torch.exp(0.5 * self.log_var)
 
     def sample(self, eps: Tensor | None = None) -> Tensor:
         """Draws z = mean + std * eps, (B, C, h, w); pass eps to fix the draw. Gradients reach mean and std."""
-        return self.mean + self.std * (torch.randn_like(self.mean) if eps is None else eps)
+        if eps is None:
+            eps = torch.randn_like(self.mean)
+        elif eps.shape != self.mean.shape:
+            raise ValueError(f"posterior noise has shape {tuple(eps.shape)}, the latents {tuple(self.mean.shape)}: draw it like them")
+        return self.mean + self.std * eps
 
     def mode(self) -> Tensor:
         """The mean, (B, C, h, w)."""
@@ -252,6 +263,8 @@ class AutoencoderKL(nn.Module):
     def encode(self, x: Tensor) -> Posterior:
         """The posterior over latents (B, C, H / f, W / f) of images x (B, 3, H, W) in [-1, 1].
 
+        The range is checked once per training step, by `repae_lite.steps.check_batch`, and not here.
+
         Raises:
             ValueError: x is not a float image batch in that layout, or its sides are not multiples of f.
         """
@@ -260,6 +273,8 @@ class AutoencoderKL(nn.Module):
             raise ValueError(f"images have shape {tuple(x.shape)}: give a batch (B, 3, H, W)")
         if not x.is_floating_point():
             raise ValueError(f"images have dtype {x.dtype}: convert uint8 pixels with repae_lite.data.to_unit_range first")
+        if x.dtype != self.quant_conv.weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise ValueError(f"images have dtype {x.dtype}, the VAE {self.quant_conv.weight.dtype}: convert one, as in x.float()")
         if x.shape[2] % f or x.shape[3] % f:
             raise ValueError(f"image size {x.shape[2]}x{x.shape[3]} is not a multiple of {f}: resize or crop to one that is")
         return Posterior(self.quant_conv(self.encoder(x)))
@@ -267,12 +282,14 @@ class AutoencoderKL(nn.Module):
     def decode(self, z: Tensor) -> Tensor:
         """Images (B, 3, h * f, w * f), about in [-1, 1], of latents z (B, C, h, w) on the VAE's own scale (de-normalised).
 
+        Any float dtype of z is converted to the VAE's.
+
         Raises:
             ValueError: z does not have the VAE's number of channels.
         """
         if z.ndim != 4 or z.shape[1] != self.config.latent_channels:
             raise ValueError(f"latents have shape {tuple(z.shape)}: this VAE decodes (B, {self.config.latent_channels}, h, w)")
-        return self.decoder(self.post_quant_conv(z))
+        return self.decoder(self.post_quant_conv(z.to(self.post_quant_conv.weight.dtype)))
 
     def forward(self, x: Tensor, eps_posterior: Tensor | None = None) -> tuple[Posterior, Tensor, Tensor]:
         """Encodes, samples and decodes; returns (posterior, z, x_hat)."""

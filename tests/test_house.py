@@ -40,4 +40,4 @@ def test_every_module_says_what_it_is_and_stays_readable():
     for path in PACKAGE.glob("*.py"):
         text = path.read_text(encoding="utf-8")
         assert ast.get_docstring(ast.parse(text)), f"{path.name} has no docstring"
-        assert len(text.splitlines()) <= 480, f"{path.name} is too long to be one idea"
+        assert len(text.splitlines()) <= 500, f"{path.name} is too long to be one idea"

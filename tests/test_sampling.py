@@ -64,6 +64,18 @@ def test_sde_noise_comes_from_the_generator():
     assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
 
 
+def test_sde_noise_can_be_passed_in():
+    eps, labels = noise(4)
+    g = torch.Generator().manual_seed(1)
+    drawn = sample_sde(GaussianVelocity(), eps, labels, steps=5, generator=torch.Generator().manual_seed(1))
+    passed = torch.stack([torch.randn(eps.shape, dtype=torch.float64, generator=g) for _ in range(4)])
+    assert torch.equal(drawn, sample_sde(GaussianVelocity(), eps, labels, steps=5, noise=passed))
+    with pytest.raises(ValueError, match=r"5 steps need \(4, 4, 1, 2, 2\)"):
+        sample_sde(GaussianVelocity(), eps, labels, steps=5, noise=passed[:1])
+    with pytest.raises(ValueError, match="last_time 0 is not between 0 and 1"):
+        sample_sde(GaussianVelocity(), eps, labels, steps=5, last_time=0)
+
+
 def test_guidance_runs_the_doubled_batch_inside_its_interval_only():
     eps, labels = noise(4)
     model = GaussianVelocity()
@@ -87,6 +99,7 @@ REFUSED = {
     "steps": (dict(steps=0), "0 sampling steps are too few"),
     "path": (dict(path="vp"), "unknown path 'vp'"),
     "labels": (dict(labels=torch.tensor([5])), "label 5 is outside 0 to 1"),
+    "labels count": (dict(labels=torch.tensor([0, 1])), "for 1 samples: give one class number per sample"),
 }
 
 
@@ -103,5 +116,7 @@ def test_other_refusals():
         sample_sde(GaussianVelocity(), torch.zeros(1, 1, 2, 2), torch.tensor([0]), steps=1)
     with pytest.raises(ValueError, match=r"guidance scale 0.5 is below 1"):
         Guidance(0.5)
+    with pytest.raises(ValueError, match=r"guidance scale nan"):
+        Guidance(float("nan"))
     with pytest.raises(ValueError, match=r"guidance interval \[0.7, 0.2\]"):
         Guidance(2.0, 0.7, 0.2)

@@ -45,9 +45,7 @@ def test_position_embedding_is_a_function_of_row_and_column():
 
 
 def test_patches_return_to_their_place():
-    model = SiT(
-        SiTConfig(input_size=4, patch_size=2, in_channels=3, width=16, depth=1, heads=2, alignment_depth=1, target_dims=())
-    )
+    model = SiT(SiTConfig(input_size=4, patch_size=2, in_channels=3, width=16, depth=1, heads=2, alignment_depth=1, target_dims=()))
     z = torch.arange(48.0).reshape(1, 3, 4, 4)
     tokens = z.reshape(1, 3, 2, 2, 2, 2).permute(0, 2, 4, 3, 5, 1).reshape(1, 4, 12)  # (row, column), then (y, x, channel)
     assert torch.equal(model._unpatchify(tokens), z)
@@ -79,6 +77,29 @@ def test_label_dropout_only_in_training(sit):
     assert sit._drop_labels(torch.tensor([3, 4]), forced).tolist() == [10, 4]
 
 
+def test_wrong_latents_leave_batchnorm_alone(sit):
+    before = sit.train().bn.running_mean.clone()
+    with pytest.raises(ValueError, match=r"this SiT takes \(B, 4, 8, 8\)"):
+        sit.loss_forward(torch.randn(2, 4, 16, 16) + 50, torch.tensor([1, 2]))
+    assert torch.equal(before, sit.bn.running_mean)
+
+
+def test_runs_on_the_meta_device():
+    with torch.device("meta"):
+        model = SiT.from_preset("tiny")
+        out = model.loss_forward(torch.zeros(2, 4, 8, 8), torch.zeros(2, dtype=torch.int64), torch.zeros(2, 16, 128))
+    assert out.v_hat.shape == (2, 4, 8, 8) and out.align_loss.shape == ()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_weights_see_times_in_full_precision(sit, dtype):
+    t = torch.tensor([0.9991, 0.12345])
+    exact = sit.t_embedder(t)
+    half = sit.to(dtype).t_embedder(t).float()
+    assert (half - exact).abs().max() < 0.02 * exact.abs().max()
+    assert sit(torch.randn(2, 4, 8, 8), t, torch.tensor([1, 2])).dtype == dtype
+
+
 def test_align_only_stops_at_the_tap_and_agrees(sit):
     z, labels, targets = torch.randn(2, 4, 8, 8), torch.tensor([1, 2]), torch.randn(2, 16, 128)
     draws = {"t": torch.rand(2), "eps": torch.randn(2, 4, 8, 8)}
@@ -96,6 +117,12 @@ REFUSED = {
     "tap": (lambda s: SiT.from_preset("tiny", alignment_depth=7), "alignment depth 7 is outside 1 to 6"),
     "channels": (lambda s: s(torch.zeros(1, 32, 8, 8), torch.zeros(1), torch.zeros(1).long()), r"takes \(B, 4, 8, 8\)"),
     "size": (lambda s: s(torch.zeros(1, 4, 16, 16), torch.zeros(1), torch.zeros(1).long()), r"shape \(1, 4, 16, 16\)"),
+    "labels count": (lambda s: s(torch.zeros(2, 4, 8, 8), torch.zeros(2), torch.tensor([1])), "for 2 latents: give one"),
+    "no patches": (lambda s: SiT.from_preset("tiny", patch_size=0), "patch_size is 0: it must be at least 1"),
+    "target dims": (lambda s: SiT.from_preset("tiny", target_dims=128), r"target_dims is 128: give a tuple"),
+    "dropout": (lambda s: SiT.from_preset("tiny", label_dropout=1.5), "label_dropout is 1.5"),
+    "depth": (lambda s: s.features(torch.zeros(1, 4, 8, 8), torch.zeros(1), torch.zeros(1).long(), 99), "depth 99 is outside 0 to 2"),
+    "statistics": (lambda s: s.set_latent_stats(torch.ones(32), torch.zeros(32)), "32 and 32 channels for a SiT of 4"),
     "label": (lambda s: s(torch.zeros(1, 4, 8, 8), torch.zeros(1), torch.tensor([11])), "label 11 is outside 0 to 9"),
 }
 

@@ -179,9 +179,7 @@ def moved(before: dict[str, torch.Tensor], module: nn.Module) -> set[str]:
 
 
 def snapshot(state: TrainState) -> dict[str, dict[str, torch.Tensor]]:
-    return {
-        name: copy.deepcopy(getattr(state, name).state_dict()) for name in ("vae", "sit", "ema", "discriminator", "perceptual")
-    }
+    return {name: copy.deepcopy(getattr(state, name).state_dict()) for name in ("vae", "sit", "ema", "discriminator", "perceptual")}
 
 
 def moved_models(before, state):
@@ -345,6 +343,13 @@ BAD_BATCHES = {
     "labels negative": (dict(labels=torch.tensor([0, 1, -2, 3])), "label -2 is outside"),
     "labels float": (dict(labels=torch.ones(4)), "labels have dtype torch.float32"),
     "labels count": (dict(labels=torch.tensor([1])), "for 4 images: give one class number per image"),
+    "labels null": (dict(labels=torch.tensor([0, 1, 2, 10])), "label 10 is outside 0 to 9"),
+    "empty": (dict(x=X[:0], labels=LABELS[:0]), "at least one image"),
+    "float64": (dict(x=X.double()), r"dtype torch\.float64, the VAE torch\.float32: convert one"),
+    "tokens off the grid": (dict(targets=[TARGETS[0][:, :9], TARGETS[1]]), r"targets\[0\] have shape \(4, 9, 24\).*same token grid"),
+    "token width": (dict(targets=[TARGETS[1], TARGETS[1]]), r"targets\[0\] have shape \(4, 16, 16\) but this SiT needs \(4, 16, 24\)"),
+    "one encoder of two": (dict(targets=TARGETS[0]), "1 target encoders for a SiT with 2 projectors"),
+    "no targets": (dict(targets=None), "vae_align_coeff is 1.5 but there are no targets"),
     "targets nan": (dict(targets=[TARGETS[0], TARGETS[1] / 0]), r"targets\[1\] contain NaN or infinity"),
 }
 
@@ -362,9 +367,82 @@ def test_bad_batch_is_refused_before_anything_moves(case):
     check_batch(state.sit, X, LABELS, TARGETS)  # the good one passes
 
 
-def test_token_count_must_fit_the_grid():
+BAD_LATENTS = {
+    "nan": (dict(z=torch.full((4, 4, 8, 8), float("nan"))), "latent batch contains NaN or infinity"),
+    "labels": (dict(labels=LABELS[:1]), "for 4 latents: give one class number per latent"),
+    "targets": (dict(targets=[TARGETS[0] * float("inf"), TARGETS[1]]), r"targets\[0\] contain NaN or infinity"),
+    "channels": (dict(z=torch.randn(4, 32, 8, 8)), r"shape \(4, 32, 8, 8\): this SiT takes \(B, 4, 8, 8\)"),
+    "size": (dict(z=torch.randn(4, 4, 16, 16)), r"shape \(4, 4, 16, 16\): this SiT takes"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_LATENTS)
+def test_bad_latents_are_refused_before_anything_moves(case):
+    changes, message = BAD_LATENTS[case]
     state = make_state()
-    with pytest.raises(ValueError, match=r"targets\[0\] have shape \(4, 64, 24\) .*same token grid"):
-        vae_step(state, X, LABELS, [torch.randn(4, 64, 24), torch.randn(4, 64, 16)])
-    with pytest.raises(ValueError, match="1 target encoders for a SiT with 2 projectors"):
-        vae_step(state, X, LABELS, TARGETS[0])
+    before = snapshot(state)
+    with pytest.raises(ValueError, match=message):
+        latent_step(state, **({"z": torch.randn(4, 4, 8, 8), "labels": LABELS, "targets": TARGETS} | changes))
+    assert not moved_models(before, state)
+
+
+def test_missing_parts_are_named_before_anything_moves():
+    x, targets, draws = make_batch()
+    for part, message in (("discriminator", "there is no discriminator"), ("optimizer", "no optimizer for vae")):
+        state = make_state()
+        if part == "discriminator":
+            state.discriminator = None
+        else:
+            del state.optimizers["vae"]
+        before = {k: copy.deepcopy(getattr(state, k).state_dict()) for k in ("vae", "sit")}
+        with pytest.raises(ValueError, match=message):
+            repae_step(state, x, LABELS, targets, **draws)
+        assert not any(moved(before[k], getattr(state, k)) for k in before)
+
+
+@pytest.mark.parametrize(
+    ("draw", "message"),
+    [
+        ({"t": torch.rand(1)}, "1 times and noise"),
+        ({"eps": torch.randn(1, 4, 8, 8)}, "draw one time per latent and noise like z"),
+        ({"eps_posterior": torch.randn(1, 4, 8, 8)}, "posterior noise has shape"),
+    ],
+    ids=["t", "eps", "eps_posterior"],
+)
+def test_draws_that_would_broadcast_are_refused(draw, message):
+    state = make_state()
+    before = copy.deepcopy(state.vae.state_dict())
+    with pytest.raises(ValueError, match=message):
+        repae_step(state, X, LABELS, TARGETS, **draw)
+    assert not moved(before, state.vae)
+
+
+def test_a_gradient_that_is_not_finite_changes_no_weights():
+    state = make_state()
+    state.sit.final_layer.linear.bias.data.fill_(1e30)  # its square overflows
+    before = snapshot(state)
+    with pytest.raises(FloatingPointError, match=r"gradient norm of SiT is (nan|inf)"):
+        latent_step(state, torch.randn(4, 4, 8, 8), LABELS, TARGETS)
+    assert {name.split(".")[0] for name in moved(before["sit"], state.sit)} <= {"bn"}
+    assert moved_models(before, state) <= {"sit"}
+
+
+def test_step_configuration_is_checked_when_it_is_made():
+    with pytest.raises(ValueError, match="unknown path 'vp'"):
+        StepConfig(path="vp")
+    with pytest.raises(ValueError, match="unknown time weighting 'edm'"):
+        StepConfig(weighting="edm")
+    with pytest.raises(ValueError, match="every parameter of this Linear is frozen"):
+        make_optimizer(nn.Linear(2, 2).requires_grad_(False))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_losses_and_times_stay_in_full_precision_under_autocast(dtype):
+    state = make_state()
+    x, targets, draws = make_batch()
+    with torch.no_grad(), torch.autocast("cpu", dtype=dtype):
+        posterior = state.vae.encode(x)
+        z = posterior.sample(draws["eps_posterior"])
+        out = state.sit.eval().loss_forward(z, LABELS, targets, eps=draws["eps"])
+    for value in (posterior.kl(), z, out.t, out.denoising_loss, out.align_loss):
+        assert value.dtype == torch.float32 and value.isfinite().all()

@@ -33,6 +33,13 @@ def test_posterior_against_torch_distributions():
     assert torch.equal(posterior.mode(), posterior.mean)
 
 
+def test_kl_of_a_sharp_posterior_survives_half_precision():
+    moments = torch.cat([torch.full((1, 4, 32, 32), 5.5), torch.full((1, 4, 32, 32), -17.0)], dim=1)
+    exact = Posterior(moments).kl()
+    assert float(exact) > 65504  # the largest float16
+    assert_close(Posterior(moments.half()).kl(), exact, rtol=1e-3, atol=0)
+
+
 def test_log_variance_is_clamped():
     moments = torch.cat([torch.zeros(1, 1, 1, 2), torch.tensor([[[[1000.0, -1000.0]]]])], dim=1)
     assert_close(Posterior(moments).log_var.flatten(), torch.tensor([20.0, -30.0]))
@@ -41,6 +48,7 @@ def test_log_variance_is_clamped():
 REFUSED = {
     "uint8": (torch.zeros(1, 3, 32, 32, dtype=torch.uint8), r"dtype torch\.uint8: convert"),
     "grey": (torch.zeros(1, 1, 32, 32), r"shape \(1, 1, 32, 32\): give a batch"),
+    "float64": (torch.zeros(1, 3, 32, 32, dtype=torch.float64), r"dtype torch\.float64, the VAE torch\.float32: convert one"),
     "one image": (torch.zeros(3, 32, 32), r"shape \(3, 32, 32\)"),
     "size": (torch.zeros(1, 3, 30, 32), "30x32 is not a multiple of 4: resize or crop"),
 }
