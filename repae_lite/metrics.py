@@ -278,6 +278,26 @@ def latent_structure(z: Tensor) -> dict[str, float | list[float]]:
     }
 
 
+def effective_dimensions(z: Tensor) -> float:
+    """In how many directions latents vary: the participation ratio (sum l)^2 / sum l^2 of their covariance's eigenvalues l.
+
+    1 when all variation lies along one line, C*h*w when it is spread evenly over all coordinates; independent of scale.
+
+    Args:
+        z: Latents (B, ...), B well above the number of coordinates.
+
+    Raises:
+        ValueError: fewer than two latents, or none that differ.
+    """
+    flat = z.detach().double().flatten(1)
+    flat = flat - flat.mean(dim=0)
+    trace = flat.square().sum()
+    if len(flat) < 2 or not trace > 0:
+        raise ValueError(f"effective_dimensions needs latents that differ, got {len(flat)}: give a batch of images.")
+    gram = flat.T @ flat if flat.shape[1] <= len(flat) else flat @ flat.T  # same non-zero eigenvalues
+    return (trace.square() / gram.square().sum()).item()  # the sum of squared eigenvalues is the squared Frobenius norm
+
+
 class Spread(NamedTuple):
     """Mean, sample standard deviation (NaN for one value) and number of values."""
 

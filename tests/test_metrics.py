@@ -13,6 +13,7 @@ from repae_lite.metrics import (
     FeatureStats,
     cknna,
     difference_interval,
+    effective_dimensions,
     feature_stats,
     frechet_distance,
     latent_structure,
@@ -293,3 +294,15 @@ def test_difference_interval_verdicts_and_errors():
         difference_interval([1.0, 2.0], [1.0, 2.0, 3.0], paired=True)
     with pytest.raises(ValueError, match="got 95"):
         difference_interval([1.0, 2.0], [1.0, 2.0], level=95)
+
+
+def test_effective_dimensions_against_eigenvalues_and_extremes():
+    z = torch.randn(400, 2, 3, 3, generator=torch.Generator().manual_seed(0)) * torch.linspace(0.1, 3, 9).reshape(3, 3)
+    values = np.linalg.eigvalsh(np.cov(z.flatten(1).numpy(), rowvar=False))
+    assert effective_dimensions(z) == pytest.approx(values.sum() ** 2 / (values**2).sum(), rel=1e-5)
+    assert effective_dimensions(z) == pytest.approx(effective_dimensions(7 * z + 1), rel=1e-4)
+    line = torch.arange(5.0)[:, None] * torch.ones(1, 4)
+    assert effective_dimensions(line) == pytest.approx(1)
+    assert effective_dimensions(torch.eye(6)) == pytest.approx(5)  # six corners of a regular simplex: five directions
+    with pytest.raises(ValueError, match="needs latents that differ"):
+        effective_dimensions(torch.ones(3, 4))
