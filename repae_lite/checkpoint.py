@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from repae_lite.files import data_small_dir, load_weights, read_weights, save_weights
+from repae_lite.files import data_small_dir, load_weights, read_metadata, save_weights
 from repae_lite.vae import AutoencoderKL, VAEConfig
 
 
@@ -46,7 +46,7 @@ def _vae_path(source: str | Path) -> Path:
 
 
 def _vae_metadata(path: Path) -> dict:
-    _, metadata = read_weights(path)
+    metadata = read_metadata(path)
     if not {"vae_config", "latents_scale", "latents_bias"} <= metadata.keys():
         raise ValueError(f"{path} holds no VAE configuration: this version loads files written by repae_lite.checkpoint.save_vae")
     return metadata

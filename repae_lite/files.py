@@ -60,24 +60,39 @@ def save_weights(path: str | Path, module: nn.Module, metadata: dict | None = No
 
 
 def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict]:
-    """The (state dict, metadata) of a file written by `save_weights`.
+    """The (state dict, metadata) of a file written by `save_weights`. Errors as in `read_metadata`."""
+    with _opened(path) as file:
+        state = {name: file.get_tensor(name) for name in file.keys()}
+        return state, _metadata(file)
+
+
+def read_metadata(path: str | Path) -> dict:
+    """The metadata alone: reads the header and none of the weights.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: not a safetensors file.
     """
+    with _opened(path) as file:
+        return _metadata(file)
+
+
+def _metadata(file: safe_open) -> dict:
+    return {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[safe_open]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"the weights {path} do not exist: check the path, or restore the file from the repository")
     try:
         with safe_open(path, "pt") as file:
-            state = {name: file.get_tensor(name) for name in file.keys()}
-            metadata = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
+            yield file
     except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(
             f"{path} is not a safetensors file of this project ({error}): only such files are read here, never pickles"
         ) from None
-    return state, metadata
 
 
 def load_weights(path: str | Path, module: nn.Module) -> nn.Module:

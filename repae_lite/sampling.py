@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from repae_lite.flow import Path, get_path, score_from_velocity
-from repae_lite.sit import SiT
+from repae_lite.sit import SiT, check_label_count
 
 
 @dataclass(frozen=True)
@@ -150,8 +150,7 @@ def sample_sde(
 
 
 def _check(sit: SiT, eps: Tensor, labels: Tensor, steps: int, minimum: int) -> None:
-    if labels.shape != eps.shape[:1]:
-        raise ValueError(f"labels have shape {tuple(labels.shape)} for {eps.shape[0]} samples: give one class number per sample")
+    check_label_count(labels, eps.shape[0], "sample")
     if steps < minimum:
         raise ValueError(f"{steps} sampling steps are too few: use at least {minimum}")
     sit.check_labels(labels)

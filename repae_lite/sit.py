@@ -240,6 +240,12 @@ def as_list(targets: Tensor | Sequence[Tensor] | None) -> list[Tensor]:
     return [] if targets is None else [targets] if isinstance(targets, Tensor) else list(targets)
 
 
+def check_label_count(labels: Tensor, count: int, noun: str) -> None:
+    """Refuses labels that are not one per image, latent or sample (the noun): they would broadcast silently."""
+    if labels.shape != (count,):
+        raise ValueError(f"labels have shape {tuple(labels.shape)} for {count} {noun}s: give one class number per {noun}")
+
+
 def projector(in_dim: int, width: int, out_dim: int) -> nn.Sequential:
     """REPA's projector: three linear layers with SiLU between, from SiT features to encoder tokens."""
     return nn.Sequential(nn.Linear(in_dim, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, out_dim))
@@ -379,8 +385,7 @@ class SiT(nn.Module):
                 f"latents have shape {tuple(z_t.shape)}: this SiT takes (B, {', '.join(map(str, expected))}); "
                 "build it with the VAE's in_channels and input_size"
             )
-        if labels.shape != z_t.shape[:1]:
-            raise ValueError(f"labels have shape {tuple(labels.shape)} for {z_t.shape[0]} latents: give one class number per latent")
+        check_label_count(labels, z_t.shape[0], "latent")
         if labels.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere it would wait for the device
             self.check_labels(labels)
 

@@ -26,7 +26,7 @@ from repae_lite.vae import AutoencoderKL
 # An adversarial term cost 2 dB of PSNR on 32-pixel icons when it was tried, so the embedded scale leaves it out.
 TINY_VAE_LOSS = VAELossConfig(gan_weight=0.0)
 METHODS = {
-    "repa": None,  # the VAE stays frozen: SiT steps alone
+    "repa": StepConfig(vae_loss=TINY_VAE_LOSS, ema_decay=0.98),  # with the VAE frozen: SiT steps alone
     "vae-only": StepConfig(vae_loss=TINY_VAE_LOSS, vae_align_coeff=0.0, ema_decay=0.98),
     "repa-e": StepConfig(vae_loss=TINY_VAE_LOSS, ema_decay=0.98),
     "naive": StepConfig(vae_loss=TINY_VAE_LOSS, vae_align_coeff=0.0, vae_diffusion_coeff=1.0, ema_decay=0.98),
@@ -101,8 +101,7 @@ class SmallScale:
             vae.requires_grad_(False)
         else:
             optimizers["vae"] = make_optimizer(vae, lr=vae_lr)
-        config = METHODS[method] or METHODS["repa-e"]
-        return TrainState(vae, sit, make_ema(sit), optimizers, config, perceptual=self.perceptual)
+        return TrainState(vae, sit, make_ema(sit), optimizers, METHODS[method], perceptual=self.perceptual)
 
     def generate(
         self,

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from repae_lite.flow import WEIGHTINGS, get_path
 from repae_lite.objectives import VAELossConfig, hinge_discriminator_loss, vae_regularization_loss
-from repae_lite.sit import SiT, as_list
+from repae_lite.sit import SiT, as_list, check_label_count
 from repae_lite.vae import AutoencoderKL
 
 
@@ -160,8 +160,7 @@ def check_batch(sit: SiT, x: Tensor, labels: Tensor, targets: Tensor | Sequence[
         raise ValueError(f"images have shape {tuple(x.shape)}: give a batch (B, 3, H, W) with at least one image")
     if not x.is_floating_point():
         raise ValueError(f"images have dtype {x.dtype}: convert uint8 pixels with repae_lite.data.to_unit_range first")
-    if labels.shape != x.shape[:1]:
-        raise ValueError(f"labels have shape {tuple(labels.shape)} for {x.shape[0]} images: give one class number per image")
+    check_label_count(labels, x.shape[0], "image")
     largest = float(x.detach().abs().max())
     if not largest < float("inf"):
         raise ValueError(
@@ -362,8 +361,7 @@ def latent_step(
     """
     if not bool(z.isfinite().all()):
         raise ValueError("the latent batch contains NaN or infinity: check the VAE that made it and the cached file")
-    if labels.shape != z.shape[:1]:
-        raise ValueError(f"labels have shape {tuple(labels.shape)} for {z.shape[0]} latents: give one class number per latent")
+    check_label_count(labels, z.shape[0], "latent")
     _check_conditions(state.sit, z.shape[0], labels, targets)
     losses = sit_step(state, z, labels, targets, **draws)
     update_ema(state.ema, state.sit, state.config.ema_decay)
