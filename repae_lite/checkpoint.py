@@ -13,6 +13,8 @@ from torch import Tensor
 from repae_lite.files import data_small_dir, load_weights, read_metadata, save_weights
 from repae_lite.vae import AutoencoderKL, VAEConfig
 
+SHIPPED = {"tiny": "vae.safetensors", "tiny-e2e": "vae_e2e.safetensors", "tiny-vae-only": "vae_only.safetensors"}
+
 
 def save_vae(path: str | Path, vae: AutoencoderKL, *, scale: Tensor, bias: Tensor) -> None:
     """Writes a VAE as safetensors, with its configuration and latent statistics (scale = 1 / std and bias = mean, each (C,))."""
@@ -25,7 +27,9 @@ def save_vae(path: str | Path, vae: AutoencoderKL, *, scale: Tensor, bias: Tenso
 
 
 def load_vae(source: str | Path) -> AutoencoderKL:
-    """Loads a VAE in eval mode: "tiny", the one that ships with the project, or a file written by `save_vae`.
+    """Loads a VAE in eval mode: a file written by `save_vae`, or one that ships with the project.
+
+    Those are "tiny", and what became of it in 400 steps of chapter 05: "tiny-e2e" (REPA-E) and "tiny-vae-only" (the control).
 
     Raises:
         FileNotFoundError: no such file.
@@ -42,7 +46,7 @@ def load_latent_stats(source: str | Path) -> tuple[Tensor, Tensor]:
 
 
 def _vae_path(source: str | Path) -> Path:
-    return data_small_dir() / "vae.safetensors" if str(source) == "tiny" else Path(source)
+    return data_small_dir() / SHIPPED[str(source)] if str(source) in SHIPPED else Path(source)
 
 
 def _vae_metadata(path: Path) -> dict:

@@ -32,6 +32,8 @@ class SiTConfig:
         alignment_depth: the features after this many blocks are aligned.
         projector_width: hidden width of the projectors.
         bn_momentum: weight of a new batch in the running latent statistics.
+        fixed_latent_stats: normalise by the statistics set at the start, always, as latent diffusion did before REPA-E (its
+            ablation "no BatchNorm").
         label_std: standard deviation of the initial label embeddings.
         train_pos_embed: lets the sin-cos position embedding train, as it does by accident in the official run (D2).
     """
@@ -48,6 +50,7 @@ class SiTConfig:
     alignment_depth: int = 8
     projector_width: int = 2048
     bn_momentum: float = 0.1
+    fixed_latent_stats: bool = False
     label_std: float = 0.02
     train_pos_embed: bool = False
 
@@ -330,6 +333,8 @@ class SiT(nn.Module):
             batch_stats: None follows train/eval mode. True in eval mode uses this batch's statistics and leaves the running ones
                 alone; False in train mode uses the running ones.
         """
+        if self.config.fixed_latent_stats:
+            batch_stats = False
         if batch_stats is None or batch_stats == self.training:
             return self.bn(z)
         if batch_stats:

@@ -20,13 +20,14 @@ from repae_lite.metrics import EvaluationNet, FeatureStats, feature_stats, frech
 from repae_lite.objectives import TinyPerceptualLoss, VAELossConfig
 from repae_lite.sampling import Guidance, sample_ode
 from repae_lite.sit import SiT
-from repae_lite.steps import StepConfig, TrainState, make_ema, make_optimizer
+from repae_lite.steps import StepConfig, TrainState, latent_step, make_ema, make_optimizer, repae_step
 from repae_lite.vae import AutoencoderKL
 
 # An adversarial term cost 2 dB of PSNR on 32-pixel icons when it was tried, so the embedded scale leaves it out.
 TINY_VAE_LOSS = VAELossConfig(gan_weight=0.0)
 METHODS = {
-    "repa": StepConfig(vae_loss=TINY_VAE_LOSS, ema_decay=0.98),  # with the VAE frozen: SiT steps alone
+    "sit": StepConfig(vae_loss=TINY_VAE_LOSS, proj_coeff=0.0, ema_decay=0.98),  # VAE frozen: SiT steps alone
+    "repa": StepConfig(vae_loss=TINY_VAE_LOSS, ema_decay=0.98),  # VAE frozen: SiT steps alone
     "vae-only": StepConfig(vae_loss=TINY_VAE_LOSS, vae_align_coeff=0.0, ema_decay=0.98),
     "repa-e": StepConfig(vae_loss=TINY_VAE_LOSS, ema_decay=0.98),
     "naive": StepConfig(vae_loss=TINY_VAE_LOSS, vae_align_coeff=0.0, vae_diffusion_coeff=1.0, ema_decay=0.98),
@@ -84,24 +85,83 @@ class SmallScale:
             yield order[:batch]
             order = order[batch:]
 
-    def new_state(self, method: str, *, sit_lr: float, vae_lr: float) -> TrainState:
-        """A fresh SiT on the shipped VAE, ready for `method`: "repa", "vae-only", "repa-e" or "naive".
+    @torch.no_grad()
+    def latents(self, vae: AutoencoderKL) -> tuple[Tensor, Tensor]:
+        """Cached latents of the training images: posterior mean and std, each (6000, C, h, w)."""
+        posteriors = [vae.encode(x) for x in to_unit_range(self.images).split(500)]
+        return torch.cat([p.mean for p in posteriors]), torch.cat([p.std for p in posteriors])
 
-        The SiT's weights come from torch's global generator: seed it first.
+    def new_state(
+        self, method: str, *, sit_lr: float = 1e-3, vae_lr: float = 2e-4, vae: AutoencoderKL | None = None, **sit_changes
+    ) -> TrainState:
+        """A fresh SiT on a VAE, ready for `method`: "sit", "repa", "vae-only", "repa-e" or "naive".
+
+        The SiT's weights come from torch's global generator: seed it first. A plain "sit" has a projector too, which nothing trains,
+        so that it starts from the same weights as the others.
+
+        Args:
+            method: a key of `METHODS`; "sit" and "repa" freeze the VAE.
+            sit_lr, vae_lr: learning rates.
+            vae: the VAE to start from, used as it is and not copied; the shipped one when None.
+            sit_changes: fields of the tiny `SiTConfig` to replace.
 
         Raises:
             ValueError: unknown method.
         """
         if method not in METHODS:
             raise ValueError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}")
-        vae, sit = load_vae("tiny"), SiT.from_preset("tiny")
-        sit.set_latent_stats(*load_latent_stats("tiny"))
+        sit = SiT.from_preset("tiny", **sit_changes)
+        if vae is None:
+            vae = load_vae("tiny")
+            sit.set_latent_stats(*load_latent_stats("tiny"))
+        else:
+            sit.set_latent_stats(*posterior_stats(*self.latents(vae)))
         optimizers = {"sit": make_optimizer(sit, lr=sit_lr)}
-        if method == "repa":
+        if method in ("sit", "repa"):
             vae.requires_grad_(False)
         else:
             optimizers["vae"] = make_optimizer(vae, lr=vae_lr)
         return TrainState(vae, sit, make_ema(sit), optimizers, METHODS[method], perceptual=self.perceptual)
+
+    def train(
+        self,
+        state: TrainState,
+        steps: int,
+        *,
+        targets: Tensor | None,
+        batch: int = 32,
+        seed: int = 0,
+        warmup: int = 50,
+        label: str = "training",
+    ) -> list[dict[str, float]]:
+        """Trains a state from `new_state`, in place, with a progress bar; returns the losses of each step.
+
+        The VAE trains where the state has an optimiser for it; otherwise latents are cached first. All draws come from a generator
+        of this seed, so two runs of one seed see the same batches, times and noise, whatever they do with them. Learning rates
+        rise over `warmup` steps and fall to zero over the second half (`learning_rate`).
+
+        Args:
+            state: updated in place.
+            steps: training steps.
+            targets: tokens to align with (6000, 16, D), for instance `self.tokens`; None for a plain SiT.
+            batch: images per step.
+        """
+        rates = {name: optimizer.param_groups[0]["lr"] for name, optimizer in state.optimizers.items()}
+        mean, std = self.latents(state.vae) if "vae" not in state.optimizers else (None, None)
+        size, generator, history = state.sit.config, torch.Generator().manual_seed(seed), []
+        for step, index in enumerate(progress(self.batches(steps, batch, seed), steps, label)):
+            for name, optimizer in state.optimizers.items():
+                optimizer.param_groups[0]["lr"] = rates[name] * learning_rate(step, steps, warmup)
+            noise = torch.randn(2, len(index), size.in_channels, size.input_size, size.input_size, generator=generator)
+            t, drop = torch.rand(2, len(index), generator=generator)
+            draws = {"t": t, "eps": noise[1], "label_drop": drop < size.label_dropout}
+            labels, tokens = self.labels[index], None if targets is None else targets[index]
+            if mean is None:
+                x = to_unit_range(self.images[index])
+                history.append(repae_step(state, x, labels, tokens, eps_posterior=noise[0], **draws))
+            else:
+                history.append(latent_step(state, mean[index] + std[index] * noise[0], labels, tokens, **draws))
+        return history
 
     def generate(
         self,
@@ -158,6 +218,17 @@ class SmallScale:
             "psnr": float(psnr(to_unit_range(reconstructions), to_unit_range(self.eval_images)).mean()),
             "reconstruction_frechet": frechet_distance(rebuilt, self.reference),
         }
+
+
+def learning_rate(step: int, steps: int, warmup: int = 50) -> float:
+    """The share of the full learning rate at a step: rises over `warmup` steps, falls to zero over the second half."""
+    return min((step + 1) / warmup, 2 * (steps - step) / steps, 1.0)
+
+
+def posterior_stats(mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+    """(scale = 1 / std, bias = mean), each (C,), of latents drawn from posteriors of that mean and std (N, C, h, w)."""
+    variance = mean.var((0, 2, 3)) + std.square().mean((0, 2, 3))
+    return variance.rsqrt(), mean.mean((0, 2, 3))
 
 
 def progress(items: Iterable, total: int, label: str) -> Iterator:

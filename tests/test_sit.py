@@ -132,3 +132,15 @@ def test_refusals(sit, case):
     call, message = REFUSED[case]
     with pytest.raises(ValueError, match=message):
         call(sit)
+
+
+def test_fixed_latent_statistics_never_move():
+    torch.manual_seed(0)
+    sit = SiT.from_preset("tiny", fixed_latent_stats=True)
+    sit.set_latent_stats(torch.full((4,), 0.5), torch.ones(4))
+    z = 3 * torch.randn(8, 4, 8, 8)
+    expected = (z - 1) / (4 + 1e-4) ** 0.5
+    for mode in (True, False):
+        torch.testing.assert_close(sit.train(mode).normalize(z), expected)
+        torch.testing.assert_close(sit.normalize(z, batch_stats=True), expected)
+    assert sit.latent_stats()[0].tolist() == [0.5] * 4

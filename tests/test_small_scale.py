@@ -5,10 +5,11 @@ import json
 import pytest
 import torch
 
+from repae_lite.checkpoint import load_latent_stats, load_vae
 from repae_lite.data import to_unit_range
 from repae_lite.files import data_small_dir
 from repae_lite.metrics import psnr
-from repae_lite.small_scale import METHODS, SmallScale, progress
+from repae_lite.small_scale import METHODS, SmallScale, learning_rate, posterior_stats, progress
 from repae_lite.steps import repae_step
 
 
@@ -80,7 +81,7 @@ def test_fresh_states_of_one_seed_are_alike(small, method):
         states.append(small.new_state(method, sit_lr=1e-3, vae_lr=1e-4))
     for a, b in zip(states[0].sit.parameters(), states[1].sit.parameters(), strict=True):
         assert torch.equal(a, b)
-    assert ("vae" in states[0].optimizers) == (method != "repa")
+    assert ("vae" in states[0].optimizers) == (method not in ("sit", "repa"))
 
 
 def test_generation_repeats_and_scores_are_sane(small):
@@ -97,8 +98,46 @@ def test_generation_repeats_and_scores_are_sane(small):
     assert untrained["frechet"] > perfect["reconstruction_frechet"]
 
 
+@pytest.mark.parametrize("method", ["sit", "repa", "repa-e"])
+def test_training_repeats_and_trains_what_it_should(small, method):
+    runs = []
+    for _ in range(2):
+        torch.manual_seed(7)
+        state = small.new_state(method)
+        before = {name: [p.clone() for p in getattr(state, name).parameters()] for name in ("vae", "sit")}
+        losses = small.train(state, 3, batch=8, seed=5, targets=None if method == "sit" else small.tokens)
+        runs.append((state, losses))
+    assert runs[0][1] == runs[1][1] and len(losses) == 3
+    for a, b in zip(runs[0][0].sit.parameters(), runs[1][0].sit.parameters(), strict=True):
+        assert torch.equal(a, b)
+    moved = {name: any(not torch.equal(p, q) for p, q in zip(getattr(state, name).parameters(), kept, strict=True))
+             for name, kept in before.items()}  # fmt: skip
+    assert moved == {"vae": method == "repa-e", "sit": True}
+    assert ("sit_align" in losses[0]) == (method != "sit")
+
+
+def test_plain_sit_and_repa_of_one_seed_start_alike_and_see_the_same_draws(small):
+    first = {}
+    for method, targets in (("sit", None), ("repa", small.tokens)):
+        torch.manual_seed(7)
+        first[method] = small.train(small.new_state(method), 1, batch=8, seed=5, targets=targets)[0]["denoising"]
+    assert first["sit"] == first["repa"]
+
+
+def test_learning_rate_rises_stays_and_falls_to_zero():
+    rates = [learning_rate(step, 400) for step in range(401)]
+    assert rates[0] == 1 / 50 and rates[49] == rates[200] == 1 and rates[300] == 0.5 and rates[400] == 0
+
+
+def test_statistics_of_cached_latents_are_those_of_the_shipped_vae(small):
+    scale, bias = posterior_stats(*small.latents(load_vae("tiny")))
+    shipped_scale, shipped_bias = load_latent_stats("tiny")  # measured on one draw of the posterior's noise
+    torch.testing.assert_close(scale, shipped_scale, rtol=1e-3, atol=0)
+    torch.testing.assert_close(bias, shipped_bias, rtol=0, atol=2e-3)
+
+
 def test_unknown_method_is_refused(small):
-    with pytest.raises(ValueError, match="unknown method 'dit': choose one of repa, vae-only, repa-e, naive"):
+    with pytest.raises(ValueError, match="unknown method 'dit': choose one of sit, repa, vae-only, repa-e, naive"):
         small.new_state("dit", sit_lr=1e-3, vae_lr=1e-3)
 
 
