@@ -4,6 +4,8 @@
     python data_small/train_networks.py perceptual    # the VAE's perceptual distance
     python data_small/train_networks.py evaluator     # the network that judges; never trained against
     python data_small/train_networks.py vae           # the VAE all experiments start from (needs perceptual)
+    python data_small/train_networks.py vae_only      # that VAE after 400 steps of chapter 05's control (needs all others)
+    python data_small/train_networks.py vae_e2e       # that VAE after 400 steps of REPA-E, chapter 05 (needs all others)
 
 The three judges see different images (their own seeds of the image maker), learn different tasks, and have different
 architectures: teacher - class, pose and parts of every patch; perceptual - quarter turns, no labels; evaluator - class.
@@ -30,10 +32,12 @@ from repae_lite.encoders import TinyViT
 from repae_lite.files import save_weights, write_text
 from repae_lite.metrics import EvaluationNet, psnr
 from repae_lite.objectives import TinyPerceptualLoss, VAELossConfig, vae_regularization_loss
+from repae_lite.small_scale import SmallScale
 from repae_lite.vae import AutoencoderKL
 
 FOLDER = Path(__file__).resolve().parent
-SEEDS = {"teacher": 101, "perceptual": 102, "evaluator": 103, "vae": 104}  # of the weights and of the image maker
+# of the weights and of the image maker; the last two are chapter 05's seed
+SEEDS = {"teacher": 101, "perceptual": 102, "evaluator": 103, "vae": 104, "vae_only": 0, "vae_e2e": 0}
 HELD_OUT_SEED = 199  # images on which progress is measured; disjoint from all training images and from the evaluation split
 
 
@@ -184,6 +188,15 @@ def train_vae(steps: int) -> tuple[AutoencoderKL, dict]:
     return vae, {"images": len(x), "curve": log, "loss": vars(config)}
 
 
+def tune_vae(method: str, steps: int) -> tuple[AutoencoderKL, dict]:
+    """What becomes of the VAE in chapter 05, seed 0, under "repa-e" or its control "vae-only"."""
+    small = SmallScale.load()
+    state = small.new_state(method)
+    losses = small.train(state, steps, targets=small.tokens, seed=torch.initial_seed(), label=method)
+    curve = [{"step": i + 1, **{k: round(v, 4) for k, v in losses[i].items()}} for i in range(steps // 10 - 1, steps, steps // 10)]
+    return state.vae, {"images": len(small.images), "method": method, "curve": curve}
+
+
 @torch.no_grad()
 def latent_statistics(vae: AutoencoderKL, x: Tensor) -> tuple[Tensor, Tensor]:
     """(scale = 1 / std, bias = mean) per channel of sampled latents."""
@@ -196,6 +209,8 @@ TRAINERS = {
     "perceptual": (train_perceptual, 1500),
     "evaluator": (train_evaluator, 1200),
     "vae": (train_vae, 9000),
+    "vae_only": (lambda steps: tune_vae("vae-only", steps), 400),
+    "vae_e2e": (lambda steps: tune_vae("repa-e", steps), 400),
 }
 
 
