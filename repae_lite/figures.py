@@ -59,7 +59,7 @@ class Figure(matplotlib.figure.Figure):
 
     def _repr_png_(self) -> bytes:
         buffer = io.BytesIO()
-        self.savefig(buffer, format="png", dpi=self.dpi, bbox_inches="tight", pad_inches=0.08)
+        self.savefig(buffer, format="png", dpi=self.dpi, bbox_inches="tight", pad_inches=0.08, pil_kwargs={"optimize": True})
         return buffer.getvalue()
 
 
