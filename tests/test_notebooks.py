@@ -12,7 +12,7 @@ import pytest
 FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("[0-9][0-9]_*.ipynb"))
 SOLUTIONS = FOLDER / "solutions"
-CHAPTERS = {"00_map", "03_repa", "04_stop_gradient", "05_end_to_end"}  # in preparation: 01_vae, 02_latent_diffusion, 06_drop_in_vae
+CHAPTERS = {"00_map", "01_vae", "02_latent_diffusion", "03_repa", "04_stop_gradient", "05_end_to_end", "06_drop_in_vae"}
 
 
 @pytest.fixture(params=NOTEBOOKS, ids=lambda p: p.stem)
