@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from matplotlib.lines import Line2D
 from matplotlib.patches import Circle, Polygon, Rectangle
+from PIL import Image, ImageChops
 from scipy.special import stdtrit
 
 # Okabe-Ito colours: told apart with every common kind of colour blindness.
@@ -58,8 +59,14 @@ class Figure(matplotlib.figure.Figure):
     """A matplotlib Figure outside pyplot that a notebook shows when it is a cell's last value, once."""
 
     def _repr_png_(self) -> bytes:
-        buffer = io.BytesIO()
-        self.savefig(buffer, format="png", dpi=self.dpi, bbox_inches="tight", pad_inches=0.08, pil_kwargs={"optimize": True})
+        drawn, buffer = io.BytesIO(), io.BytesIO()
+        self.savefig(drawn, format="png", dpi=self.dpi, bbox_inches="tight", pad_inches=0.08)
+        picture = Image.open(drawn).convert("RGB")
+        if picture.getcolors(4096):  # lines and text take a third of the space with a palette, which is as good as exact
+            palette = picture.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+            off = ImageChops.difference(picture, palette.convert("RGB")).getextrema()
+            picture = palette if max(most for _, most in off) <= 4 else picture
+        picture.save(buffer, "PNG", optimize=True)
         return buffer.getvalue()
 
 
