@@ -49,7 +49,7 @@ def test_plot_returns_a_figure_that_draws_and_leaves_pyplot_alone(name):
     assert isinstance(fig, matplotlib.figure.Figure) and fig.get_figwidth() * fig.dpi <= 1000
     png = fig._repr_png_()
     assert png.startswith(b"\x89PNG") and len(png) < 150_000
-    assert np.abs(shown(png) - drawn(fig)).max() <= 8  # of 255; drawing twice differs by 5: what a notebook stores looks like what was drawn
+    assert np.abs(shown(png) - drawn(fig)).max() <= 8  # of 255: a notebook stores what was drawn (drawing twice differs by 5)
     assert plt.get_fignums() == [] and dict(plt.rcParams) == settings
 
 
