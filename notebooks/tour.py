@@ -108,6 +108,8 @@ class Run:
     client: object = None
     notebook: object = None
     error: Exception | None = None
+    stalled: bool = False
+    looked: tuple[float, float] = (0.0, 0.0)  # when the kernel was last looked at, and its processor time then
     stderr: object = field(default_factory=tempfile.TemporaryFile)  # the kernel's: noise, unless it dies
 
     def seconds(self) -> float:
@@ -117,11 +119,29 @@ class Run:
         minutes, seconds = divmod(int(self.seconds()), 60)
         return f"{self.name}  cell {self.cell}/{self.cells}  {minutes:02d}:{seconds:02d}"
 
+    def pid(self) -> int | None:
+        """The kernel's, when there is one."""
+        return getattr(getattr(getattr(self.client, "km", None), "provisioner", None), "pid", None)
+
+    def watch(self, patience: float) -> None:
+        """Kill a kernel that has rested for `patience` seconds: the answer to a cell can get lost, and would be awaited for ever."""
+        now = time.monotonic()
+        if not self.cell or now - self.looked[0] < patience:
+            return
+        try:
+            import psutil  # comes with the kernel
+
+            times = psutil.Process(self.pid()).cpu_times()
+        except (ImportError, ValueError, psutil.Error):
+            return
+        before, self.looked = self.looked, (now, times.user + times.system)
+        if before[0] and self.looked[1] - before[1] < patience / 100:
+            self.stalled = True
+            self.kill_kernel()
+
     def kill_kernel(self) -> None:
         """Kill the kernel and what it started; harmless when there is none (yet)."""
-        manager = getattr(self.client, "km", None)
-        pid = getattr(getattr(manager, "provisioner", None), "pid", None)
-        if pid:
+        if pid := self.pid():
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(pid, signal.SIGKILL)  # a kernel leads its own process group
 
@@ -169,8 +189,12 @@ class Progress:
         self.last = time.monotonic()
 
 
-def execute(path: Path, out: Path, parameters: dict[str, object], progress: Progress) -> str | None:
+def execute(
+    path: Path, out: Path, parameters: dict[str, object], progress: Progress, patience: float = 120, again: bool = True
+) -> str | None:
     """Run one notebook into out/NAME.ipynb, or out/NAME.failed.ipynb and then return the error's sentence.
+
+    A kernel that stops answering, resting for `patience` seconds or more, is killed, and the notebook is begun once more.
 
     The final names are only ever given to finished files; an interruption leaves none behind.
 
@@ -203,6 +227,7 @@ def execute(path: Path, out: Path, parameters: dict[str, object], progress: Prog
         worker.start()
         while worker.is_alive():
             progress.show(run.line())
+            run.watch(patience)
             worker.join(0.25)
     except Interrupted:
         for _ in range(60):  # the kernel may only just be starting: keep killing until papermill has given up
@@ -214,6 +239,10 @@ def execute(path: Path, out: Path, parameters: dict[str, object], progress: Prog
         progress.end(run.line())
         raise
 
+    if run.stalled and again:
+        partial.unlink(missing_ok=True)
+        progress.end(f"{run.line()}  the kernel stopped answering: once more from the start")
+        return execute(path, out, parameters, progress, patience, again=False)
     sentence = explain(run) if run.error else None
     if run.notebook is None and partial.exists():
         run.notebook = nbformat.read(partial, as_version=4)
@@ -243,6 +272,8 @@ def explain(run: Run) -> str:
         text = re.sub(r"\x1b\[[0-9;]*m", "", run.error.evalue).strip()
         text = f"{run.error.ename}: {text.splitlines()[0]}" if text else run.error.ename
         return f"{run.name} failed in cell [{run.error.exec_count}]: {text}"
+    if run.stalled:
+        return f"{run.name} failed in cell [{run.cell}]: its kernel stopped answering, twice"
     if kind == "DeadKernelError":
         run.stderr.seek(0)
         said = run.stderr.read().decode(errors="replace").strip().splitlines()
@@ -483,6 +514,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--only", action="append", default=[], metavar="05", help="run only the notebooks so numbered")
     add("--smoke", action="store_true", help="few steps (sets CI=1): shows that everything runs")
     add("--out", type=Path, default=ROOT / "runs" / "tour", help="where the results go (runs/tour)")
+    add("--patience", type=float, default=120, metavar="SECONDS",
+        help="a kernel that rests this long in a cell is started anew, once (120)")  # fmt: skip
     add("--param", action="append", default=[], type=parse_parameter, metavar="NAME=VALUE",
         help="set a parameter in each notebook that has it")  # fmt: skip
     return parser.parse_args(arguments)
@@ -510,7 +543,7 @@ def tour(options: argparse.Namespace) -> int:
     progress.end(f"Running {len(chosen)} notebook{'s' * (len(chosen) != 1)}{smoke}.")
     sentence = None
     for path in chosen:
-        sentence = execute(path, out, parameters[path], progress)
+        sentence = execute(path, out, parameters[path], progress, options.patience)
         if sentence:
             break
     index = build_page(everything, out)

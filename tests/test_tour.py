@@ -156,6 +156,21 @@ def test_a_kernel_that_dies_is_named(checkout):
     assert left(checkout) == ["02_dies.failed.ipynb", "index.html"]
 
 
+def test_a_kernel_that_stops_answering_is_begun_once_more(checkout):
+    wait = "import pathlib, time\nfirst = not pathlib.Path('seen').exists()\npathlib.Path('seen').touch()\ntime.sleep(600 * first)"
+    nbformat.write(notebook([("code", wait, [])]), checkout / "notebooks" / "02_hangs.ipynb")
+    code, stdout, stderr = run(checkout, "--only", "02", "--patience", "2")
+    assert (code, stderr) == (0, "")
+    assert "the kernel stopped answering: once more from the start" in stdout
+    assert left(checkout) == ["02_hangs.ipynb", "index.html"]
+
+
+def test_a_kernel_that_stops_answering_twice_is_named(checkout):
+    nbformat.write(notebook([("code", "import time\ntime.sleep(600)", [])]), checkout / "notebooks" / "02_hangs.ipynb")
+    code, _, stderr = run(checkout, "--only", "02", "--patience", "2")
+    assert code == 1 and stderr.startswith("02_hangs failed in cell [1]: its kernel stopped answering, twice")
+
+
 def children(pid):
     psutil = pytest.importorskip("psutil")
     return [child.pid for child in psutil.Process(pid).children(recursive=True)]
