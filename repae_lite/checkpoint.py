@@ -1,22 +1,31 @@
 """Loading and saving models: safe formats only, never partially, never in silence.
 
-Taught in `notebooks/06_drop_in_vae.ipynb`. A VAE travels as one safetensors file whose header holds its configuration and
-latent statistics.
+Taught in `notebooks/06_drop_in_vae.ipynb`. Sources are files that ship with the project, the official code's files and run folders, our
+own, diffusers' folders and repositories on the Hub (`repae_lite.model_files`). The architecture comes from the configuration that
+travels with the weights, or from their shapes and the options of the run.
 """
 
 import json
-import re
-from dataclasses import asdict
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from repae_lite.files import atomic_path, data_small_dir, load_weights, read_metadata, save_weights, write_text
-from repae_lite.vae import AutoencoderKL, VAEConfig
+from repae_lite import architecture
+from repae_lite.diffusers_layout import diffusers_config, from_diffusers, to_diffusers, vae_fields
+from repae_lite.discriminator import PatchDiscriminator
+from repae_lite.files import atomic_path, data_small_dir, fill_module, save_weights, write_text
+from repae_lite.layouts import DIFFUSERS_CONFIG, DIFFUSERS_WEIGHTS, STATS
+from repae_lite.model_files import ModelFile, read_model, read_pickle
+from repae_lite.sit import SIT_PRESETS, SiT, SiTConfig
+from repae_lite.vae import VAE_PRESETS, AutoencoderKL, VAEConfig
 
 SHIPPED = {"tiny": "vae.safetensors", "tiny-e2e": "vae_e2e.safetensors", "tiny-vae-only": "vae_only.safetensors"}
+
+
+# ---------------------------------------------------------------- saving
 
 
 def save_vae(path: str | Path, vae: AutoencoderKL, *, scale: Tensor, bias: Tensor) -> None:
@@ -29,23 +38,9 @@ def save_vae(path: str | Path, vae: AutoencoderKL, *, scale: Tensor, bias: Tenso
     save_weights(path, vae, metadata)
 
 
-def load_vae(source: str | Path) -> AutoencoderKL:
-    """Loads a VAE in eval mode: a file written by `save_vae`, or one that ships with the project.
-
-    Those are "tiny", and what became of it in 400 steps of chapter 05: "tiny-e2e" (REPA-E) and "tiny-vae-only" (the control).
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: the file holds no VAE of this project.
-    """
-    path = _vae_path(source)
-    return load_weights(path, AutoencoderKL(_vae_config(path)))
-
-
-def load_latent_stats(source: str | Path) -> tuple[Tensor, Tensor]:
-    """(scale, bias), each (C,), of a VAE that `load_vae` can load. Errors as there."""
-    metadata = _vae_metadata(_vae_path(source))
-    return torch.tensor(metadata["latents_scale"]), torch.tensor(metadata["latents_bias"])
+def save_sit(path: str | Path, sit: SiT) -> None:
+    """Writes a SiT as safetensors, with its configuration."""
+    save_weights(path, sit, {"sit_config": asdict(sit.config)})
 
 
 def export_diffusers(folder: str | Path, vae: AutoencoderKL, *, scale: Tensor, bias: Tensor) -> Path:
@@ -65,72 +60,147 @@ def export_diffusers(folder: str | Path, vae: AutoencoderKL, *, scale: Tensor, b
     Raises:
         ValueError: the VAE folds pixels into channels, which diffusers' class cannot express.
     """
-    c = vae.config
-    if c.fold != 1:
-        raise ValueError(f"this VAE folds {c.fold}x{c.fold} pixels into channels (fold={c.fold}), which diffusers cannot: use fold=1")
-    levels = range(len(c.multipliers))
-    attention = [i in c.attention_levels for i in levels]
-    config = {
-        "_class_name": "AutoencoderKL",
-        "_diffusers_version": "0.32.0",
-        "down_block_types": ["AttnDownEncoderBlock2D" if has else "DownEncoderBlock2D" for has in attention],
-        "up_block_types": ["AttnUpDecoderBlock2D" if has else "UpDecoderBlock2D" for has in reversed(attention)],
-        "block_out_channels": [c.width * m for m in c.multipliers],
-        "layers_per_block": c.blocks,
-        "latent_channels": c.latent_channels,
-        "norm_num_groups": c.groups,
-        "mid_block_add_attention": c.mid_attention,
-        "scaling_factor": 1.0,
-        "latents_mean": bias.flatten().tolist(),
-        "latents_std": (1 / scale).flatten().tolist(),
-    }
-    state = {}
-    for name, tensor in vae.state_dict().items():
-        linear = "attn" in name and tensor.ndim == 4  # diffusers keeps attention's 1x1 convolutions as linear layers
-        state[_diffusers_name(name, len(levels))] = (tensor[:, :, 0, 0] if linear else tensor).detach().cpu().contiguous()
+    config = diffusers_config(vae.config, scale, bias)
+    state = to_diffusers(vae.state_dict(), len(vae.config.multipliers))
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with atomic_path(folder / "diffusion_pytorch_model.safetensors") as partial:
+    with atomic_path(folder / DIFFUSERS_WEIGHTS) as partial:
         partial.write_bytes(save(state, {"format": "pt"}))
-    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    write_text(folder / DIFFUSERS_CONFIG, json.dumps(config, indent=2) + "\n")
     return folder
 
 
-_DIFFUSERS_NAMES = (  # in this order
-    (r"\.down\.(\d+)\.", r".down_blocks.\1."),
-    (r"\.block\.(\d+)\.", r".resnets.\1."),
-    (r"\.attn\.(\d+)\.", r".attentions.\1."),
-    (r"\.(up|down)sample\.", r".\1samplers.0."),
-    (r"\.mid\.block_1\.", ".mid_block.resnets.0."),
-    (r"\.mid\.block_2\.", ".mid_block.resnets.1."),
-    (r"\.mid\.attn_1\.", ".mid_block.attentions.0."),
-    (r"(attentions\.\d+)\.norm\.", r"\1.group_norm."),
-    (r"(attentions\.\d+)\.([qkv])\.", r"\1.to_\2."),
-    (r"\.proj_out\.", ".to_out.0."),
-    (r"\.nin_shortcut\.", ".conv_shortcut."),
-    (r"\.norm_out\.", ".conv_norm_out."),
-)
+# ---------------------------------------------------------------- loading
 
 
-def _diffusers_name(name: str, levels: int) -> str:
-    """The name in diffusers of a weight of ours; its decoder counts levels from the bottom."""
-    name = re.sub(r"\.up\.(\d+)\.", lambda level: f".up_blocks.{levels - 1 - int(level[1])}.", name)
-    for pattern, replacement in _DIFFUSERS_NAMES:
-        name = re.sub(pattern, replacement, name)
-    return name
+def load_vae(source: str | Path, *, config: VAEConfig | None = None, step: int | None = None) -> AutoencoderKL:
+    """Loads a VAE in eval mode.
+
+    "tiny" ships with the project, and so does what became of it in 400 steps of chapter 05: "tiny-e2e" (REPA-E) and
+    "tiny-vae-only" (the control).
+
+    Args:
+        source: one of these names; a file (safetensors, or an official .pt); an official run folder or ours, or a checkpoint in it; a
+            folder with a released set; a diffusers folder; or a Hub id "owner/name[@revision]".
+        config: sizes, where neither the file nor its shapes tell them.
+        step: of a run's checkpoints; the last one for None.
+
+    Raises:
+        FileNotFoundError: nothing there. ConnectionError: not in the Hub's cache, and no connection.
+        ValueError: no VAE, a pickle that wants to run code, or weights that do not fit (the first three, with shapes).
+    """
+    found = read_model(_shipped(source), "vae", step=step)
+    vae = AutoencoderKL(config or _vae_config(found))
+    state = found.state
+    if "diffusers" in found.header:
+        state = from_diffusers(state, vae.state_dict(), len(vae.config.multipliers))
+    return fill_module(vae, state, found.path)
 
 
-def _vae_path(source: str | Path) -> Path:
-    return data_small_dir() / SHIPPED[str(source)] if str(source) in SHIPPED else Path(source)
+def load_sit(source: str | Path, *, ema: bool = True, config: SiTConfig | None = None, step: int | None = None) -> SiT:
+    """Loads a SiT in eval mode; sources, `step` and errors as for `load_vae`.
+
+    Args:
+        ema: of a run's two SiTs the averaged one, which samples are drawn from; a file with a single SiT holds what it holds.
+        config: sizes, where neither the file nor shapes and options tell them.
+    """
+    found = read_model(source, "sit", ema=ema, step=step)
+    return fill_module(SiT(config or _sit_config(found)), found.state, found.path)
 
 
-def _vae_metadata(path: Path) -> dict:
-    metadata = read_metadata(path)
-    if not {"vae_config", "latents_scale", "latents_bias"} <= metadata.keys():
-        raise ValueError(f"{path} holds no VAE configuration: this version loads files written by repae_lite.checkpoint.save_vae")
-    return metadata
+def load_discriminator(source: str | Path, *, step: int | None = None) -> PatchDiscriminator:
+    """Loads a discriminator in eval mode: a released `NAME-discriminator-ckpt.pt`, or that of a run; errors as for `load_vae`."""
+    found = read_model(source, "discriminator", step=step)
+    network = PatchDiscriminator(**architecture.discriminator_fields(found.state, found.path))
+    return fill_module(network, found.state, found.path)
 
 
-def _vae_config(path: Path) -> VAEConfig:
-    config = _vae_metadata(path)["vae_config"]
-    return VAEConfig(**{key: tuple(value) if isinstance(value, list) else value for key, value in config.items()})
+def load_latent_stats(source: str | Path, *, ema: bool = True, step: int | None = None) -> tuple[Tensor, Tensor]:
+    """(scale = 1 / std, bias = mean), each (C,), of a VAE's latents.
+
+    They are what `save_vae` or diffusers recorded, the `NAME-latents-stats.pt` beside a released `NAME.pt`, or the running
+    statistics of a run's SiT (the averaged one if `ema`). Sources and errors as for `load_vae`.
+    """
+    found = read_model(_shipped(source), "stats", ema=ema, step=step)
+    state, header, beside = found.state, found.header, found.path.with_name(found.path.stem + STATS)
+    config = header.get("diffusers", {})
+    if {"latents_scale", "latents_bias"} <= header.keys():
+        stats = torch.tensor(header["latents_scale"]), torch.tensor(header["latents_bias"])
+    elif config.get("latents_mean") and config.get("latents_std"):
+        stats = 1 / torch.tensor(config["latents_std"]), torch.tensor(config["latents_mean"])
+    elif "bn.running_var" in state:
+        stats = state["bn.running_var"].rsqrt(), state["bn.running_mean"].clone()
+    else:
+        if "latents_scale" not in state and beside.is_file():
+            state = read_pickle(beside)
+        if not {"latents_scale", "latents_bias"} <= state.keys():
+            raise ValueError(f"{found.path} records no latent statistics: put {beside.name} beside it, or give a run folder")
+        stats = state["latents_scale"].flatten().clone(), state["latents_bias"].flatten().clone()
+    if not (torch.isfinite(stats[0]).all() and torch.isfinite(stats[1]).all() and bool((stats[0] > 0).all())):
+        raise ValueError(f"the latent statistics in {found.path} are not positive scales and finite means: compute them again")
+    return stats
+
+
+def _shipped(source: str | Path) -> str | Path:
+    return data_small_dir() / SHIPPED[str(source)] if str(source) in SHIPPED else source
+
+
+# ---------------------------------------------------------------- the architecture of what was found
+
+
+def _vae_config(found: ModelFile) -> VAEConfig:
+    """From the file's header; else the preset with the sizes that the shapes tell, whatever its latent channels."""
+    if "vae_config" in found.header:
+        return _rebuild(VAEConfig, found.header["vae_config"], found.path)
+    if "diffusers" in found.header:
+        return VAEConfig(**vae_fields(found.header["diffusers"], found.path))
+    sizes = architecture.vae_fields(found.state, found.path)
+    channels = sizes.pop("latent_channels")
+    for preset in VAE_PRESETS.values():
+        if sizes == {name: getattr(preset, name) for name in sizes}:
+            return replace(preset, latent_channels=channels)
+    told = ", ".join(f"{name}={value}" for name, value in sizes.items())
+    raise ValueError(
+        f"{found.path} holds a VAE of no known size ({told}), and shapes do not tell the groups of its norms: load it from Python with "
+        "load_vae(…, config=VAEConfig(…)), then keep it by save_vae"
+    )
+
+
+def _sit_config(found: ModelFile) -> SiTConfig:
+    """From the file's header; else from the shapes, with heads and tap of the size that the run's options or the shapes name."""
+    if "sit_config" in found.header:
+        return _rebuild(SiTConfig, found.header["sit_config"], found.path)
+    sizes, options = architecture.sit_fields(found.state, found.path), found.options
+    name = options.get("model")
+    if name is not None and name not in SIT_PRESETS:
+        raise ValueError(f"{found.path} is of a run with the unknown model {name!r}: give config=SiTConfig(…)")
+    alike = [p for p in SIT_PRESETS.values() if (p.width, p.depth) == (sizes["width"], sizes["depth"])]
+    if name is None and not alike:
+        raise ValueError(
+            f"{found.path} holds a SiT of width {sizes['width']} and depth {sizes['depth']}, which is no known size, and shapes do not "
+            "tell its heads: load it from Python with load_sit(…, config=SiTConfig(…)), then keep it by save_sit"
+        )
+    if options.get("num_classes") == sizes["num_classes"] + 1:
+        raise ValueError(f"{found.path} was trained without label dropout, so it has no null class: such a SiT is not built here")
+    preset = SIT_PRESETS[name] if name is not None else alike[0]
+    told = ("in_channels", "input_size", "num_classes", "target_dims", "projector", "projector_width")
+    if name is None:
+        told += ("patch_size",)
+    changes = {key: sizes[key] for key in told if key in sizes}
+    if options.get("encoder_depth") is not None:
+        changes["alignment_depth"] = int(options["encoder_depth"])
+    if options.get("bn_momentum") is not None:
+        changes["bn_momentum"] = float(options["bn_momentum"])
+    return replace(preset, **changes)
+
+
+def _rebuild(kind: type, values: dict, path: Path) -> VAEConfig | SiTConfig:
+    """A configuration from its JSON."""
+    unknown = set(values) - {field.name for field in fields(kind)}
+    if unknown:
+        raise ValueError(f"{path} has sizes that this version does not know ({', '.join(sorted(unknown))}): update repae_lite")
+    try:
+        return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+    except TypeError as error:
+        raise ValueError(f"{path} has sizes that are not of the right kind ({error}): get the file again") from None

@@ -6,6 +6,8 @@ loss. Taught in `notebooks/01_vae.ipynb`. State dicts are compatible with the re
 
 from torch import Tensor, nn
 
+from repae_lite.layers import BatchNorm2d
+
 
 class PatchDiscriminator(nn.Module):
     """Strided 4x4 convolutions with BatchNorm; every output logit sees a 70x70 patch (for three layers).
@@ -24,7 +26,7 @@ class PatchDiscriminator(nn.Module):
             stride = 2 if i < layers else 1
             blocks += [
                 nn.Conv2d(widths[i - 1], widths[i], 4, stride, 1, bias=False),
-                nn.BatchNorm2d(widths[i]),
+                BatchNorm2d(widths[i]),
                 nn.LeakyReLU(0.2, inplace=True),
             ]
         self.main = nn.Sequential(*blocks, nn.Conv2d(widths[-1], 1, 4, 1, 1))

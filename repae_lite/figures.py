@@ -7,6 +7,7 @@ import functools
 import html
 import io
 import math
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 
@@ -304,7 +305,8 @@ def dots_with_spread(
         xs = i + (np.linspace(-0.14, 0.14, len(seeds)) if len(seeds) > 1 else np.zeros(1))
         ax.plot(xs, seeds, "o", color=color, ms=6.5, alpha=0.8, mec="white", mew=0.8, zorder=4)
         ax.plot([i - 0.24, i + 0.3], [mean, mean], color=color, lw=2.6, solid_capstyle="butt")
-        ax.annotate(f"{mean:.3g}", (i + 0.32, mean), color=color, va="center", fontsize=10, fontweight="bold")
+        box = {"boxstyle": "square,pad=0.1", "fc": "white", "ec": "none"}  # else the line at zero strikes small numbers through
+        ax.annotate(f"{mean:.3g}", (i + 0.33, mean), color=color, va="center", fontsize=10, fontweight="bold", bbox=box)
         extremes += [mean - half, mean + half, *seeds]
     low, high = min(extremes), max(extremes)
     if band:
@@ -323,11 +325,16 @@ def dots_with_spread(
         ax.axhline(0, color="black", lw=0.8)
     ax.set(title=title, xlim=(-0.5, len(values) - 0.2))
     ax.set_ylabel(f"{ylabel}\n({'lower' if lower_is_better else 'higher'} is better)")
-    names = [f"{looks[name][1]}\nn = {len(seeds)}".replace(", ", ",\n") for name, seeds in values.items()]
+    names = [f"{_wrapped(looks[name][1])}\nn = {len(seeds)}" for name, seeds in values.items()]
     ax.set_xticks(range(len(names)), names)
     ax.grid(axis="x", visible=False)
     ax.tick_params(axis="x", length=0)
     return fig
+
+
+def _wrapped(label: str) -> str:
+    """A label in lines of about 14 characters, broken after its commas and between words."""
+    return "\n".join(line for part in label.replace(", ", ",\n").splitlines() for line in textwrap.wrap(part, 14))
 
 
 def _note(ax, text: str, x: float, y: float, *, above: bool) -> None:

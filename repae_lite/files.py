@@ -78,7 +78,15 @@ def read_metadata(path: str | Path) -> dict:
 
 
 def _metadata(file: safe_open) -> dict:
-    return {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
+    return {key: _value(text) for key, text in (file.metadata() or {}).items()}
+
+
+def _value(text: str) -> object:
+    """What `save_weights` wrote is JSON; the strings of other makers stay what they are."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
 
 
 @contextmanager
@@ -89,9 +97,9 @@ def _opened(path: str | Path) -> Iterator[safe_open]:
     try:
         with safe_open(path, "pt") as file:
             yield file
-    except (SafetensorError, json.JSONDecodeError) as error:
+    except SafetensorError as error:
         raise ValueError(
-            f"{path} is not a safetensors file of this project ({error}): only such files are read here, never pickles"
+            f"{path} is not a whole safetensors file ({error}): get it again, or write it with save_weights"
         ) from None
 
 
@@ -99,17 +107,28 @@ def load_weights(path: str | Path, module: nn.Module) -> nn.Module:
     """Fills a module with the weights of a file, all of them or none, and returns it in eval mode.
 
     Raises:
-        FileNotFoundError, ValueError: see `read_weights`; ValueError too when names or shapes differ.
+        FileNotFoundError, ValueError: see `read_weights` and `fill_module`.
     """
-    state, _ = read_weights(path)
+    return fill_module(module, read_weights(path)[0], path)
+
+
+def fill_module(module: nn.Module, state: dict[str, Tensor], source: str | Path) -> nn.Module:
+    """Fills a module with a state dict read from `source`, all of it or nothing, and returns it in eval mode.
+
+    Raises:
+        ValueError: names or shapes differ.
+    """
     own = module.state_dict()
     wrong = [
-        f"{name} {list(state[name].shape) if name in state else 'missing'} instead of "
-        f"{list(own[name].shape) if name in own else 'nothing'}"
+        f"{name} {_shape(state[name]) if name in state else 'missing'} instead of {_shape(own[name]) if name in own else 'nothing'}"
         for name in sorted(own.keys() | state.keys())
-        if name not in own or name not in state or own[name].shape != state[name].shape
+        if name not in own or name not in state or _shape(own[name]) != _shape(state[name])
     ]
     if wrong:
-        raise ValueError(f"{path} does not fit {type(module).__name__}: {'; '.join(wrong[:3])} ({len(wrong)} in all)")
+        raise ValueError(f"{source} does not fit {type(module).__name__}: {'; '.join(wrong[:3])} ({len(wrong)} in all)")
     module.load_state_dict(state)
     return module.eval()
+
+
+def _shape(value: object) -> list[int] | str:
+    return list(value.shape) if isinstance(value, Tensor) else f"a {type(value).__name__}"

@@ -40,7 +40,7 @@ def method_map(highlight: str | None = None) -> Figure:
     if highlight not in TITLES:
         raise ValueError(f"method_map has no part {highlight!r}: use one of {list(LIT)} or None.")
     m = _Map(LIT[highlight].split() if highlight else None)
-    m.frozen = {"teacher"} | ({"enc", "dec"} if highlight in ("repa", "drop-in") else set())
+    m.frozen = {"teacher"} | ({"enc", "dec"} if highlight in ("diffusion", "repa", "drop-in") else set())
     vae, sit, plain, loss = "#FBE7BF", "#D6E6F5", "#EDEDED", "white"
     green, blue, orange, red = (*(METHOD_COLORS[name] for name in ("repa-e", "repa", "vae-only")), "#D00000")
     top, mid, low = 42.5, 26, 9

@@ -55,6 +55,21 @@ def alignment_loss(projected: Sequence[Tensor], targets: Sequence[Tensor]) -> Te
     return -torch.stack(similarities).mean()
 
 
+def spatial_norm(tokens: Tensor, gamma: float = 0.6, eps: float = 1e-6) -> Tensor:
+    """iREPA's targets (arXiv 2512.10794): what tells an image's tokens apart, and less of what they share.
+
+    Args:
+        tokens: of a frozen encoder (B, N, D), N at least 2.
+        gamma: how much of the mean over an image's tokens is subtracted, 1 for all; 0.6 is the default of iREPA's code.
+        eps: added to the standard deviation over the tokens, by which the rest is divided.
+
+    Returns:
+        (B, N, D), at least in float32.
+    """
+    tokens = full_precision(tokens)
+    return (tokens - gamma * tokens.mean(1, keepdim=True)) / (tokens.std(1, keepdim=True) + eps)
+
+
 def hinge_discriminator_loss(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
     """Hinge loss of a discriminator: real logits should exceed 1, fake ones fall below -1 (Lim & Ye 2017, arXiv 1705.02894)."""
     return 0.5 * (F.relu(1.0 - logits_real).mean() + F.relu(1.0 + logits_fake).mean())

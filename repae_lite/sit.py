@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from repae_lite.flow import Path, get_path, interpolate, sample_time
+from repae_lite.layers import BatchNorm2d, run
 from repae_lite.objectives import alignment_loss, velocity_loss
+from repae_lite.projectors import PROJECTORS
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class SiTConfig:
         label_dropout: share of training labels replaced by the null class.
         target_dims: widths of the vision encoders' tokens to align with; empty for a plain SiT.
         alignment_depth: the features after this many blocks are aligned.
-        projector_width: hidden width of the projectors.
+        projector: "mlp", REPA's, or "conv", iREPA's (arXiv 2512.10794). projector_width: hidden width of the former.
         bn_momentum: weight of a new batch in the running latent statistics.
         fixed_latent_stats: normalise by the statistics set at the start, always, as latent diffusion did before REPA-E (its
             ablation "no BatchNorm").
@@ -48,6 +50,7 @@ class SiTConfig:
     label_dropout: float = 0.1
     target_dims: tuple[int, ...] = (768,)
     alignment_depth: int = 8
+    projector: str = "mlp"
     projector_width: int = 2048
     bn_momentum: float = 0.1
     fixed_latent_stats: bool = False
@@ -59,6 +62,8 @@ class SiTConfig:
         for name in sizes:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if self.projector not in PROJECTORS:
+            raise ValueError(f"projector is {self.projector!r}: choose one of {', '.join(PROJECTORS)}")
         if not isinstance(self.target_dims, tuple):
             raise ValueError(f"target_dims is {self.target_dims!r}: give a tuple with one width per encoder, as in (768,)")
         if not 0 <= self.label_dropout < 1:
@@ -249,17 +254,17 @@ def check_label_count(labels: Tensor, count: int, noun: str) -> None:
         raise ValueError(f"labels have shape {tuple(labels.shape)} for {count} {noun}s: give one class number per {noun}")
 
 
-def projector(in_dim: int, width: int, out_dim: int) -> nn.Sequential:
-    """REPA's projector: three linear layers with SiLU between, from SiT features to encoder tokens."""
-    return nn.Sequential(nn.Linear(in_dim, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, out_dim))
-
-
 class SiT(nn.Module):
     """Velocity model over latents, with an alignment tap.
 
     Args:
         config: sizes; see `SiTConfig`, or use `SiT.from_preset`.
+
+    Attributes:
+        gradient_checkpointing: see `repae_lite.layers.set_gradient_checkpointing`.
     """
+
+    gradient_checkpointing = False
 
     def __init__(self, config: SiTConfig):
         super().__init__()
@@ -270,9 +275,10 @@ class SiT(nn.Module):
         self.y_embedder = LabelEmbedder(c.num_classes, c.width)
         self.pos_embed = nn.Parameter(sincos_position_embedding(c.width, c.grid_size), requires_grad=c.train_pos_embed)
         self.blocks = nn.ModuleList(SiTBlock(c.width, c.heads) for _ in range(c.depth))
-        self.projectors = nn.ModuleList(projector(c.width, c.projector_width, dim) for dim in c.target_dims)
+        project = PROJECTORS[c.projector]
+        self.projectors = nn.ModuleList(project(c.width, c.projector_width, dim) for dim in c.target_dims)
         self.final_layer = FinalLayer(c.width, c.patch_size**2 * c.in_channels)
-        self.bn = nn.BatchNorm2d(c.in_channels, eps=1e-4, momentum=c.bn_momentum, affine=False)
+        self.bn = BatchNorm2d(c.in_channels, eps=1e-4, momentum=c.bn_momentum, affine=False)
         self._initialise()
 
     @classmethod
@@ -333,13 +339,8 @@ class SiT(nn.Module):
             batch_stats: None follows train/eval mode. True in eval mode uses this batch's statistics and leaves the running ones
                 alone; False in train mode uses the running ones.
         """
-        if self.config.fixed_latent_stats:
-            batch_stats = False
-        if batch_stats is None or batch_stats == self.training:
-            return self.bn(z)
-        if batch_stats:
-            return F.batch_norm(z, None, None, training=True, eps=self.bn.eps)
-        return F.batch_norm(z, self.bn.running_mean, self.bn.running_var, training=False, eps=self.bn.eps)
+        batch_stats = False if self.config.fixed_latent_stats else batch_stats
+        return self.bn(z, batch_stats)
 
     def denormalize(self, sample: Tensor) -> Tensor:
         """Brings sampled latents (B, C, h, w) back to the VAE's scale, in the model's dtype: sample / scale + bias."""
@@ -418,7 +419,7 @@ class SiT(nn.Module):
         """Velocity (None when align_only) and the features at the tap."""
         h, condition = self._embed(z_t, t, labels)
         for i, block in enumerate(self.blocks, start=1):
-            h = block(h, condition)
+            h = run(self, block, h, condition)
             if i == self.config.alignment_depth:
                 tapped = h
                 if align_only:

@@ -16,15 +16,18 @@ REPA-E section 3.3 and the official training script; taught in `notebooks/04_sto
 The one bold "no" is the stop-gradient: with it lifted, the VAE learns latents that are easy to denoise and empty.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from repae_lite.flow import WEIGHTINGS, get_path
+from repae_lite.layers import recompute
 from repae_lite.objectives import VAELossConfig, hinge_discriminator_loss, vae_regularization_loss
 from repae_lite.sit import SiT, as_list, check_label_count
 from repae_lite.vae import AutoencoderKL
@@ -63,28 +66,74 @@ class StepConfig:
             raise ValueError(f"unknown time weighting {self.weighting!r}: choose one of {', '.join(WEIGHTINGS)}")
 
 
+class Mechanics:
+    """How a loss becomes an update: on one process, in the networks' own precision. `repae_lite.training` brings another.
+
+    Attributes:
+        micro_batches: parts into which each batch is cut, for memory's sake; losses and gradients are those of the whole batch, and so
+            are SiT's latent statistics. (Only a discriminator's BatchNorm sees each part alone.)
+        gradient_checkpointing: recompute the perceptual network and the discriminator in the VAE step instead of keeping their
+            activations; VAE and SiT have a switch of their own (`repae_lite.layers.set_gradient_checkpointing`).
+    """
+
+    def __init__(self, *, micro_batches: int = 1, gradient_checkpointing: bool = False):
+        if micro_batches < 1:
+            raise ValueError(f"micro_batches is {micro_batches}: use 1 for none, more to save memory")
+        self.micro_batches, self.gradient_checkpointing = micro_batches, gradient_checkpointing
+
+    def autocast(self) -> AbstractContextManager:
+        """The precision of forward passes."""
+        return nullcontext()
+
+    def parts(self, batch: int) -> list[slice]:
+        """Where to cut a batch: `micro_batches` slices of nearly equal size, or one per image if there are fewer."""
+        cuts = [batch * i // self.micro_batches for i in range(self.micro_batches + 1)]
+        return [slice(a, b) for a, b in itertools.pairwise(cuts) if a < b]
+
+    def backward(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
+        """Adds the gradient of one part's share of the loss, for this optimiser to apply."""
+        loss.backward()
+
+    def update(self, module: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
+        """Clips and applies the gradients; returns their norm before clipping.
+
+        Raises:
+            FloatingPointError: the norm is not finite; weights, optimiser and moving average are then as before the update.
+        """
+        norm = nn.utils.clip_grad_norm_([p for p in module.parameters() if p.requires_grad], max_norm)
+        if not bool(norm.isfinite()):
+            raise FloatingPointError(
+                f"the gradient norm of {type(module).__name__} is {float(norm)}: lower the learning rate, or use bfloat16 or float32"
+            )
+        optimizer.step()
+        return norm
+
+
 @dataclass
 class TrainState:
     """Everything a step changes, and the frozen networks it consults.
 
     Attributes:
-        vae, sit: the two models; `vae` may be any module with `encode` and `decode`.
+        vae, sit: the two models; `vae` may be any module with `encode` and `decode`. Without a sit, `vae_step` and
+            `discriminator_step` train a VAE alone.
         ema: moving average of sit (`make_ema`).
         optimizers: by name: "sit", and where they train "vae" and "discriminator".
         config: see `StepConfig`.
         discriminator: None trains without the adversarial term.
         perceptual: frozen perceptual distance, see `repae_lite.objectives`.
         step: number of finished steps.
+        mechanics: how losses become updates.
     """
 
     vae: AutoencoderKL
-    sit: SiT
-    ema: SiT
+    sit: SiT | None
+    ema: SiT | None
     optimizers: dict[str, torch.optim.Optimizer]
     config: StepConfig = field(default_factory=StepConfig)
     discriminator: nn.Module | None = None
     perceptual: nn.Module | None = None
     step: int = 0
+    mechanics: Mechanics = field(default_factory=Mechanics)
 
     @property
     def gan_active(self) -> bool:
@@ -98,8 +147,8 @@ class VAEStepOutput:
 
     z: Tensor
     x_hat: Tensor
-    t: Tensor
-    eps: Tensor
+    t: Tensor | None
+    eps: Tensor | None
     losses: dict[str, Tensor]
 
 
@@ -206,7 +255,8 @@ def vae_step(
 ) -> VAEStepOutput:
     """Official step 1: the VAE learns to reconstruct, and to have latents whose SiT features align (REPA-E eq. 3 and 4).
 
-    SiT is frozen and in eval mode: no label dropout, running BatchNorm statistics, gradients pass through it to z.
+    SiT is frozen and in eval mode: no label dropout, running BatchNorm statistics, gradients pass through it to z. Without a SiT
+    only 1a is done.
 
     Args:
         state: updated in place: the VAE's weights and its optimiser.
@@ -215,55 +265,77 @@ def vae_step(
         targets: encoder tokens (B, N, D), or one such tensor per encoder.
         eps_posterior, eps: noise (B, C, h, w); t: times (B,). Drawn when None.
     """
-    config = state.config
+    config, mechanics, targets, optimizer = state.config, state.mechanics, as_list(targets), state.optimizers["vae"]
     state.vae.train()
-    state.sit.eval()
-    with frozen(state.sit, state.discriminator):
-        # 1a. Reconstruct.
-        posterior = state.vae.encode(x)
-        z = posterior.sample(eps_posterior)
-        x_hat = state.vae.decode(z)
-        logits_fake = state.discriminator.train()(x_hat) if state.gan_active else None
-        losses = vae_regularization_loss(
-            x, x_hat, posterior.kl(), config.vae_loss, perceptual=state.perceptual, logits_fake=logits_fake
-        )
-        # 1b. Align: through the frozen SiT, only as deep as the tap (and to the end only in the naive variant).
-        out = state.sit.loss_forward(
-            z,
-            labels,
-            targets,
-            t=t,
-            eps=eps,
-            path=config.path,
-            weighting=config.weighting,
-            align_only=config.vae_diffusion_coeff == 0,
-            batch_stats=config.vae_step_batch_stats,
-        )
-        total = losses["vae_reg"]
-        if out.align_loss is not None:
-            losses["vae_align"] = out.align_loss
-            if config.vae_align_coeff:
-                total = total + config.vae_align_coeff * out.align_loss
-        if config.vae_diffusion_coeff:
-            losses["vae_denoising"] = out.denoising_loss.mean()
-            total = total + config.vae_diffusion_coeff * losses["vae_denoising"]
-        losses["vae_total"] = total
-        losses["grad_norm_vae"] = _update(total, state.vae, state.optimizers["vae"], config.max_grad_norm)
-    return VAEStepOutput(z.detach(), x_hat.detach(), out.t, out.eps, losses)
+    if state.sit is not None:
+        state.sit.eval()
+    optimizer.zero_grad(set_to_none=True)
+    parts = []
+    for part in mechanics.parts(len(x)):
+        with frozen(state.sit, state.discriminator):
+            with mechanics.autocast():
+                # 1a. Reconstruct.
+                posterior = state.vae.encode(x[part])
+                z = posterior.sample(_cut(eps_posterior, part))
+                x_hat = state.vae.decode(z)
+                losses = _reconstruction_losses(state, x[part], x_hat, posterior.kl())
+                # 1b. Align: through the frozen SiT, only as deep as the tap (and to the end only in the naive variant).
+                out = state.sit and state.sit.loss_forward(
+                    z,
+                    labels[part],
+                    [target[part] for target in targets],
+                    t=_cut(t, part),
+                    eps=_cut(eps, part),
+                    path=config.path,
+                    weighting=config.weighting,
+                    align_only=config.vae_diffusion_coeff == 0,
+                    batch_stats=config.vae_step_batch_stats,
+                )
+            total = losses["vae_reg"]
+            if out and out.align_loss is not None:
+                losses["vae_align"] = out.align_loss
+                if config.vae_align_coeff:
+                    total = total + config.vae_align_coeff * out.align_loss
+            if out and config.vae_diffusion_coeff:
+                losses["vae_denoising"] = out.denoising_loss.mean()
+                total = total + config.vae_diffusion_coeff * losses["vae_denoising"]
+            losses["vae_total"] = total
+            mechanics.backward(total * (len(z) / len(x)), optimizer)
+        used_t, used_eps = (out.t, out.eps) if out else (None, None)
+        parts.append(VAEStepOutput(z.detach(), x_hat.detach(), used_t, used_eps, {k: v.detach() for k, v in losses.items()}))
+    norm = mechanics.update(state.vae, optimizer, config.max_grad_norm)
+    whole = {name: _joined([getattr(part, name) for part in parts]) for name in ("z", "x_hat", "t", "eps")}
+    losses = _averaged([part.losses for part in parts], [len(part.z) for part in parts])
+    return VAEStepOutput(**whole, losses=losses | {"grad_norm_vae": norm})
+
+
+def _reconstruction_losses(state: TrainState, x: Tensor, x_hat: Tensor, kl: Tensor) -> dict[str, Tensor]:
+    """The VAE's regularisation terms, recomputing the networks behind them in the backward pass if asked to."""
+    perceptual, discriminator = state.perceptual, state.discriminator
+    if state.mechanics.gradient_checkpointing:
+        perceptual = perceptual and partial(recompute, perceptual)
+    logits_fake = None
+    if state.gan_active:
+        discriminator.train()
+        logits_fake = recompute(discriminator, x_hat) if state.mechanics.gradient_checkpointing else discriminator(x_hat)
+    return vae_regularization_loss(x, x_hat, kl, state.config.vae_loss, perceptual=perceptual, logits_fake=logits_fake)
 
 
 def discriminator_step(state: TrainState, x: Tensor, x_hat: Tensor) -> dict[str, Tensor]:
     """Official step 2: the discriminator learns to tell images x from reconstructions x_hat, both (B, 3, H, W)."""
+    optimizer = state.optimizers["discriminator"]
     state.discriminator.train()
-    logits_real, logits_fake = state.discriminator(x.detach()), state.discriminator(x_hat.detach())
-    loss = hinge_discriminator_loss(logits_real, logits_fake)
-    norm = _update(loss, state.discriminator, state.optimizers["discriminator"], state.config.max_grad_norm)
-    return {
-        "disc": loss,
-        "logits_real": logits_real.mean(),
-        "logits_fake": logits_fake.mean(),
-        "grad_norm_disc": norm,
-    }
+    optimizer.zero_grad(set_to_none=True)
+    parts, sizes = [], []
+    for part in state.mechanics.parts(len(x)):
+        with state.mechanics.autocast():
+            logits_real, logits_fake = state.discriminator(x[part].detach()), state.discriminator(x_hat[part].detach())
+            loss = hinge_discriminator_loss(logits_real, logits_fake)
+        sizes.append(len(logits_real))
+        state.mechanics.backward(loss * (sizes[-1] / len(x)), optimizer)
+        parts.append({"disc": loss.detach(), "logits_real": logits_real.detach().mean(), "logits_fake": logits_fake.detach().mean()})
+    norm = state.mechanics.update(state.discriminator, optimizer, state.config.max_grad_norm)
+    return _averaged(parts, sizes) | {"grad_norm_disc": norm}
 
 
 def sit_step(
@@ -288,26 +360,34 @@ def sit_step(
         t, eps: times (B,) and noise like z: the ones of the VAE step. Drawn when None.
         label_drop: which labels become the null class (B,); drawn when None.
     """
-    config = state.config
+    config, mechanics, targets, z = state.config, state.mechanics, as_list(targets), z.detach()
+    optimizer = state.optimizers["sit"]
     state.sit.train()
-    out = state.sit.loss_forward(
-        z.detach(),
-        labels,
-        targets,
-        t=t,
-        eps=eps,
-        path=config.path,
-        weighting=config.weighting,
-        label_drop=label_drop,
-    )
-    losses = {"denoising": out.denoising_loss.mean()}
-    total = losses["denoising"]
-    if out.align_loss is not None:
-        losses["sit_align"] = out.align_loss
-        total = total + config.proj_coeff * out.align_loss
-    losses["sit_total"] = total
-    losses["grad_norm_sit"] = _update(total, state.sit, state.optimizers["sit"], config.max_grad_norm)
-    return losses
+    optimizer.zero_grad(set_to_none=True)
+    cuts, parts = mechanics.parts(len(z)), []
+    with state.sit.bn.whole_batch(z) if len(cuts) > 1 and not state.sit.config.fixed_latent_stats else nullcontext():
+        for part in cuts:
+            with mechanics.autocast():
+                out = state.sit.loss_forward(
+                    z[part],
+                    labels[part],
+                    [target[part] for target in targets],
+                    t=_cut(t, part),
+                    eps=_cut(eps, part),
+                    path=config.path,
+                    weighting=config.weighting,
+                    label_drop=_cut(label_drop, part),
+                )
+            losses = {"denoising": out.denoising_loss.mean()}
+            total = losses["denoising"]
+            if out.align_loss is not None:
+                losses["sit_align"] = out.align_loss
+                total = total + config.proj_coeff * out.align_loss
+            losses["sit_total"] = total
+            mechanics.backward(total * (len(out.t) / len(z)), optimizer)
+            parts.append({name: value.detach() for name, value in losses.items()})
+    norm = mechanics.update(state.sit, optimizer, config.max_grad_norm)
+    return _averaged(parts, [part.stop - part.start for part in cuts]) | {"grad_norm_sit": norm}
 
 
 def repae_step(
@@ -339,14 +419,35 @@ def repae_step(
     """
     _check_ready(state, targets)
     check_batch(state.sit, x, labels, targets)
+    draws = {"eps_posterior": eps_posterior, "t": t, "eps": eps, "label_drop": label_drop}
+    return as_floats(all_updates(state, x, labels, targets, **draws)[0])
+
+
+def all_updates(
+    state: TrainState,
+    x: Tensor,
+    labels: Tensor,
+    targets: Tensor | Sequence[Tensor] | None,
+    *,
+    eps_posterior: Tensor | None = None,
+    t: Tensor | None = None,
+    eps: Tensor | None = None,
+    label_drop: Tensor | None = None,
+) -> tuple[dict[str, Tensor], Tensor]:
+    """`repae_step` without its checks, for who checks once and reads losses when needed; a VAE alone if the state has no SiT.
+
+    Returns:
+        The losses and gradient norms, still on the device, and the latents z (B, C, h, w).
+    """
     vae_out = vae_step(state, x, labels, targets, eps_posterior=eps_posterior, t=t, eps=eps)
     losses = dict(vae_out.losses)
     if state.gan_active:
         losses |= discriminator_step(state, x, vae_out.x_hat)
-    losses |= sit_step(state, vae_out.z, labels, targets, t=vae_out.t, eps=vae_out.eps, label_drop=label_drop)
-    update_ema(state.ema, state.sit, state.config.ema_decay)
+    if state.sit is not None:
+        losses |= sit_step(state, vae_out.z, labels, targets, t=vae_out.t, eps=vae_out.eps, label_drop=label_drop)
+        update_ema(state.ema, state.sit, state.config.ema_decay)
     state.step += 1
-    return as_floats(losses)
+    return losses, vae_out.z
 
 
 def latent_step(
@@ -375,18 +476,14 @@ def as_floats(losses: dict[str, Tensor]) -> dict[str, float]:
     return dict(zip(losses, values, strict=True))
 
 
-def _update(loss: Tensor, module: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
-    """Backward, clip, step; returns the gradient norm before clipping.
+def _cut(tensor: Tensor | None, part: slice) -> Tensor | None:
+    return None if tensor is None else tensor[part]
 
-    Raises:
-        FloatingPointError: the norm is not finite; weights, optimiser and moving average are then as before the update.
-    """
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    norm = nn.utils.clip_grad_norm_([p for p in module.parameters() if p.requires_grad], max_norm)
-    if not bool(norm.isfinite()):
-        raise FloatingPointError(
-            f"the gradient norm of {type(module).__name__} is {float(norm)}: lower the learning rate, or use bfloat16 or float32"
-        )
-    optimizer.step()
-    return norm
+
+def _joined(tensors: list[Tensor | None]) -> Tensor | None:
+    return None if tensors[0] is None else torch.cat(tensors)
+
+
+def _averaged(parts: list[dict[str, Tensor]], sizes: list[int]) -> dict[str, Tensor]:
+    """Losses of the whole batch from those of its parts."""
+    return {name: sum(losses[name] * (n / sum(sizes)) for losses, n in zip(parts, sizes, strict=True)) for name in parts[0]}

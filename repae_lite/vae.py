@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from repae_lite.layers import run
 from repae_lite.objectives import full_precision
 
 
@@ -181,6 +182,8 @@ class Middle(nn.Module):
 class Encoder(nn.Module):
     """Images (B, 3, H, W) to moments (B, 2C, h, w)."""
 
+    gradient_checkpointing = False  # see repae_lite.layers
+
     def __init__(self, config: VAEConfig):
         super().__init__()
         widths = [config.width * m for m in config.multipliers]
@@ -200,7 +203,7 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv_in(self.fold(x))
         for level in self.down:
-            h = level(h)
+            h = run(self, level, h)
             if hasattr(level, "downsample"):
                 h = level.downsample(h)
         return self.conv_out(F.silu(self.norm_out(self.mid(h))))
@@ -208,6 +211,8 @@ class Encoder(nn.Module):
 
 class Decoder(nn.Module):
     """Latents (B, C, h, w) to images (B, 3, H, W)."""
+
+    gradient_checkpointing = False  # see repae_lite.layers
 
     def __init__(self, config: VAEConfig):
         super().__init__()
@@ -228,7 +233,7 @@ class Decoder(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         h = self.mid(self.conv_in(z))
         for level in reversed(self.up):
-            h = level(h)
+            h = run(self, level, h)
             if hasattr(level, "upsample"):
                 h = level.upsample(h)
         return self.unfold(self.conv_out(F.silu(self.norm_out(h))))

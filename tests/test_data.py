@@ -11,9 +11,19 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from PIL import Image
+from torch.utils.data import ConcatDataset, DataLoader
 
-from repae_lite.data import CLASS_NAMES, ImageH5Dataset, load_embedded, to_uint8, to_unit_range, write_images_h5
+from repae_lite.data import (
+    CLASS_NAMES,
+    ImageFolderDataset,
+    ImageH5Dataset,
+    load_embedded,
+    open_dataset,
+    to_uint8,
+    to_unit_range,
+    write_images_h5,
+)
 
 FOLDER = Path(__file__).resolve().parent.parent / "data_small"
 COUNTS = {"train": 6000, "eval": 2000}
@@ -38,6 +48,16 @@ def embedded():
 def small():
     rng = np.random.default_rng(0)
     return rng.integers(0, 256, (6, 3, 16, 16), dtype=np.uint8), np.array([0, 1, 2, 0, 1, 2])
+
+
+@pytest.fixture
+def folder(small, tmp_path):
+    """The small images as files in class folders; those of class c are c and c + 3."""
+    for i, (image, label) in enumerate(zip(*small, strict=True)):
+        path = tmp_path / "folder" / f"class {label}" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.transpose(1, 2, 0)).save(path)
+    return tmp_path / "folder"
 
 
 def checksums():
@@ -143,16 +163,17 @@ def test_writing_twice_gives_the_same_bytes(small, tmp_path):
     assert (tmp_path / "a.h5").read_bytes() == (tmp_path / "b.h5").read_bytes()
 
 
-def test_spawned_workers_read_the_same_images(small, tmp_path):
+def test_spawned_workers_read_the_same_images(small, folder, tmp_path):
     images, labels = small
     write_images_h5(tmp_path / "images.h5", images, labels)
-    dataset = ImageH5Dataset(tmp_path / "images.h5")
-    dataset[0]  # opens the file, which must not travel
-    assert pickle.loads(pickle.dumps(dataset))._file is None
-    loader = DataLoader(dataset, batch_size=2, num_workers=2, multiprocessing_context="spawn")
+    stored, direct = ImageH5Dataset(tmp_path / "images.h5"), ImageFolderDataset(folder, 16)
+    stored[0]  # opens the file, which must not travel
+    assert pickle.loads(pickle.dumps(stored))._file is None
+    loader = DataLoader(ConcatDataset([stored, direct]), batch_size=2, num_workers=2, multiprocessing_context="spawn")
     got_images, got_labels = zip(*loader, strict=True)
-    assert np.array_equal(torch.cat(got_images).numpy(), images)
-    assert torch.cat(got_labels).tolist() == labels.tolist()
+    order = [0, 3, 1, 4, 2, 5]  # of the folder: by class
+    assert np.array_equal(torch.cat(got_images).numpy(), np.concatenate([images, images[order]]))
+    assert torch.cat(got_labels).tolist() == [*labels, *labels[order]]
 
 
 def test_missing_foreign_and_truncated_files(small, tmp_path):
@@ -193,6 +214,71 @@ def test_missing_and_unreadable_images(small, tmp_path):
         file["dataset.json"] = np.bytes_(json.dumps({"labels": [["00000/img00000000.png", 0]]}))
     with pytest.raises(ValueError, match="lacks 1 images"):
         ImageH5Dataset(tmp_path / "other.h5")
+
+
+@pytest.mark.parametrize("labels, message", [
+    ([["00000/img00000000.png", "cat"]], "whole numbers from 0 up"),
+    ([["00000/img00000000.png", -1]], "whole numbers from 0 up"),
+    ([["00000/img00000000.png", 0]] * 2, "1 names twice"),
+    (["00000/img00000000.png"], "cannot be read"),
+])  # fmt: skip
+def test_labels_that_are_none_are_refused(small, tmp_path, labels, message):
+    path = tmp_path / "images.h5"
+    write_images_h5(path, *small)
+    with h5py.File(path, "r+") as file:
+        del file["dataset.json"]
+        file["dataset.json"] = np.bytes_(json.dumps({"labels": labels}))
+    with pytest.raises(ValueError, match=message):
+        ImageH5Dataset(path)
+
+
+def test_a_folder_is_cropped_as_it_is_read(small, folder):
+    dataset = ImageFolderDataset(folder, 8)
+    assert len(dataset) == 6 and dataset.num_classes == 3 and dataset.labels == [0, 0, 1, 1, 2, 2]
+    assert dataset.names[1] == "class 0/3.png"
+    image, label = dataset[1]
+    assert image.shape == (3, 8, 8) and image.dtype == torch.uint8 and image.is_contiguous() and label == 0
+    blocks = small[0][3].reshape(3, 8, 2, 8, 2).mean(axis=(2, 4))  # one halving
+    assert np.abs(image.numpy() - blocks).max() <= 1
+
+
+def test_unreadable_and_missing_files_of_a_folder(folder):
+    (folder / "class 1" / "1.png").write_bytes(b"not a PNG")
+    dataset = ImageFolderDataset(folder, 8)
+    with pytest.raises(ValueError, match=r"1\.png cannot be read \(not an image in a known format\): repair or remove it"):
+        dataset[2]
+    (folder / "dataset.json").write_text(json.dumps({"labels": [[name, 0] for name in [*dataset.names, "gone.png"]]}))
+    with pytest.raises(ValueError, match=r"lacks 1 images that dataset\.json lists, gone\.png first"):
+        ImageFolderDataset(folder, 8)
+    with pytest.raises(ValueError, match="resolution is 0 pixels"):
+        ImageFolderDataset(folder, 0)
+
+
+def test_a_dataset_is_opened_by_what_lies_there(small, folder, tmp_path):
+    data = tmp_path / "data"
+    write_images_h5(data / "images.h5", *small)
+    for path in (data, data / "images.h5"):
+        assert isinstance(open_dataset(path), ImageH5Dataset) and len(open_dataset(path, 16)) == 6
+    assert isinstance(open_dataset(folder, 16), ImageFolderDataset)
+
+
+def test_what_cannot_be_opened_is_refused(small, folder, tmp_path):
+    write_images_h5(tmp_path / "data" / "images.h5", *small)
+    with pytest.raises(ValueError, match=r"have 16 × 16 pixels and not 32 × 32: preprocess with --resolution 32"):
+        open_dataset(tmp_path / "data", 32)
+    with pytest.raises(ValueError, match="say to which resolution"):
+        open_dataset(folder)
+    with pytest.raises(FileNotFoundError, match="there is no image file or folder"):
+        open_dataset(tmp_path / "nowhere", 16)
+    (tmp_path / "unfinished" / "images.h5.partial").mkdir(parents=True)
+    with pytest.raises(ValueError, match="has not finished: run the same command again"):
+        open_dataset(tmp_path / "unfinished", 16)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="holds no images"):
+        open_dataset(tmp_path / "empty", 16)
+    (tmp_path / "text.h5").write_text("text")
+    with pytest.raises(ValueError, match="not a whole HDF5 file"):
+        open_dataset(tmp_path / "text.h5")
 
 
 def test_writer_refuses_other_shapes_and_dtypes(small, tmp_path):

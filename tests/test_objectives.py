@@ -10,6 +10,7 @@ from repae_lite.objectives import (
     VAELossConfig,
     alignment_loss,
     hinge_discriminator_loss,
+    spatial_norm,
     vae_regularization_loss,
     velocity_loss,
 )
@@ -24,6 +25,20 @@ def test_alignment_loss_against_a_loop():
                 total -= float(h[b, n] @ target[b, n] / (h[b, n].norm() * target[b, n].norm()))
     assert float(alignment_loss(projected, targets)) == pytest.approx(total / 12, rel=1e-5)
     assert float(alignment_loss(targets, targets)) == pytest.approx(-1)
+
+
+def test_spatial_norm_by_its_definition():
+    tokens = 3 + 2 * torch.randn(2, 9, 5, dtype=torch.float64)
+    found = spatial_norm(tokens, gamma=0.6)
+    for b in range(2):
+        for d in range(5):
+            column = tokens[b, :, d].tolist()
+            mean = sum(column) / 9
+            std = (sum((v - mean) ** 2 for v in column) / 8) ** 0.5
+            assert found[b, :, d].tolist() == pytest.approx([(v - 0.6 * mean) / (std + 1e-6) for v in column])
+    # With all of the mean gone, what an image's tokens share no longer counts.
+    assert_close(spatial_norm(tokens + torch.randn(2, 1, 5), gamma=1.0), spatial_norm(tokens, gamma=1.0))
+    assert spatial_norm(tokens.bfloat16()).dtype == torch.float32
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

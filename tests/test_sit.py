@@ -144,3 +144,21 @@ def test_fixed_latent_statistics_never_move():
         torch.testing.assert_close(sit.train(mode).normalize(z), expected)
         torch.testing.assert_close(sit.normalize(z, batch_stats=True), expected)
     assert sit.latent_stats()[0].tolist() == [0.5] * 4
+
+
+def test_the_convolutional_projector_sees_a_token_and_its_neighbours():
+    torch.manual_seed(0)
+    sit = SiT.from_preset("tiny", projector="conv").eval()
+    (project,) = sit.projectors
+    h = torch.randn(2, 16, 128)
+    grid = h.reshape(2, 4, 4, 128)
+    out = project(h)
+    assert out.shape == (2, 16, 128)
+    expected = project.bias.clone()  # token 5 is at row 1, column 1
+    for i in range(3):
+        for j in range(3):
+            expected = expected + project.weight[:, :, i, j] @ grid[0, i, j]
+    torch.testing.assert_close(out[0, 5], expected, rtol=1e-4, atol=1e-5)
+    z, labels = torch.randn(2, 4, 8, 8), torch.arange(2)
+    found = sit.loss_forward(z, labels, torch.randn(2, 16, 128))
+    assert found.projected[0].shape == (2, 16, 128) and found.align_loss.requires_grad

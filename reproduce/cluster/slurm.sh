@@ -1,0 +1,30 @@
+#!/bin/bash
+# One training run on NODES x GPUS GPUs under SLURM: sbatch reproduce/cluster/slurm.sh
+# One task per GPU and no launcher between, so that SLURM's signals reach every training process.
+#SBATCH --job-name=repae
+#SBATCH --nodes=2
+#SBATCH --gpus-per-node=8
+#SBATCH --ntasks-per-node=8
+#SBATCH --cpus-per-task=8
+#SBATCH --time=24:00:00
+#SBATCH --signal=TERM@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.log
+
+set -u
+export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export MASTER_PORT=${MASTER_PORT:-29500}
+export OMP_NUM_THREADS=$SLURM_CPUS_PER_TASK
+
+# The command of one GPU, with --resume latest: a first start, a requeued job and one after a crash are the same line.
+srun --kill-on-bad-exit=0 bash -c '
+  export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
+  exec python -m repae_lite train-repae --preset repae-sdvae --data-dir data --output-dir exps --resume latest'
+code=$?
+
+# 143: stopped by SLURM's SIGTERM, five minutes before the end, with a checkpoint of the last step.
+if [ "$code" -eq 143 ]; then
+  scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$code"
