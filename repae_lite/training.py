@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import torch
@@ -172,21 +172,22 @@ class Trainer:
     def _steps(self, log: RunLog, caught: list[int]) -> Finding | None:
         """Steps until the end, a signal or a finding."""
         state, config = self.state, self.config
-        for batch in _plain_errors(self._loader()):
-            try:
-                losses = self._step(batch)
-                finding = self._logged(losses, log)
-            except FloatingPointError as error:
-                finding = Finding(f"{error} (in step {state.step + 1})", state.step + 1)
-            if finding and config.on_divergence != "off":
-                return finding
-            if config.sampling_steps and state.step % config.sampling_steps == 0:
-                self._sample()
-            if state.step % config.checkpointing_steps == 0:
-                self._save()
-                log.checkpointed()
-            if self._stopped(caught):
-                return None
+        with closing(_read(self._loader())) as batches:
+            for batch in batches:
+                try:
+                    losses = self._step(batch)
+                    finding = self._logged(losses, log)
+                except FloatingPointError as error:
+                    finding = Finding(f"{error} (in step {state.step + 1})", state.step + 1)
+                if finding and config.on_divergence != "off":
+                    return finding
+                if config.sampling_steps and state.step % config.sampling_steps == 0:
+                    self._sample()
+                if state.step % config.checkpointing_steps == 0:
+                    self._save()
+                    log.checkpointed()
+                if self._stopped(caught):
+                    return None
         return None
 
     def _stopped(self, caught: list[int]) -> bool:
@@ -409,15 +410,23 @@ def _deaf(_: int) -> None:
             signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
-def _plain_errors(loader: DataLoader) -> Iterator[dict[str, Tensor]]:
-    """The loader's batches; an error in one of its processes comes as its sentence alone, without that process's traceback."""
+def _read(loader: DataLoader) -> Iterator[dict[str, Tensor]]:
+    """The loader's batches; an error in one of its processes comes as its sentence alone, without that process's traceback.
+
+    When the iteration ends, in whatever way, so do the loader's processes. Left to the garbage collector, those of a failed run would
+    outlive it: Python ends its children with SIGTERM and waits for them, and these do not hear it (`_deaf`).
+    """
+    iterator = iter(loader)
     try:
-        yield from loader
+        yield from iterator
     except (ValueError, OSError) as error:
         if loader.num_workers == 0:
             raise
         kind = ValueError if isinstance(error, ValueError) else OSError
         raise kind(str(error).strip().splitlines()[-1].partition(": ")[2]) from None
+    finally:
+        if loader.num_workers:
+            iterator._shutdown_workers()
 
 
 NORMS = {"vae": "vae", "discriminator": "disc", "sit": "sit"}  # networks, and how their gradient norms are called among the losses

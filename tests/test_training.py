@@ -516,6 +516,7 @@ def test_an_image_that_cannot_be_read_ends_the_run_in_one_sentence(tmp_path, cap
     (tmp_path / "images" / "a" / "2.png").write_bytes(b"broken")  # none of the three that the fingerprint reads
     text = refused(capsys, tmp_path, "--data-dir", str(tmp_path / "images"), "--num-workers", str(workers), lines=None)
     assert text.splitlines()[-1].startswith("repae train-repae: the image ") and "cannot be read" in text and "Traceback" not in text
+    assert not multiprocessing.active_children()  # deaf to the SIGTERM with which Python ends its children: it would wait for ever
 
 
 def test_a_run_is_not_overwritten_or_mixed_with_another(whole, tmp_path, capsys):
