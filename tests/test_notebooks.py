@@ -119,7 +119,7 @@ def test_has_signature_scoreboard_and_widget(notebook):
     figures = [out for cell in tagged(notebook, "signature") for out in cell.outputs if "image/png" in out.get("data", {})]
     assert figures
     assert any("text/html" in out.get("data", {}) for cell in tagged(notebook, "scoreboard") for out in cell.outputs)
-    assert any("ipywidgets.interact" in cell.source for cell in code_cells(notebook))
+    assert any("explore(" in cell.source for cell in code_cells(notebook))
 
 
 def test_was_run_from_top_to_bottom_in_full(notebook):
