@@ -18,7 +18,7 @@ def vae_fields(state: State, where: object) -> dict:
         ValueError: not a VAE of this kind.
     """
     first = _shape(state, "encoder.conv_in.weight", "VAE", where, 4)
-    latent = _shape(state, "post_quant_conv.weight", "VAE", where)
+    latent = _shape(state, "post_quant_conv.weight", "VAE", where, 4)
     width, fold = first[0], round((first[1] / 3) ** 0.5)
     levels = [
         _shape(state, f"encoder.down.{i}.block.0.conv1.weight", "VAE", where)[0] for i in range(_count(state, "encoder.down."))
@@ -69,12 +69,14 @@ def discriminator_fields(state: State, where: object) -> dict:
     """
     width, channels = _shape(state, "main.0.weight", "discriminator", where, 4)[:2]
     convolutions = sum(tensor.ndim == 4 for tensor in state.values())
+    if convolutions < 3:
+        raise ValueError(f"{where} holds no discriminator: it has {convolutions} convolutions, and the smallest has 3")
     return {"in_channels": channels, "width": width, "layers": convolutions - 2}
 
 
 def _shape(state: State, name: str, kind: str, where: object, dims: int | None = None) -> tuple[int, ...]:
     tensor = state.get(name)
-    if tensor is None or (dims or tensor.ndim) != tensor.ndim or not tensor.ndim:
+    if tensor is None or (dims or tensor.ndim) != tensor.ndim or not tensor.numel():
         held = ", ".join(sorted(state)[:3]) or "nothing"
         raise ValueError(f"{where} holds no {kind}: it lacks {name} or has it in another shape (it holds {held} …)")
     return tuple(tensor.shape)

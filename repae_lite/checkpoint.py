@@ -6,19 +6,21 @@ travels with the weights, or from their shapes and the options of the run.
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import torch
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from repae_lite import architecture
 from repae_lite.diffusers_layout import diffusers_config, from_diffusers, to_diffusers, vae_fields
 from repae_lite.discriminator import PatchDiscriminator
-from repae_lite.files import atomic_path, data_small_dir, fill_module, save_weights, write_text
+from repae_lite.files import atomic_path, check_fits, data_small_dir, fill_module, save_weights, write_text
 from repae_lite.layouts import DIFFUSERS_CONFIG, DIFFUSERS_WEIGHTS, STATS
-from repae_lite.model_files import ModelFile, read_model, read_pickle
+from repae_lite.model_files import ModelFile, read_model
+from repae_lite.pickles import read_pickle
 from repae_lite.sit import SIT_PRESETS, SiT, SiTConfig
 from repae_lite.vae import VAE_PRESETS, AutoencoderKL, VAEConfig
 
@@ -91,11 +93,12 @@ def load_vae(source: str | Path, *, config: VAEConfig | None = None, step: int |
         ValueError: no VAE, a pickle that wants to run code, or weights that do not fit (the first three, with shapes).
     """
     found = read_model(_shipped(source), "vae", step=step)
-    vae = AutoencoderKL(config or _vae_config(found))
-    state = found.state
+    config = config or _vae_config(found)
+    sketch, state = _sketch(AutoencoderKL, config, found.path), found.state
     if "diffusers" in found.header:
-        state = from_diffusers(state, vae.state_dict(), len(vae.config.multipliers))
-    return fill_module(vae, state, found.path)
+        state = from_diffusers(state, sketch.state_dict(), len(config.multipliers))
+    check_fits(sketch, state, found.path)
+    return fill_module(AutoencoderKL(config), state, found.path)
 
 
 def load_sit(source: str | Path, *, ema: bool = True, config: SiTConfig | None = None, step: int | None = None) -> SiT:
@@ -103,10 +106,13 @@ def load_sit(source: str | Path, *, ema: bool = True, config: SiTConfig | None =
 
     Args:
         ema: of a run's two SiTs the averaged one, which samples are drawn from; a file with a single SiT holds what it holds.
+            (A file alone does not tell the alignment depth: REPA's choice for its size is taken. Only aligning further needs it.)
         config: sizes, where neither the file nor shapes and options tell them.
     """
     found = read_model(source, "sit", ema=ema, step=step)
-    return fill_module(SiT(config or _sit_config(found)), found.state, found.path)
+    config = config or _sit_config(found)
+    check_fits(_sketch(SiT, config, found.path), found.state, found.path)
+    return fill_module(SiT(config), found.state, found.path)
 
 
 def load_discriminator(source: str | Path, *, step: int | None = None) -> PatchDiscriminator:
@@ -126,9 +132,9 @@ def load_latent_stats(source: str | Path, *, ema: bool = True, step: int | None 
     state, header, beside = found.state, found.header, found.path.with_name(found.path.stem + STATS)
     config = header.get("diffusers", {})
     if {"latents_scale", "latents_bias"} <= header.keys():
-        stats = torch.tensor(header["latents_scale"]), torch.tensor(header["latents_bias"])
+        stats = _numbers(header["latents_scale"], found.path), _numbers(header["latents_bias"], found.path)
     elif config.get("latents_mean") and config.get("latents_std"):
-        stats = 1 / torch.tensor(config["latents_std"]), torch.tensor(config["latents_mean"])
+        stats = 1 / _numbers(config["latents_std"], found.path), _numbers(config["latents_mean"], found.path)
     elif "bn.running_var" in state:
         stats = state["bn.running_var"].rsqrt(), state["bn.running_mean"].clone()
     else:
@@ -136,10 +142,23 @@ def load_latent_stats(source: str | Path, *, ema: bool = True, step: int | None 
             state = read_pickle(beside)
         if not {"latents_scale", "latents_bias"} <= state.keys():
             raise ValueError(f"{found.path} records no latent statistics: put {beside.name} beside it, or give a run folder")
-        stats = state["latents_scale"].flatten().clone(), state["latents_bias"].flatten().clone()
+        stats = _numbers(state["latents_scale"], beside), _numbers(state["latents_bias"], beside)
+    if stats[0].shape != stats[1].shape or not stats[0].numel():
+        raise ValueError(
+            f"the latent statistics in {found.path} are {stats[0].numel()} scales and {stats[1].numel()} means: one of each for every "
+            "channel is needed, so compute them again"
+        )
     if not (torch.isfinite(stats[0]).all() and torch.isfinite(stats[1]).all() and bool((stats[0] > 0).all())):
         raise ValueError(f"the latent statistics in {found.path} are not positive scales and finite means: compute them again")
     return stats
+
+
+def _numbers(values: object, path: Path) -> Tensor:
+    """Statistics as a float32 vector, whether they were recorded as (C,) or as (1, C, 1, 1)."""
+    try:
+        return torch.as_tensor(values, dtype=torch.float32).flatten().clone()
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{path} records latent statistics that are no lists of numbers: compute them again") from None
 
 
 def _shipped(source: str | Path) -> str | Path:
@@ -173,7 +192,7 @@ def _sit_config(found: ModelFile) -> SiTConfig:
         return _rebuild(SiTConfig, found.header["sit_config"], found.path)
     sizes, options = architecture.sit_fields(found.state, found.path), found.options
     name = options.get("model")
-    if name is not None and name not in SIT_PRESETS:
+    if name is not None and not (isinstance(name, str) and name in SIT_PRESETS):
         raise ValueError(f"{found.path} is of a run with the unknown model {name!r}: give config=SiTConfig(…)")
     alike = [p for p in SIT_PRESETS.values() if (p.width, p.depth) == (sizes["width"], sizes["depth"])]
     if name is None and not alike:
@@ -183,24 +202,58 @@ def _sit_config(found: ModelFile) -> SiTConfig:
         )
     if options.get("num_classes") == sizes["num_classes"] + 1:
         raise ValueError(f"{found.path} was trained without label dropout, so it has no null class: such a SiT is not built here")
+    if options.get("num_classes") not in (None, sizes["num_classes"]):
+        raise ValueError(
+            f"{found.path} has labels for {sizes['num_classes']} classes and the null class, but its run's options say "
+            f"num_classes={options['num_classes']!r}: they do not belong together"
+        )
     preset = SIT_PRESETS[name] if name is not None else alike[0]
     told = ("in_channels", "input_size", "num_classes", "target_dims", "projector", "projector_width")
     if name is None:
         told += ("patch_size",)
     changes = {key: sizes[key] for key in told if key in sizes}
-    if options.get("encoder_depth") is not None:
-        changes["alignment_depth"] = int(options["encoder_depth"])
-    if options.get("bn_momentum") is not None:
-        changes["bn_momentum"] = float(options["bn_momentum"])
-    return replace(preset, **changes)
+    for key, field, kind in (("encoder_depth", "alignment_depth", int), ("bn_momentum", "bn_momentum", float)):
+        if options.get(key) is not None:
+            try:
+                changes[field] = kind(options[key])
+            except (TypeError, ValueError, OverflowError):
+                raise ValueError(f"{found.path} is of a run with {key}={options[key]!r}, no number: restore its options") from None
+    return _of(found.path, replace, preset, **changes)
 
 
 def _rebuild(kind: type, values: dict, path: Path) -> VAEConfig | SiTConfig:
     """A configuration from its JSON."""
-    unknown = set(values) - {field.name for field in fields(kind)}
-    if unknown:
+    known = {field.name: field.default for field in fields(kind)}
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} has sizes that are a {type(values).__name__}: get the file again")
+    if unknown := set(values) - set(known):
         raise ValueError(f"{path} has sizes that this version does not know ({', '.join(sorted(unknown))}): update repae_lite")
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    for key, value in values.items():
+        of = (int, float) if isinstance(known[key], float) else type(known[key])
+        whole = not isinstance(value, tuple) or all(type(entry) is int for entry in value)
+        if not isinstance(value, of) or (isinstance(value, bool) and of is not bool) or not whole:
+            raise ValueError(f"{path} has sizes that are not of the right kind ({key}={value!r}): get the file again")
+    return _of(path, kind, **values)
+
+
+def _of(path: Path, make: Callable, *args, **values):
+    """What `make` makes of a file's sizes; where they are refused, the sentence names the file."""
     try:
-        return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
-    except TypeError as error:
-        raise ValueError(f"{path} has sizes that are not of the right kind ({error}): get the file again") from None
+        return make(*args, **values)
+    except ValueError as error:
+        raise ValueError(f"{path} has sizes that cannot be: {error}") from None
+
+
+def _sketch(kind: type[nn.Module], config: VAEConfig | SiTConfig, path: Path) -> nn.Module:
+    """The network without its memory, to compare shapes with: what a file says of itself may be anything.
+
+    Raises:
+        ValueError: there is no such network.
+    """
+    try:
+        with torch.device("meta"):
+            return kind(config)
+    except (ArithmeticError, LookupError, RuntimeError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path} has sizes of which no {kind.__name__} can be built ({reason}): get it again") from None

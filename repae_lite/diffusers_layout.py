@@ -69,6 +69,13 @@ def vae_fields(config: dict, where: object) -> dict:
     missing = [key for key in _NEEDED if key not in config]
     if missing:
         raise ValueError(f"{where} has a configuration without {', '.join(missing)}: restore its config.json")
+    sizes, lists = _NEEDED[3:], ((_NEEDED[0], str), (_NEEDED[1], str), (_NEEDED[2], int))
+    odd = [key for key in sizes if type(config[key]) is not int or config[key] < 1]
+    odd += [key for key, kind in lists if not isinstance(config[key], list) or {type(entry) for entry in config[key]} != {kind}]
+    if not odd and min(config["block_out_channels"]) < 1:
+        odd = ["block_out_channels"]
+    if odd:
+        raise ValueError(f"{where} has a configuration with {odd[0]}={config[odd[0]]!r}: restore its config.json")
     wrong = [f"{key}={config[key]!r}" for key, value in _FIXED.items() if config.get(key, value) != value]
     down, up = config["down_block_types"], config["up_block_types"]
     attention = tuple(i for i, kind in enumerate(down) if kind == "AttnDownEncoderBlock2D")

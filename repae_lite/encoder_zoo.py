@@ -30,7 +30,6 @@ dinov3's own.
 """
 
 import importlib
-import pickle
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,12 +37,11 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
-from repae_lite.files import fill_module
+from repae_lite.files import fill_module, read_weights
+from repae_lite.pickles import read_pickle
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 CLIP = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711)}
@@ -146,7 +144,10 @@ def _timm_spec(model_name: str) -> EncoderSpec:
     if tag and not timm.models.is_model_pretrained(model_name):
         raise ValueError(f"timm {timm.__version__} has no weights {tag!r} of {model}: timm.list_pretrained('{model}*') lists them")
     with torch.random.fork_rng(devices=[]):
-        probe = timm.create_model(model_name, depth=1, num_classes=0)  # one block says all that is asked here
+        try:
+            probe = timm.create_model(model_name, depth=1, num_classes=0)  # one block says all that is asked here
+        except (AssertionError, IndexError, TypeError, ValueError):  # its blocks are no uniform stack
+            raise ValueError(f"timm's {model_name} is not a plain stack of blocks: choose another vision transformer") from None
     patch_size = getattr(probe.patch_embed, "patch_size", None)
     if not (patch_size and patch_size[0] == patch_size[1]):
         raise ValueError(f"timm's {model_name} does not cut images into square patches: choose another vision transformer")
@@ -263,7 +264,9 @@ def _fill(vit: nn.Module, path: Path) -> None:
         FileNotFoundError: no such file.
         ValueError: not weights, more than weights, or the weights of another network.
     """
-    state = _read(path)
+    if not path.is_file():
+        raise FileNotFoundError(f'the weights {path} do not exist: give "pretrained", "random" or an existing file')
+    state = read_weights(path)[0] if path.suffix == ".safetensors" else read_pickle(path)
     convert = importlib.import_module(type(vit).__module__).checkpoint_filter_fn  # timm's own, for the authors' layouts
     try:
         state = convert(from_moco(state), vit)
@@ -272,21 +275,6 @@ def _fill(vit: nn.Module, path: Path) -> None:
     own = vit.state_dict()
     state = {key: value for key, value in state.items() if key in own or key.split(".")[0] not in ("head", "head_dist")}
     fill_module(vit, state, path)
-
-
-def _read(path: Path) -> dict:
-    if not path.is_file():
-        raise FileNotFoundError(f'the weights {path} do not exist: give "pretrained", "random" or an existing file')
-    try:
-        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(
-            f"{path} is not a file of tensors alone ({type(error).__name__}): only such files are read, since others can run code; "
-            "save its state dict as safetensors"
-        ) from None
-    if not isinstance(state, dict):
-        raise ValueError(f"{path} holds a {type(state).__name__}: give a file with a state dict")
-    return state
 
 
 _MOCO_PREFIX = "module.base_encoder."

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -85,7 +86,7 @@ def _value(text: str) -> object:
     """What `save_weights` wrote is JSON; the strings of other makers stay what they are."""
     try:
         return json.loads(text)
-    except json.JSONDecodeError:
+    except (json.JSONDecodeError, RecursionError):
         return text
 
 
@@ -116,19 +117,37 @@ def fill_module(module: nn.Module, state: dict[str, Tensor], source: str | Path)
     """Fills a module with a state dict read from `source`, all of it or nothing, and returns it in eval mode.
 
     Raises:
-        ValueError: names or shapes differ.
+        ValueError: see `check_fits`; or numbers that are not finite.
     """
-    own = module.state_dict()
-    wrong = [
-        f"{name} {_shape(state[name]) if name in state else 'missing'} instead of {_shape(own[name]) if name in own else 'nothing'}"
-        for name in sorted(own.keys() | state.keys())
-        if name not in own or name not in state or _shape(own[name]) != _shape(state[name])
-    ]
-    if wrong:
-        raise ValueError(f"{source} does not fit {type(module).__name__}: {'; '.join(wrong[:3])} ({len(wrong)} in all)")
+    check_fits(module, state, source)
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise ValueError(f"{source} holds NaN or infinity in {name}: take an earlier checkpoint, or get the file again")
     module.load_state_dict(state)
     return module.eval()
 
 
-def _shape(value: object) -> list[int] | str:
-    return list(value.shape) if isinstance(value, Tensor) else f"a {type(value).__name__}"
+def check_fits(module: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
+    """Refuses a state dict that is not a module's; the module may be on the meta device, without memory.
+
+    Raises:
+        ValueError: names, shapes or kinds of numbers differ: the first three.
+    """
+    own = module.state_dict()
+    wrong = []
+    for name in sorted(own.keys() | state.keys()):
+        mine, given = (_shape(tensors[name]) if name in tensors else None for tensors in (own, state))
+        if mine is None or given is None or mine != given:
+            wrong.append(f"{name} {given or 'missing'} instead of {mine or 'nothing'}")
+        elif state[name].layout != torch.strided or state[name].is_meta or _kind(state[name]) != _kind(own[name]):
+            wrong.append(f"{name} of {state[name].device} {state[name].layout} {state[name].dtype} instead of {own[name].dtype}")
+    if wrong:
+        raise ValueError(f"{source} does not fit {type(module).__name__}: {'; '.join(wrong[:3])} ({len(wrong)} in all)")
+
+
+def _kind(tensor: Tensor) -> str:
+    return "real" if tensor.is_floating_point() else "complex" if tensor.is_complex() else "whole"
+
+
+def _shape(value: object) -> str:
+    return str(list(value.shape)) if isinstance(value, Tensor) else f"a {type(value).__name__}"

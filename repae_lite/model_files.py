@@ -1,21 +1,13 @@
 """From what a user names to tensors: files, run folders, released sets, diffusers folders and repositories on the Hub.
 
-Nothing that is read here can run code: safetensors holds tensors only, and pickles pass PyTorch's `weights_only` reader, which builds
-tensors and plain containers, plus the one class that official checkpoints hold, `argparse.Namespace`.
+Nothing that is read here can run code: safetensors holds tensors only, and pickles are read by `repae_lite.pickles`.
 """
 
 import argparse
 import json
-import pickle
-import pickletools
-import re
-import struct
-import warnings
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from repae_lite.files import read_weights
@@ -30,6 +22,7 @@ from repae_lite.layouts import (
     pick_checkpoint,
     pick_weights,
 )
+from repae_lite.pickles import read_pickle
 
 OUR_FILES = ("sit", "ema", "vae", "discriminator")  # of a checkpoint folder, each .safetensors
 
@@ -93,7 +86,8 @@ def find(source: str | Path, part: str, *, ema: bool = True, step: int | None = 
     if path.is_file():
         return path
     if (path / "checkpoints").is_dir():
-        names = [f"checkpoints/{entry.name}" for entry in (path / "checkpoints").iterdir()]
+        entries = (path / "checkpoints").iterdir()
+        names = [f"checkpoints/{entry.name}" for entry in entries if entry.is_file() or any(entry.iterdir())]
         path = path / pick_checkpoint(names, step, path)
         if path.is_file():
             return path
@@ -118,74 +112,6 @@ def find(source: str | Path, part: str, *, ema: bool = True, step: int | None = 
 
 
 _NOUNS = {"sit": "SiT", "vae": "VAE", "discriminator": "discriminator", "stats": "latent statistics"}
-
-
-def read_pickle(path: Path) -> dict:
-    """The dict in a file of `torch.save`, refusing whatever is more than tensors, plain values and an argparse.Namespace.
-
-    Large files are not read but mapped: only tensors that are used are loaded.
-
-    Raises:
-        FileNotFoundError: no such file. ValueError: refused, with the class or function that it wanted; damaged; not a dict.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"the weights {path} do not exist: check the path")
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)  # what fails for it is said below
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except _REFUSALS as error:
-        named = re.search(r"GLOBAL ([\w.]+)", str(error))
-        protocol, wanted = _survey(path)
-        wanted = named[1] if named else wanted
-        if wanted:
-            raise ValueError(
-                f"{path} wants to run {wanted} when it is read: refused, since a file of weights needs no code; "
-                "get its state dict as safetensors from whoever made it"
-            ) from None
-        if protocol > 2:
-            raise ValueError(
-                f"{path} is a pickle of protocol {protocol}, which PyTorch's reader of weights refuses: save it again with torch.save "
-                "and its default protocol, 2, or as safetensors"
-            ) from None
-        raise ValueError(f"{path} is not a whole file of torch.save with tensors and plain values: get it again") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}: give a file with a state dict or a run's checkpoint")
-    return content
-
-
-# what the readers of damaged and of hostile files raise
-_REFUSALS = (pickle.UnpicklingError, zipfile.BadZipFile, struct.error, OSError, EOFError)
-_REFUSALS += (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
-
-
-def _survey(path: Path) -> tuple[int, str | None]:
-    """A pickle's protocol and the first class or function in it that is no part of PyTorch's own format; nothing is run."""
-    protocol, strings, memo = 0, [], {}
-    try:
-        content = path.read_bytes()
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                content = archive.read(next(name for name in archive.namelist() if name.endswith("/data.pkl")))
-        for operation, value, _ in pickletools.genops(content):
-            name = None
-            if operation.name == "PROTO":
-                protocol = value
-            elif operation.name == "MEMOIZE":
-                memo[len(memo)] = strings[-1:]
-            elif operation.name in ("BINGET", "LONG_BINGET"):
-                strings += memo.get(value, [])
-            elif operation.name in ("GLOBAL", "INST"):
-                name = value.replace(" ", ".")
-            elif operation.name == "STACK_GLOBAL":
-                name = ".".join(strings[-2:])
-            elif isinstance(value, str):
-                strings.append(value)
-            if name and name != "argparse.Namespace" and name.split(".")[0] not in ("torch", "collections"):
-                return protocol, name
-    except (*_REFUSALS, StopIteration):
-        return 0, None  # not even a pickle
-    return protocol, None
 
 
 def read_json(path: Path) -> dict:
@@ -241,17 +167,21 @@ def _wanted(names: list[str], part: str, step: int | None, where: object) -> lis
 
 def _tensors(state: dict, path: Path) -> dict[str, Tensor]:
     """A state dict that is nothing but names and tensors."""
-    other = [f"{name} ({type(value).__name__})" for name, value in state.items() if not isinstance(value, Tensor)]
+    other = [
+        f"{name} ({type(value).__name__})"
+        for name, value in state.items()
+        if not (isinstance(name, str) and isinstance(value, Tensor))
+    ]
     if other or not state:
         raise ValueError(f"{path} is no state dict: it holds {', '.join(other[:3]) or 'nothing'}")
     return _plain(state)
 
 
 def _plain(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Without the prefix that DistributedDataParallel or torch.compile leave before every name."""
+    """Without the prefixes that DistributedDataParallel and torch.compile leave before every name, one in the other."""
     for prefix in ("module.", "_orig_mod."):
         if state and all(name.startswith(prefix) for name in state):
-            state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+            return _plain({name.removeprefix(prefix): tensor for name, tensor in state.items()})
     return state
 
 

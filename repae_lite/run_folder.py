@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from repae_lite.checkpoint import save_vae
 from repae_lite.files import atomic_path, fill_module, read_weights, save_weights, write_text
-from repae_lite.model_files import read_pickle
+from repae_lite.pickles import read_pickle
 from repae_lite.sit import SiT
 from repae_lite.vae import AutoencoderKL
 

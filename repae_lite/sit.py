@@ -68,6 +68,8 @@ class SiTConfig:
             raise ValueError(f"target_dims is {self.target_dims!r}: give a tuple with one width per encoder, as in (768,)")
         if not 0 <= self.label_dropout < 1:
             raise ValueError(f"label_dropout is {self.label_dropout}: it is a share, from 0 up to (not including) 1")
+        if not 0 <= self.bn_momentum <= 1:
+            raise ValueError(f"bn_momentum is {self.bn_momentum}: it is the share of the newest batch, from 0 to 1")
         if self.input_size % self.patch_size:
             raise ValueError(
                 f"latent size {self.input_size} is not a multiple of patch size {self.patch_size}: "

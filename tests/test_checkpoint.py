@@ -4,7 +4,7 @@ import argparse
 import json
 import pickle
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -435,3 +435,111 @@ def test_statistics_of_a_dead_channel_are_refused(tmp_path, tiny_vae):
     save_vae(tmp_path / "vae.safetensors", tiny_vae, scale=torch.tensor([1.0, 2, 0, 1]), bias=torch.zeros(4))
     with pytest.raises(ValueError, match="are not positive scales and finite means"):
         load_latent_stats(tmp_path / "vae.safetensors")
+
+
+# ---------------------------------------------------------------- files that say or hold what cannot be
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensor: tensor.to(torch.int64), r"conv_in\.bias of cpu torch\.strided torch\.int64 instead of torch\.float32"),
+        (lambda tensor: tensor.to(torch.complex64), "torch.complex64 instead of torch.float32"),
+        (lambda tensor: tensor.to_sparse(), "torch.sparse_coo"),
+        (lambda tensor: tensor.fill_(float("nan")), r"holds NaN or infinity in encoder\.conv_in\.bias"),
+    ],
+)
+def test_numbers_of_another_kind_are_refused(tmp_path, tiny_vae, change, message):
+    state = {name: tensor.clone() for name, tensor in tiny_vae.state_dict().items()}
+    state["encoder.conv_in.bias"] = change(state["encoder.conv_in.bias"])
+    torch.save(state, tmp_path / "odd.pt")
+    with pytest.raises(ValueError, match=message):
+        load_vae(tmp_path / "odd.pt", config=tiny_vae.config)
+
+
+def test_half_precision_and_wrapped_names_load(tmp_path, tiny_vae):
+    prefixes = {torch.float16: "module._orig_mod.", torch.bfloat16: "_orig_mod.module.", torch.float64: "module.module."}
+    for dtype, prefix in prefixes.items():
+        torch.save({prefix + name: tensor.to(dtype) for name, tensor in tiny_vae.state_dict().items()}, tmp_path / "v.pt")
+        loaded = load_vae(tmp_path / "v.pt", config=tiny_vae.config)
+        for (name, own), back in zip(tiny_vae.state_dict().items(), loaded.state_dict().values(), strict=True):
+            assert torch.equal(own.to(dtype).float(), back), name
+
+
+def test_names_that_are_no_text_are_refused(tmp_path):
+    torch.save({1: torch.zeros(1)}, tmp_path / "odd.pt")
+    for load in (load_vae, load_sit, load_discriminator):
+        with pytest.raises(ValueError, match=r"is no state dict: it holds 1 \(Tensor\)"):
+            load(tmp_path / "odd.pt")
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [[1], 3, None, {"multipliers": []}, {"latent_channels": None}, {"latent_channels": -4}, {"width": "8"}, {"multipliers": [1, "2"]},
+     {"width": 80_000_000}, {"mid_attention": 1}, {"blocks": True}],
+)  # fmt: skip
+def test_a_header_with_impossible_sizes_is_one_sentence(tmp_path, sizes):
+    vae = random_vae(SMALL["no attention"])
+    given = asdict(vae.config) | sizes if isinstance(sizes, dict) else sizes
+    save_weights(tmp_path / "odd.safetensors", vae, {"vae_config": given})
+    with pytest.raises(ValueError, match=r"odd\.safetensors (has sizes|does not fit)") as refusal:
+        load_vae(tmp_path / "odd.safetensors")
+    assert len(str(refusal.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "values", [([1.0], [0.0] * 4), ([], []), ("x", [0.0] * 4), ({"a": 1}, [0.0]), (None, None), ([[1.0, "b"]], [1.0, 2.0])]
+)
+def test_statistics_that_are_no_vectors_of_one_length_are_refused(tmp_path, values):
+    vae = random_vae(SMALL["no attention"])
+    save_weights(tmp_path / "v.safetensors", vae, {"latents_scale": values[0], "latents_bias": values[1]})
+    with pytest.raises(ValueError, match="latent statistics"):
+        load_latent_stats(tmp_path / "v.safetensors")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"block_out_channels": []}, {"block_out_channels": [0, 0]}, {"block_out_channels": "ab"}, {"latent_channels": "4"},
+     {"layers_per_block": 0}, {"norm_num_groups": True}, {"down_block_types": 3}, {"up_block_types": [["UpDecoderBlock2D"]]}],
+)  # fmt: skip
+def test_a_diffusers_configuration_of_other_kinds_is_one_sentence(tmp_path, changes):
+    folder = export_diffusers(tmp_path, random_vae(SMALL["no attention"]), scale=torch.ones(4), bias=torch.zeros(4))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(ValueError, match=f"has a configuration with {next(iter(changes))}="):
+        load_vae(folder)
+
+
+def test_shapes_of_nothing_are_refused(tmp_path, tiny_vae):
+    torch.save(tiny_vae.state_dict() | {"encoder.conv_in.weight": torch.zeros(0, 3, 3, 3)}, tmp_path / "v.pt")
+    with pytest.raises(ValueError, match=r"it lacks encoder\.conv_in\.weight or has it in another shape"):
+        load_vae(tmp_path / "v.pt")
+    torch.save({"main.0.weight": torch.zeros(64, 3, 4, 4)}, tmp_path / "d.pt")
+    with pytest.raises(ValueError, match="holds no discriminator: it has 1 convolutions, and the smallest has 3"):
+        load_discriminator(tmp_path / "d.pt")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("num_classes", 1000, r"has labels for 10 classes .*num_classes=1000: they do not belong together"),
+        ("model", ["SiT-B/2"], "unknown model"),
+        ("encoder_depth", "x", r"0000400\.pt is of a run with encoder_depth='x', no number"),
+        ("encoder_depth", 99, r"0000400\.pt has sizes that cannot be: alignment depth 99"),
+        ("bn_momentum", [1], r"bn_momentum=\[1\], no number"),
+        ("bn_momentum", float("nan"), "bn_momentum is nan"),
+        ("bn_momentum", 7, "bn_momentum is 7"),
+    ],
+)
+def test_options_of_a_run_that_cannot_be_are_one_sentence(official, option, value, message):
+    run, _ = official
+    changed(run, lambda content: setattr(content["args"], option, value))
+    with pytest.raises(ValueError, match=message):
+        load_sit(run)
+
+
+def test_an_empty_folder_of_a_later_step_hides_no_checkpoint(official):
+    run, _ = official
+    before = load_sit(run)
+    (run / "checkpoints" / "0000900").mkdir()
+    assert torch.equal(load_sit(run).final_layer.linear.weight, before.final_layer.linear.weight)

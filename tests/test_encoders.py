@@ -489,8 +489,10 @@ def test_wrong_files_of_weights_are_refused(small, tmp_path):
     refused(state | {"stray": torch.zeros(2)}, r"stray \[2\] instead of nothing")
     refused({"teacher": state}, "does not fit VisionTransformer")
     refused([torch.zeros(2)], "holds a list: give a file with a state dict")
-    refused(state | {"run": nn.Linear(1, 1)}, "is not a file of tensors alone")
-    refused(b"not a file", "is not a file of tensors alone", "w.safetensors")
+    refused(state | {"run": nn.Linear(1, 1)}, r"wants to run torch\.nn\.modules\.linear\.Linear when it is read: refused")
+    refused(b"not a file", "is not a whole safetensors file", "w.safetensors")
+    for damaged in (b"hello", b"\x80\x02X", b""):
+        refused(damaged, r"is not a whole file of torch\.save")
     refused({"model": 3}, "holds no weights of VisionTransformer")
 
 
