@@ -20,7 +20,8 @@ What differs from the official code (sihyun-yu/REPA and End2End-Diffusion/REPA-E
     jepa, mae   left in train mode by oversight                    eval mode; neither network has dropout, so nothing changes
     dinov3      not there                                          ImageNet statistics; no resize (its patches are of 16 pixels)
     timm:NAME   not there                                          timm's own mean, std and interpolation, resized with
-                                                                   antialiasing as timm's transforms do; no centre crop
+                                                                   antialiasing as timm's transforms do; no centre crop. (Of
+                                                                   networks that norm after pooling, tokens without a norm)
 
 Resizing before or after normalising, which `ENCODERS` keeps as the official code has it, changes rounding only: bicubic weights sum
 to one. The networks, the file layouts and the preprocessing are tested offline, with random weights; tokens of the published weights
