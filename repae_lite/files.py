@@ -56,8 +56,22 @@ def save_weights(path: str | Path, module: nn.Module, metadata: dict | None = No
     """Writes a module's state dict as safetensors, atomically; `metadata` (JSON values) travels in the header."""
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
     header = {key: json.dumps(value) for key, value in (metadata or {}).items()}
-    with atomic_path(path) as partial:
-        partial.write_bytes(save(state, header))
+    data = save(state, header)
+    with atomic_path(path) as partial, open(partial, "wb") as file:
+        for part in _in_order(memoryview(data)):
+            file.write(part)
+
+
+def _in_order(data: memoryview) -> tuple[bytes, memoryview]:
+    """Header and numbers of a safetensors file, its metadata sorted: the library writes it in an order that changes from one process to
+    the next, and equal weights should make equal files."""
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(bytes(data[8:start]))
+    if "__metadata__" in header:
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # the numbers stay aligned
+    return len(text).to_bytes(8, "little") + text, data[start:]
 
 
 def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict]:

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import h5py
 
@@ -232,6 +233,9 @@ def writing(output: Path) -> Iterator[None]:
 def locked(folder: Path) -> Iterator[Path]:
     """Makes a `.partial` folder and holds it against other runs; the system releases it when this process ends, however it ends.
 
+    Processes forked from this one let go of it at once: a loader's processes outlive a killed run by seconds, and the next start
+    should not have to wait for them.
+
     Raises:
         ValueError: another run holds it.
         OSError: it cannot be made.
@@ -248,4 +252,19 @@ def locked(folder: Path) -> Iterator[Path]:
             ) from None
         except OSError as error:
             print(f"{folder} cannot be locked ({error.strerror}): make sure that no other run writes there", file=sys.stderr)
-        yield folder
+        _held.add(lock)
+        try:
+            yield folder
+        finally:
+            _held.discard(lock)
+
+
+_held: set[IO] = set()
+
+
+def _let_go() -> None:
+    while _held:
+        _held.pop().close()  # of this process's copy: the lock stays with the one that took it
+
+
+os.register_at_fork(after_in_child=_let_go)

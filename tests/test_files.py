@@ -1,5 +1,8 @@
 """Files are whole or not there; weights load completely or not at all."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -79,3 +82,18 @@ def test_check_command_sees_the_embedded_data(capsys):
     printed = capsys.readouterr().out
     assert "embedded train split: 6000 images, 10 classes" in printed
     assert "embedded vae:" in printed
+
+
+def test_equal_weights_make_equal_files(tmp_path):
+    """In processes with other hash seeds, too: the order of the metadata is not left to chance."""
+    script = (
+        "import sys, torch; from repae_lite.files import save_weights; torch.manual_seed(0); "
+        "save_weights(sys.argv[1], torch.nn.Linear(3, 2), {key: [key, 'ü'] for key in 'ghijklmnop'})"
+    )
+    files = [tmp_path / f"{i}.safetensors" for i in range(3)]
+    for file in files:
+        subprocess.run([sys.executable, "-c", script, str(file)], check=True)
+    assert len({file.read_bytes() for file in files}) == 1
+    state, metadata = read_weights(files[0])
+    assert {name: list(tensor.shape) for name, tensor in state.items()} == {"weight": [2, 3], "bias": [2]}
+    assert metadata == {key: [key, "ü"] for key in "ghijklmnop"}

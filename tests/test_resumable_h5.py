@@ -3,6 +3,9 @@
 import errno
 import json
 import os
+import signal
+import subprocess
+import sys
 
 import h5py
 import pytest
@@ -210,3 +213,30 @@ def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match=r"cannot write in .*file.* \(Not a directory\)"):
         work(tmp_path / "file" / "data.h5.partial")
+
+
+def test_a_forked_process_does_not_hold_the_lock_of_a_killed_one(tmp_path):
+    """As a loader's processes do, which notice late that the run is gone."""
+    script = (
+        "import multiprocessing, os, signal, sys, time\n"
+        "from pathlib import Path\n"
+        "from repae_lite.resumable_h5 import locked\n"
+        "with locked(Path(sys.argv[1])):\n"
+        "    child = multiprocessing.get_context('fork').Process(target=time.sleep, args=(60,))\n"
+        "    child.start()\n"
+        "    time.sleep(0.3)\n"
+        "    print(child.pid, flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGSTOP)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True)
+    child = int(process.stdout.readline())
+    try:
+        with pytest.raises(ValueError, match="another run is writing"), locked(tmp_path / "run"):
+            pass
+        process.kill()
+        process.wait()
+        os.kill(child, 0)  # it is still there
+        with locked(tmp_path / "run"):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
