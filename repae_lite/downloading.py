@@ -4,27 +4,41 @@ import fnmatch
 from pathlib import Path
 
 from repae_lite.hub import Repository, download, look_up
-from repae_lite.layouts import DIFFUSERS_CONFIG, DIFFUSERS_WEIGHTS, OPTIONS, is_diffusers, pick_checkpoint, pick_weights
+from repae_lite.layouts import (
+    DIFFUSERS_CONFIG,
+    DIFFUSERS_WEIGHTS,
+    OPTIONS,
+    checkpoints,
+    files_of,
+    is_diffusers,
+    pick_checkpoint,
+    pick_weights,
+)
 from repae_lite.recipes import ORGANISATION, RECIPES, RELEASED
 
 EVERYTHING_FOR = "all-for"
 
 
-def expand(names: list[str]) -> list[str]:
+def expand(names: list[str], *, step: int | None = None) -> list[str]:
     """The sets that a command line names: NAME[@REVISION] …, or "all-for PRESET".
 
+    Args:
+        names: as given. step: of the checkpoint that is wanted, if one is.
+
     Raises:
-        ValueError: an unknown name, or a preset without released sets.
+        ValueError: an unknown name, a preset without released sets, or a step of a set that is no run.
     """
     if names[:1] == [EVERYTHING_FOR]:
         if len(names) != 2 or names[1] not in RECIPES:
             raise ValueError(f"{' '.join(names)!r} names no preset: give {EVERYTHING_FOR} and one of {', '.join(RECIPES)}")
         if not RECIPES[names[1]].sets:
             raise ValueError(f"{names[1]} starts from nothing released: its networks ship with the project")
-        return list(RECIPES[names[1]].sets)
+        names = list(RECIPES[names[1]].sets)
     for name in names:
         if name.split("@")[0] not in RELEASED:
             raise ValueError(f"unknown released set {name!r}: choose among {', '.join(RELEASED)}, or {EVERYTHING_FOR} PRESET")
+        if step is not None and RELEASED[name.split("@")[0]] != "run":
+            raise ValueError(f"--train-steps is {step}, but {name} is no run and has no checkpoints to choose from: leave it out")
     return names
 
 
@@ -45,7 +59,7 @@ def choose_files(repository: Repository, kind: str, *, include: str | None = Non
     if include:
         names = [name for name in names if fnmatch.fnmatch(name, include) or name == OPTIONS]
     if kind == "run":
-        chosen = [pick_checkpoint(names, step, where), *(name for name in names if name == OPTIONS)]
+        chosen = [*files_of(names, pick_checkpoint(names, step, where)), *files_of(names, OPTIONS)] if checkpoints(names) else []
     elif kind == "diffusers":
         chosen = [DIFFUSERS_CONFIG, DIFFUSERS_WEIGHTS] if is_diffusers(names) else []
     else:
@@ -57,9 +71,9 @@ def choose_files(repository: Repository, kind: str, *, include: str | None = Non
         chosen = [name for name in picked if name] if picked[0] else []
     if not chosen:
         held = ", ".join(sorted(repository.sizes)[:5]) or "nothing"
-        raise FileNotFoundError(
-            f"{where} has no files of a {kind} set (it has {held}): see --list, or choose by --include PATTERN"
-        )
+        matching = f" that match --include {include!r}" if include else ""
+        remedy = "give another pattern" if include else "choose by --include PATTERN"
+        raise FileNotFoundError(f"{where} has no files of a {kind} set{matching} (it has {held}): see --list, or {remedy}")
     return chosen
 
 

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from repae_lite import __version__, hub
 from repae_lite.checkpoint import export_diffusers, load_discriminator, load_latent_stats, load_vae, save_vae
+from repae_lite.diffusers_layout import diffusers_config
 from repae_lite.files import atomic_path, write_text
 from repae_lite.latents import save_stats, vae_fingerprint
-from repae_lite.layouts import DISCRIMINATOR, STATS
+from repae_lite.layouts import DIFFUSERS_CONFIG, DIFFUSERS_WEIGHTS, DISCRIMINATOR, OPTIONS, STATS, check_vae_name
 from repae_lite.model_files import ModelFile, read_model
 from repae_lite.vae import AutoencoderKL
 
@@ -26,7 +27,8 @@ def export_vae(
     """Writes SAVE_DIR/NAME/ with NAME.pt, NAME-latents-stats.pt, NAME-discriminator-ckpt.pt, NAME.safetensors, the two files of a
     diffusers model and README.md, the model card.
 
-    Latents are normalised by the running statistics of the run's SiT, as the official export does.
+    Latents are normalised by the running statistics of the run's SiT, as the official export does. Everything is read and made before
+    the first file is written or removed, and NAME.pt is there only when all the others are.
 
     Args:
         source: a run folder or a checkpoint in it, official or ours.
@@ -34,43 +36,57 @@ def export_vae(
         save_dir: where its folder goes.
         step: of the run's checkpoints; the last one for None.
         ema: statistics of the averaged SiT.
-        overwrite: replace files of an earlier export.
+        overwrite: replace an earlier export, of which nothing is left.
 
     Returns:
-        `folder`, `files` [names], `left_out` {what: why}.
+        `folder`, `files` [names of those that were written], `left_out` {what: why}.
 
     Raises:
-        FileNotFoundError, ValueError: see `repae_lite.checkpoint.load_vae`; ValueError for a name with folders in it and for an export
-            that is in the way.
+        FileNotFoundError, ValueError: see `repae_lite.checkpoint.load_vae`; ValueError for a name that the files cannot have, for files
+            that are in the way and for a folder that holds a run.
         OSError: the folder cannot be written.
     """
-    if not name or Path(name).name != name:
-        raise ValueError(f"the VAE's name is {name!r}: give a name without folders")
+    check_vae_name(name, "--vae-name")
     folder = Path(save_dir) / name
-    if (folder / f"{name}.pt").exists() and not overwrite:
-        raise ValueError(f"{folder / f'{name}.pt'} exists: choose another --vae-name, or replace it with --overwrite")
+    if (folder / "checkpoints").exists() or (folder / OPTIONS).exists():
+        raise ValueError(f"{folder} holds a run: choose another --vae-name, or another --save-dir")
+    weights, stats, safe, adversary = f"{name}.pt", name + STATS, f"{name}.safetensors", name + DISCRIMINATOR
+    possible = (weights, stats, safe, adversary, DIFFUSERS_CONFIG, DIFFUSERS_WEIGHTS, "README.md")
+    if not overwrite:
+        for file in possible:
+            if (folder / file).exists():
+                raise ValueError(f"{folder / file} exists: choose another --vae-name, or replace it with --overwrite")
     vae = load_vae(source, step=step)
     scale, bias = load_latent_stats(source, ema=ema, step=step)
     if len(scale) != vae.config.latent_channels:
         raise ValueError(
             f"{source} has statistics of {len(scale)} channels for a VAE of {vae.config.latent_channels}: give its own run"
         )
-    left_out = {}
-    folder.mkdir(parents=True, exist_ok=True)
-    save_vae(folder / f"{name}.safetensors", vae, scale=scale, bias=bias)
-    save_stats(folder / (name + STATS), scale, bias)
+    left_out, discriminator = {}, None
     try:
-        _save_state(folder / (name + DISCRIMINATOR), load_discriminator(source, step=step).state_dict())
+        discriminator = load_discriminator(source, step=step)
     except (ValueError, FileNotFoundError) as error:
         left_out["the discriminator"] = str(error)
     try:
-        export_diffusers(folder, vae, scale=scale, bias=bias)
+        diffusers = bool(diffusers_config(vae.config, scale, bias))
     except ValueError as error:
-        left_out["the diffusers folder"] = str(error)
-    found = read_model(source, "vae", step=step)
-    write_text(folder / "README.md", model_card(name, vae, scale, bias, found, diffusers="the diffusers folder" not in left_out))
-    _save_state(folder / f"{name}.pt", vae.state_dict())  # last of all, so that it is there only when everything is
-    return {"folder": str(folder), "files": sorted(entry.name for entry in folder.iterdir()), "left_out": left_out}
+        diffusers, left_out["the diffusers folder"] = False, str(error)
+    card = model_card(name, vae, scale, bias, read_model(source, "vae", step=step), diffusers=diffusers)
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in possible:  # NAME.pt first, so that it never lies beside parts of another export
+        (folder / file).unlink(missing_ok=True)
+    files = [weights, stats, safe, "README.md"]
+    save_vae(folder / safe, vae, scale=scale, bias=bias)
+    save_stats(folder / stats, scale, bias)
+    if discriminator is not None:
+        _save_state(folder / adversary, discriminator.state_dict())
+        files.append(adversary)
+    if diffusers:
+        export_diffusers(folder, vae, scale=scale, bias=bias)
+        files += [DIFFUSERS_CONFIG, DIFFUSERS_WEIGHTS]
+    write_text(folder / "README.md", card)
+    _save_state(folder / weights, vae.state_dict())  # last of all
+    return {"folder": str(folder), "files": sorted(files), "left_out": left_out}
 
 
 def model_card(name: str, vae: AutoencoderKL, scale: Tensor, bias: Tensor, found: ModelFile, *, diffusers: bool) -> str:
@@ -124,16 +140,14 @@ def model_card(name: str, vae: AutoencoderKL, scale: Tensor, bias: Tensor, found
     return "\n".join(lines)
 
 
-def push(folder: str | Path, repository: str, *, private: bool = False) -> str:
-    """Uploads an exported folder, model card included, and returns the repository's address.
+def push(folder: str | Path, files: list[str], repository: str, *, private: bool = False) -> str:
+    """Uploads the files of an export, and nothing else of its folder, and returns the repository's address.
 
     Raises:
         ValueError, ConnectionError: see `repae_lite.hub.upload`; ValueError too for a name that is none.
     """
-    parsed = hub.parse_hub_id(repository)
-    if parsed is None or parsed[1]:
-        raise ValueError(f"{repository!r} is no repository of the Hub: give OWNER/NAME")
-    return hub.upload(Path(folder), repository, private=private)
+    hub.check_repository(repository)
+    return hub.upload(Path(folder), files, repository, private=private)
 
 
 def _save_state(path: Path, state: dict[str, Tensor]) -> None:
@@ -142,19 +156,28 @@ def _save_state(path: Path, state: dict[str, Tensor]) -> None:
 
 
 def _last_metrics(checkpoint: Path) -> dict:
-    """The last line of the run's metrics.jsonl up to the checkpoint's step; empty without one."""
+    """The last line of the run's metrics.jsonl up to the checkpoint's step; empty without one. A killed run may leave a cut line."""
     for folder in checkpoint.parents[1:3]:
         path = folder / "metrics.jsonl"
         if path.is_file():
-            digits = checkpoint.stem if checkpoint.stem.isdigit() else checkpoint.parent.name
-            entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("{")]
-            known = [entry for entry in entries if not digits.isdigit() or entry.get("step", 0) <= int(digits)]
-            return known[-1] if known else {}
+            digits = checkpoint.stem if checkpoint.stem.isdecimal() else checkpoint.parent.name
+            last = int(digits) if digits.isdecimal() else float("inf")
+            entries = [_entry(line) for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]
+            return next((entry for entry in reversed(entries) if entry and entry["step"] <= last), {})
     return {}
 
 
+def _entry(line: str) -> dict:
+    """A line of metrics; empty if it is none."""
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError):
+        return {}
+    return entry if isinstance(entry, dict) and type(entry.get("step")) in (int, float) else {}
+
+
 def _shown(key: str, value: object) -> str:
-    """An option's value; of a path only its last part, since the rest is about someone's machine."""
+    """An option's value, fit for a table; of a path only its last part, since the rest is about someone's machine."""
     text = str(value)
     is_place = isinstance(value, str) and "/" in text and (text[0] in "/~." or any(word in key for word in _PRIVATE))
-    return Path(text).name if is_place else text
+    return (Path(text).name if is_place else text).replace("|", r"\|")

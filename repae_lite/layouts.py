@@ -12,6 +12,31 @@ STATS, DISCRIMINATOR = "-latents-stats.pt", "-discriminator-ckpt.pt"
 DIFFUSERS_CONFIG, DIFFUSERS_WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 OPTIONS = "args.json"
 WEIGHTS = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")  # endings of files with weights, the safest first
+_DIFFUSERS_STEM = "diffusion_pytorch_model"  # diffusers splits large weights over several files that begin so
+
+
+def check_name(name: str, option: str) -> None:
+    """Refuses a name that is more than the name of a file.
+
+    Args:
+        name: to check. option: what to call it in the error.
+
+    Raises:
+        ValueError: it is empty, leads into another folder, or cannot be printed.
+    """
+    if name in ("", ".", "..") or "/" in name or "\\" in name or not name.isprintable():
+        raise ValueError(f"{option} is {name!r}: give a name without folders and unprintable characters")
+
+
+def check_vae_name(name: str, option: str) -> None:
+    """Refuses names that a VAE's files cannot have; arguments as for `check_name`.
+
+    Raises:
+        ValueError: see `check_name`; or its files would be taken for those of another part, so that they could not be loaded.
+    """
+    check_name(name, option)
+    if name.startswith(_DIFFUSERS_STEM) or f"{name}.pt".endswith((STATS, DISCRIMINATOR)):
+        raise ValueError(f"{option} is {name!r}, whose files would be taken for another part of a VAE: give another name")
 
 
 def pick_weights(names: Iterable[str], part: str, where: object) -> str | None:
@@ -26,7 +51,7 @@ def pick_weights(names: Iterable[str], part: str, where: object) -> str | None:
         ValueError: several could be meant.
     """
     wanted = {"discriminator": DISCRIMINATOR, "stats": STATS}.get(part)
-    found = [name for name in sorted(names) if name.endswith(WEIGHTS) and not name.startswith("diffusion_pytorch_model")]
+    found = [name for name in sorted(names) if name.endswith(WEIGHTS) and not name.startswith(_DIFFUSERS_STEM)]
     found = [name for name in found if (name.endswith(wanted) if wanted else not name.endswith((STATS, DISCRIMINATOR)))]
     if len({_stem(name) for name in found}) > 1:
         raise ValueError(f"{where} holds several files that could be meant ({', '.join(found[:4])}): name one of them")
@@ -39,9 +64,18 @@ def is_diffusers(names: Iterable[str]) -> bool:
 
 
 def checkpoints(names: Iterable[str]) -> dict[int, str]:
-    """Step -> name of the checkpoints among paths relative to a run folder, "checkpoints/0400000.pt" or "checkpoints/0400000"."""
-    matches = [re.fullmatch(r"checkpoints/(\d+)(\.pt)?", name) for name in sorted(names, reverse=True)]  # a folder before its .pt
-    return {int(match[1]): match[0] for match in matches if match}
+    """Step -> name of the checkpoints among paths relative to a run folder, "checkpoints/0400000.pt" or "checkpoints/0400000".
+
+    The Hub lists no folders: there "checkpoints/0400000/vae.safetensors" tells of one. Of one step in both kinds the folder is taken.
+    """
+    found: dict[int, str] = {}
+    for name in sorted(names):
+        match = re.fullmatch(r"(checkpoints/(\d+))(\.pt|/[^/]+\.safetensors)?", name)
+        if match and match[3] == ".pt":
+            found.setdefault(int(match[2]), name)
+        elif match:
+            found[int(match[2])] = match[1]
+    return found
 
 
 def pick_checkpoint(names: Iterable[str], step: int | None, where: object) -> str:
@@ -57,6 +91,11 @@ def pick_checkpoint(names: Iterable[str], step: int | None, where: object) -> st
         steps = ", ".join(str(known) for known in sorted(found))
         raise FileNotFoundError(f"{where} has no checkpoint at step {step}: choose one of {steps}")
     return found[max(found) if step is None else step]
+
+
+def files_of(names: Iterable[str], chosen: str) -> list[str]:
+    """The files that a chosen name stands for: itself, or those in the folder of this name."""
+    return [name for name in names if name == chosen or name.startswith(f"{chosen}/")]
 
 
 def _stem(name: str) -> str:

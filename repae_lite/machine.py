@@ -10,14 +10,16 @@ import shutil
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from urllib.parse import urlparse
 
+import timm
 import torch
 from huggingface_hub import constants
 
 from repae_lite import __version__
 from repae_lite.data import ImageH5Dataset
 from repae_lite.discriminator import PatchDiscriminator
-from repae_lite.encoder_zoo import ENCODERS
+from repae_lite.encoder_zoo import ENCODERS, EncoderSpec
 from repae_lite.files import data_small_dir, read_weights
 from repae_lite.recipes import ORGANISATION, RECIPES, RELEASED, Recipe
 from repae_lite.sit import SIT_PRESETS, SiT
@@ -99,7 +101,7 @@ def _embedded() -> dict:
 
 
 def _cached(pretrained: Path) -> dict:
-    """Which weights are on this machine: encoders and released sets in the Hub's cache, released sets in `pretrained`."""
+    """Which weights are on this machine: encoders in timm's caches, released sets in the Hub's and in `pretrained`."""
     hub = Path(constants.HF_HUB_CACHE)
     held = {entry.name for entry in hub.iterdir()} if hub.is_dir() else set()
     weights = ("*.safetensors", "*.bin", "*.pt")
@@ -110,9 +112,18 @@ def _cached(pretrained: Path) -> dict:
             path.exists() for pattern in weights for path in (hub / entry).glob(f"snapshots/**/{pattern}")
         )
 
+    def has_encoder(spec: EncoderSpec) -> bool:
+        source = timm.get_pretrained_cfg(spec.timm_name) if spec.tag else None  # which may be another network's repository
+        if source is None:
+            return False
+        if not source.hf_hub_id:
+            return bool(source.url) and (Path(torch.hub.get_dir()) / "checkpoints" / Path(urlparse(source.url).path).name).is_file()
+        repository = source.hf_hub_id.split("@")[0]
+        return has(repository + spec.timm_name if repository.endswith("/") else repository)
+
     return {
         "hub": str(hub),
-        "encoders": [name for name, spec in ENCODERS.items() if spec.tag and has(f"timm/{spec.timm_name}")] + ["tiny"],
+        "encoders": [name for name, spec in ENCODERS.items() if has_encoder(spec)] + ["tiny"],
         "released": [name for name in RELEASED if has(f"{ORGANISATION}/{name}")],
         "pretrained": [name for name in RELEASED if any(path.is_file() for path in (pretrained / name).glob("[!.]*"))],
     }

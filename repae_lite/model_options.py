@@ -69,11 +69,11 @@ def cache_latents(args: argparse.Namespace) -> None:
     from repae_lite.checkpoint import load_vae
     from repae_lite.data import open_dataset
     from repae_lite.latents import CachedLatentsDataset, cache_latents
+    from repae_lite.layouts import check_name
     from repae_lite.vae import VAE_PRESETS
 
     name = args.vae_latents_name
-    if Path(name).name != name:
-        raise ValueError(f"--vae-latents-name is {name!r}: give a name without folders, and the folder as --output-dir")
+    check_name(name, "--vae-latents-name")
     device = _device(args.device)
     main = True
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -143,7 +143,7 @@ def add_export_vae(commands: argparse._SubParsersAction) -> None:
     writing.add_argument("--save-dir", default="exps", metavar="FOLDER", help="where its folder goes (default: exps)")
     writing.add_argument("--overwrite", action="store_true", help="replace files of an earlier export")
     sharing = parser.add_argument_group("sharing")
-    sharing.add_argument("--push-to-hub", metavar="OWNER/NAME", help="then upload the folder to this repository, made if need be")
+    sharing.add_argument("--push-to-hub", metavar="OWNER/NAME", help="then upload these files to this repository, made if need be")
     sharing.add_argument("--private", action="store_true", help="make that repository private")
     parser.set_defaults(run=export_vae)
 
@@ -151,11 +151,14 @@ def add_export_vae(commands: argparse._SubParsersAction) -> None:
 def export_vae(args: argparse.Namespace) -> None:
     """Exports, says what was left out and why, and uploads if asked to."""
     from repae_lite.exporting import export_vae, push
+    from repae_lite.hub import check_repository
 
     if args.repae_ckpt and args.train_steps is not None:
         raise ValueError("--train-steps chooses in a run folder: give --exp-path FOLDER instead of --repae-ckpt, or leave it out")
     if args.private and not args.push_to_hub:
         raise ValueError("--private is about a repository: give --push-to-hub OWNER/NAME as well, or leave it out")
+    if args.push_to_hub:
+        check_repository(args.push_to_hub)
     done = export_vae(
         args.repae_ckpt or args.exp_path, args.vae_name, args.save_dir, step=args.train_steps, ema=not args.raw_stats,
         overwrite=args.overwrite,
@@ -164,7 +167,7 @@ def export_vae(args: argparse.Namespace) -> None:
     for what, why in done["left_out"].items():
         print(f"without {what}: {why}")
     if args.push_to_hub:
-        print(f"uploaded to {push(done['folder'], args.push_to_hub, private=args.private)}")
+        print(f"uploaded to {push(done['folder'], done['files'], args.push_to_hub, private=args.private)}")
 
 
 # ---------------------------------------------------------------- download
@@ -204,7 +207,7 @@ def download(args: argparse.Namespace) -> None:
     from repae_lite.hub import look_up
     from repae_lite.recipes import ORGANISATION
 
-    for name in expand(args.names):
+    for name in expand(args.names, step=args.train_steps):
         if args.list:
             plain, _, pinned = name.partition("@")
             repository = look_up(f"{ORGANISATION}/{plain}", pinned or args.revision)

@@ -17,6 +17,8 @@ class HubStandIn(ThreadingHTTPServer):
         breaks: file -> for each GET in turn, after how many bytes the connection is cut (None: never); the last one stays.
         stalls: files whose answers stop half-way and never end.
         gated: repositories whose terms nobody has accepted.
+        sizes: file -> the size that is listed instead of its own.
+        down: files that are answered by an error of the server.
     """
 
     daemon_threads = True
@@ -24,6 +26,7 @@ class HubStandIn(ThreadingHTTPServer):
     def __init__(self, repositories):
         super().__init__(("127.0.0.1", 0), Answer)
         self.repositories, self.requests, self.breaks, self.stalls, self.gated = repositories, [], {}, set(), set()
+        self.sizes, self.down = {}, set()
         self.closing = threading.Event()
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
 
@@ -55,6 +58,9 @@ class Answer(BaseHTTPRequestHandler):
 
     def answer(self, body):
         path, hub = self.path.split("?")[0], self.server
+        if hub.closing.is_set():  # connections that were kept alive end too
+            self.close_connection = True
+            return None
         hub.requests.append((self.command, path, self.headers.get("Range")))
         api = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", path)
         file = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
@@ -69,9 +75,12 @@ class Answer(BaseHTTPRequestHandler):
             return self.reply(404, b"{}", {"X-Error-Code": "RevisionNotFound"}, body)
         files = hub.repositories[match[1]]
         if api:
-            siblings = [{"rfilename": name, "size": len(data), "blobId": digest(data)} for name, data in files.items()]
+            sizes = {name: len(data) for name, data in files.items()} | hub.sizes
+            siblings = [{"rfilename": name, "size": sizes[name], "blobId": digest(data)} for name, data in files.items()]
             info = {"id": match[1], "modelId": match[1], "sha": commit, "private": False, "tags": [], "siblings": siblings}
             return self.reply(200, json.dumps(info).encode(), {"Content-Type": "application/json"}, body)
+        if file[3] in hub.down:
+            return self.reply(500, b"{}", {}, body)
         if file[3] not in files:
             return self.reply(404, b"{}", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit}, body)
         return self.send_file(file[3], files[file[3]], {"X-Repo-Commit": commit, "ETag": f'"{digest(files[file[3]])}"'}, body)

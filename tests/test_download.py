@@ -17,7 +17,7 @@ from hub_stand_in import COMMITS, HubStandIn
 from huggingface_hub import constants
 
 from repae_lite import hub
-from repae_lite.checkpoint import load_discriminator, load_latent_stats, load_sit, load_vae
+from repae_lite.checkpoint import load_discriminator, load_latent_stats, load_sit, load_vae, save_sit, save_vae
 from repae_lite.cli import main
 from repae_lite.discriminator import PatchDiscriminator
 from repae_lite.recipes import RECIPES, RELEASED
@@ -124,6 +124,13 @@ def test_what_a_preset_starts_from(stand_in, tmp_path, capsys):
     assert "tiny starts from nothing released" in refused(capsys, "all-for", "tiny")
 
 
+def test_a_step_of_what_is_no_run_is_refused(stand_in, tmp_path, capsys):
+    for names in (["e2e-vavae"], ["sit-repae-sdvae", "e2e-vavae@v1"], ["all-for", "repae-sdvae"]):
+        sentence = refused(capsys, *names, "--train-steps", 100000, "--output-dir", tmp_path)
+        assert "--train-steps is 100000, but" in sentence and "is no run" in sentence
+    assert not stand_in.requests
+
+
 def test_a_second_run_fetches_only_what_changed(stand_in, tmp_path):
     arguments = ["download", "sdvae", "--output-dir", str(tmp_path)]
     assert main(arguments) == 0
@@ -132,6 +139,33 @@ def test_a_second_run_fetches_only_what_changed(stand_in, tmp_path):
     stand_in.requests.clear()
     assert main(arguments) == 0
     assert stand_in.fetched() == ["a.pt"]
+
+
+def test_a_file_that_was_cut_later_is_mended(stand_in, repositories, tmp_path, capsys, monkeypatch):
+    arguments = ["download", "sdvae", "--output-dir", str(tmp_path)]
+    assert main(arguments) == 0
+    path, data = tmp_path / "sdvae" / "a.pt", repositories["REPA-E/sdvae"]["a.pt"]
+
+    def cut():
+        times = path.stat()
+        path.write_bytes(data[:100])
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+        stand_in.requests.clear()
+
+    cut()
+    assert main(arguments) == 0
+    assert path.read_bytes() == data and stand_in.fetched() == ["a.pt"]
+    cut()
+    stand_in.sizes["a.pt"] = 4999  # what the listing says
+    sentence = refused(capsys, "sdvae", "--output-dir", tmp_path)
+    assert "a.pt has 5,000 bytes where REPA-E/sdvae lists 4,999: delete it" in sentence
+    stand_in.sizes["a.pt"] = 0  # it says nothing
+    assert main(arguments) == 0
+    del stand_in.sizes["a.pt"]
+    cut()
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    stand_in.down.add("a.pt")
+    assert "the connection to the Hub broke off" in refused(capsys, "sdvae", "--output-dir", tmp_path)
 
 
 def test_a_revision_is_kept_to(stand_in, tmp_path, capsys):
@@ -154,6 +188,31 @@ def test_several_files_that_could_be_meant(stand_in, tmp_path, capsys):
     assert "x-400k.pt" in visible(tmp_path / "vavae") and "x-100k.pt" not in visible(tmp_path / "vavae")
     assert main(["download", "sit-repae-sdvae", "--train-steps", "100000", "--output-dir", str(tmp_path)]) == 0
     assert "checkpoints/0100000.pt" in visible(tmp_path / "sit-repae-sdvae")
+
+
+@pytest.mark.parametrize("name", ["sit-repae-sdvae", "vavae", "e2e-vavae-hf"])
+def test_a_pattern_that_nothing_matches(stand_in, tmp_path, capsys, name):
+    sentence = refused(capsys, name, "--include", "*500k*", "--output-dir", tmp_path)
+    assert "that match --include '*500k*' (it has " in sentence and "give another pattern" in sentence
+    assert sorted(stand_in.repositories[f"REPA-E/{name}"])[0] in sentence
+
+
+def test_a_file_in_the_place_of_the_folder(stand_in, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    sentence = refused(capsys, "sdvae", "--output-dir", tmp_path / "file")
+    assert "cannot be made (Not a directory): choose another --output-dir" in sentence and "Errno" not in sentence
+
+
+def test_an_endpoint_that_is_no_address(stand_in, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(constants, "ENDPOINT", "nonsense")
+    sentence = refused(capsys, "sdvae", "--output-dir", tmp_path)
+    assert "HF_ENDPOINT is 'nonsense': set it to an address with http://" in sentence
+
+
+def test_names_with_a_backslash_are_skipped(stand_in, tmp_path):
+    stand_in.repositories["REPA-E/sdvae"]["..\\b.pt"] = b"elsewhere"
+    assert main(["download", "sdvae", "--output-dir", str(tmp_path)]) == 0
+    assert visible(tmp_path / "sdvae") == {"a.pt", "a-latents-stats.pt", "a-discriminator-ckpt.pt"}
 
 
 def test_what_is_not_there_is_one_sentence(stand_in, tmp_path, capsys):
@@ -246,6 +305,59 @@ def test_models_load_by_their_hub_id_and_later_offline(stand_in, networks, monke
     assert not stand_in.requests
     with pytest.raises(ConnectionError, match="REPA-E/never-seen is not in the cache and the Hub cannot be reached"):
         load_vae("REPA-E/never-seen")
+
+
+def test_what_is_loaded_is_of_the_commit_that_was_listed(stand_in, tmp_path):
+    load_vae("REPA-E/e2e-vavae")
+    assert {path.split("/resolve/")[1].split("/")[0] for _, path, _ in stand_in.requests if "/resolve/" in path} == {COMMITS["main"]}
+    load_vae("REPA-E/e2e-vavae@v1")
+    refs = tmp_path / "hub" / "models--REPA-E--e2e-vavae" / "refs"
+    assert {path.name: path.read_text() for path in refs.iterdir()} == COMMITS  # so that the cache knows the names
+
+
+def test_without_a_connection_the_cache_is_taken(stand_in, networks, monkeypatch):
+    load_vae("REPA-E/e2e-vavae")
+    load_vae("REPA-E/e2e-vavae@v1")
+    stand_in.close()
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    for name in ("REPA-E/e2e-vavae", "REPA-E/e2e-vavae@v1", f"REPA-E/e2e-vavae@{COMMITS['v1']}"):
+        with pytest.warns(UserWarning, match=f"the Hub does not answer, so {name} is taken from the cache"):
+            assert torch.equal(load_vae(name).quant_conv.weight, networks[0].quant_conv.weight)
+    for name in ("REPA-E/never-seen", "REPA-E/e2e-vavae@v2"):
+        with pytest.raises(ConnectionError, match=f"{name} is not wholly in the cache, and the connection to the Hub broke off"):
+            load_vae(name)
+
+
+def test_offline_a_file_that_is_not_cached_is_not_said_to_be_missing(stand_in, monkeypatch):
+    load_vae("REPA-E/e2e-vavae")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ConnectionError, match="the file of REPA-E/e2e-vavae that is asked for is not in the cache and the Hub cannot"):
+        load_discriminator("REPA-E/e2e-vavae")
+
+
+def test_a_run_of_ours_loads_by_its_hub_id(stand_in, networks, tmp_path, monkeypatch):
+    vae, sit, _ = networks
+    for step in (5, 10):
+        folder = tmp_path / "run" / "checkpoints" / f"{step:07d}"
+        save_vae(folder / "vae.safetensors", vae, scale=torch.ones(4), bias=torch.zeros(4))
+        save_sit(folder / "ema.safetensors", sit)
+        (folder / "resume.pt").write_bytes(b"moments")
+    (tmp_path / "run" / "checkpoints" / "0000010.pt").write_bytes(b"the same in one file")
+    files = (path for path in (tmp_path / "run").rglob("*") if path.is_file())
+    stand_in.repositories["me/run"] = {path.relative_to(tmp_path / "run").as_posix(): path.read_bytes() for path in files}
+    stand_in.repositories["REPA-E/sit-repae-sdvae"] = stand_in.repositories["me/run"]
+    assert torch.equal(load_vae("me/run").quant_conv.weight, vae.quant_conv.weight)
+    assert load_sit("me/run").config == sit.config
+    assert all("/checkpoints/0000010/" in path for _, path, _ in stand_in.requests if "/resolve/" in path)
+    assert "resume.pt" not in stand_in.fetched()
+    stand_in.requests.clear()
+    load_vae("me/run", step=5)
+    assert any("/checkpoints/0000005/" in path for _, path, _ in stand_in.requests)
+    assert main(["download", "sit-repae-sdvae", "--train-steps", "5", "--output-dir", str(tmp_path / "p")]) == 0
+    names = ("vae.safetensors", "ema.safetensors", "resume.pt")
+    assert visible(tmp_path / "p" / "sit-repae-sdvae") == {f"checkpoints/0000005/{name}" for name in names}
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert torch.equal(load_vae("me/run").quant_conv.weight, vae.quant_conv.weight)
 
 
 def test_hub_ids_that_are_none(stand_in, tmp_path, monkeypatch):

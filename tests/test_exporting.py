@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 
 from repae_lite import exporting, hub
 from repae_lite.checkpoint import load_discriminator, load_latent_stats, load_vae, save_vae
@@ -128,7 +129,101 @@ def test_mistakes_are_one_sentence(run, tmp_path, capsys):
     assert not (tmp_path / "c").exists()
 
 
-def test_an_upload_gets_the_whole_folder_with_its_card(run, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "a\\b", "a\nb", "a\x7f"])
+def test_names_that_are_no_names(run, tmp_path, capsys, name):
+    sentence = refused(capsys, "--exp-path", run[0], "--vae-name", name, "--save-dir", tmp_path / "s" / "t")
+    assert "give a name without folders" in sentence and not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize("name", ["diffusion_pytorch_model", "diffusion_pytorch_model-2", "x-latents-stats", "x-discriminator-ckpt"])
+def test_names_whose_files_would_be_taken_for_others(run, tmp_path, capsys, name):
+    sentence = refused(capsys, "--exp-path", run[0], "--vae-name", name, "--save-dir", tmp_path)
+    assert f"--vae-name is {name!r}, whose files would be taken for another part" in sentence and not (tmp_path / name).exists()
+
+
+@pytest.mark.parametrize("name", ["config", "README", "x[1]"])
+def test_odd_names_that_load(run, tmp_path, name):
+    exporting.export_vae(run[0], name, tmp_path)
+    assert same(load_vae(tmp_path / name), run[1]) and same(load_discriminator(tmp_path / name), run[3])
+    assert torch.equal(load_latent_stats(tmp_path / name)[0], run[2].latent_stats()[0])
+
+
+def test_a_run_is_no_place_for_an_export(run, tmp_path, capsys):
+    folder, *_ = run
+    before = sorted(folder.rglob("*"))
+    for overwrite in ((), ("--overwrite",)):
+        arguments = ("--exp-path", folder, "--vae-name", folder.name, "--save-dir", folder.parent, *overwrite)
+        assert "run holds a run: choose another --vae-name" in refused(capsys, *arguments)
+    assert sorted(folder.rglob("*")) == before
+
+
+def folding(tmp_path):
+    """A run whose VAE diffusers cannot express, without a discriminator."""
+    torch.manual_seed(1)
+    vae = AutoencoderKL.from_preset("tiny").eval()
+    folder = tmp_path / "folding" / "checkpoints" / "0000001"
+    save_vae(folder / "vae.safetensors", vae, scale=torch.ones(4), bias=torch.zeros(4))
+    save_weights(folder / "ema.safetensors", parts(vae)[0])
+    return tmp_path / "folding", vae
+
+
+def test_nothing_of_an_earlier_export_is_left(run, tmp_path, capsys):
+    exporting.export_vae(run[0], "e2e", tmp_path)
+    source, vae = folding(tmp_path)
+    (tmp_path / "e2e" / "notes.txt").write_text("mine")
+    files = exporting.export_vae(source, "e2e", tmp_path, overwrite=True)["files"]
+    assert files == ["README.md", "e2e-latents-stats.pt", "e2e.pt", "e2e.safetensors"]
+    assert {entry.name for entry in (tmp_path / "e2e").iterdir()} == {*files, "notes.txt"}
+    assert same(load_vae(tmp_path / "e2e"), vae)
+    (tmp_path / "e2e" / "e2e.pt").unlink()  # as a killed export leaves it
+    sentence = refused(capsys, "--exp-path", source, "--vae-name", "e2e", "--save-dir", tmp_path)
+    assert "e2e-latents-stats.pt exists: choose another --vae-name" in sentence
+
+
+def test_an_overwrite_that_fails_leaves_no_old_weights_beside_new_parts(run, tmp_path, monkeypatch):
+    exporting.export_vae(run[0], "e2e", tmp_path)
+    source, _ = folding(tmp_path)
+
+    def full(*_):
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="no space left"):
+        patched.setattr(exporting, "write_text", full)
+        exporting.export_vae(source, "e2e", tmp_path, overwrite=True)
+    assert {entry.name for entry in (tmp_path / "e2e").iterdir()} == {"e2e-latents-stats.pt", "e2e.safetensors"}
+
+
+def test_what_cannot_be_read_is_noticed_before_anything_is_removed(run, tmp_path, monkeypatch):
+    exporting.export_vae(run[0], "e2e", tmp_path)
+    before = {entry.name: entry.read_bytes() for entry in (tmp_path / "e2e").iterdir()}
+
+    def broken(*_, **__):
+        raise ValueError("no card")
+
+    with monkeypatch.context() as patched, pytest.raises(ValueError, match="no card"):
+        patched.setattr(exporting, "model_card", broken)
+        exporting.export_vae(run[0], "e2e", tmp_path, overwrite=True)
+    assert {entry.name: entry.read_bytes() for entry in (tmp_path / "e2e").iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    "line", ['{"step": 500, "lo', '{"step": null, "loss": 9}', '{"loss": 9}', "[1]", '{"step": "500"}', '{"a":' * 9000]
+)
+def test_metrics_of_a_killed_run(run, tmp_path, line):
+    with open(run[0] / "metrics.jsonl", "a") as file:
+        file.write(line)
+    exporting.export_vae(run[0], "e2e", tmp_path)
+    assert "| loss | 0.125 |" in (tmp_path / "e2e" / "README.md").read_text()
+
+
+def test_a_bar_in_an_option_does_not_break_the_table(run, tmp_path):
+    (run[0] / "args.json").write_text(json.dumps({"note": "a|b", "data_dir": "/x/c|d"}))
+    exporting.export_vae(run[0], "e2e", tmp_path)
+    card = (tmp_path / "e2e" / "README.md").read_text()
+    assert r"| note | a\|b |" in card and r"| data_dir | c\|d |" in card
+
+
+def test_an_upload_gets_the_files_of_this_export_and_no_others(run, tmp_path, capsys, monkeypatch):
     uploaded = {}
 
     class Api:
@@ -139,12 +234,25 @@ def test_an_upload_gets_the_whole_folder_with_its_card(run, tmp_path, capsys, mo
             uploaded.update(name=name, private=private)
             return f"https://hub/{name}"
 
-        def upload_folder(self, *, repo_id, folder_path, commit_message):
-            uploaded.update(to=repo_id, files={entry.name for entry in folder_path.iterdir()}, message=commit_message)
+        def upload_folder(self, *, repo_id, folder_path, allow_patterns, commit_message):
+            names = [entry.name for entry in folder_path.iterdir()]
+            uploaded.update(to=repo_id, files=set(filter_repo_objects(names, allow_patterns=allow_patterns)), message=commit_message)
 
     monkeypatch.setattr(hub, "HfApi", Api)
-    arguments = ("--exp-path", run[0], "--vae-name", "e2e", "--save-dir", tmp_path, "--private")
+    (tmp_path / "e[2]").mkdir()
+    for name in ("private.json", "e2.pt"):
+        (tmp_path / "e[2]" / name).touch()
+    arguments = ("--exp-path", run[0], "--vae-name", "e[2]", "--save-dir", tmp_path, "--private")
     assert main(["export-vae", *map(str, arguments), "--push-to-hub", "me/e2e"]) == 0
     assert "uploaded to https://hub/me/e2e" in capsys.readouterr().out
-    assert uploaded["name"] == uploaded["to"] == "me/e2e" and uploaded["private"] and {"README.md", "e2e.pt"} <= uploaded["files"]
-    assert "is no repository of the Hub" in refused(capsys, *arguments, "--overwrite", "--push-to-hub", "nonsense")
+    assert uploaded["name"] == uploaded["to"] == "me/e2e" and uploaded["private"] and uploaded["files"] == {
+        "e[2].pt", "e[2]-latents-stats.pt", "e[2]-discriminator-ckpt.pt", "e[2].safetensors", "config.json",
+        "diffusion_pytorch_model.safetensors", "README.md",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("repository", ["nonsense", "me/e2e@v1", "a/b/c", "me/-x", "me/a--b"])
+def test_a_repository_that_is_none_is_refused_before_anything_is_written(run, tmp_path, capsys, repository):
+    arguments = ("--exp-path", run[0], "--vae-name", "e2e", "--save-dir", tmp_path, "--push-to-hub", repository)
+    assert f"{repository!r} is no repository of the Hub: give OWNER/NAME" in refused(capsys, *arguments)
+    assert not (tmp_path / "e2e").exists()

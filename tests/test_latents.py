@@ -228,7 +228,8 @@ def test_mistakes_are_one_sentence(weights, images, tmp_path, capsys):
     assert "at least 1" in refused(capsys, *arguments, "--pproc-batch-size", 0)
     assert "have 8 × 8 pixels and not 16 × 16" in refused(capsys, *arguments, "--resolution", 16)
     assert "do not exist" in refused(capsys, *arguments, "--vae-ckpt-path", tmp_path / "none.pt")
-    assert "give a name without folders" in refused(capsys, *arguments, "--vae-latents-name", "a/b")
+    for name in ("a/b", "..", ".", "", "a\\b", "a\nb"):
+        assert "--vae-latents-name is" in refused(capsys, *arguments, "--vae-latents-name", name)
     assert "no device" in refused(capsys, *arguments, "--device", "nonsense")
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
 

@@ -88,6 +88,20 @@ def test_what_is_cached_is_seen(tmp_path, monkeypatch):
     assert cached["released"] == ["e2e-vavae"] and cached["pretrained"] == ["invae"]
 
 
+def test_encoders_are_looked_for_where_timm_puts_them(tmp_path, monkeypatch):
+    """clip's weights lie in another network's repository, those of jepa have an address only; mocov3's never come from timm."""
+    monkeypatch.setattr(machine.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(machine.torch.hub, "get_dir", lambda: str(tmp_path / "torch"))
+    assert machine._cached(tmp_path)["encoders"] == ["tiny"]
+    for name in ("vit_large_patch14_clip_224.openai", "vit_base_patch16_224.augreg2_in21k_ft_in1k"):
+        snapshot = tmp_path / "hub" / f"models--timm--{name}" / "snapshots" / "1"
+        snapshot.mkdir(parents=True)
+        (snapshot / "model.safetensors").touch()
+    (tmp_path / "torch" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "torch" / "checkpoints" / "IN1K-vit.h.14-300e.pth.tar").touch()
+    assert machine._cached(tmp_path)["encoders"] == ["clip-vit-L", "jepa-vit-h", "tiny"]
+
+
 @pytest.mark.skipif(not PRESETS.is_dir(), reason="the presets of the trainer are not here")
 def test_recipes_are_the_presets():
     yaml = pytest.importorskip("yaml")
