@@ -26,7 +26,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-_HUB_ID = re.compile(r"([\w.-]+/[\w.-]+?)(?:@([\w./-]+))?")
+_HUB_ID = re.compile(r"([\w.-]+/[\w.-]+?)(?:@((?!/|.*\.\.)[\w./-]+))?")  # as in git, no revision holds ".."
 
 
 @dataclass(frozen=True)

@@ -372,3 +372,9 @@ def test_hub_ids_that_are_none(stand_in, tmp_path, monkeypatch):
         with pytest.raises(FileNotFoundError, match="do not exist: check the path"):
             load_vae(source)
     assert not stand_in.requests
+
+
+def test_a_revision_leads_into_no_other_folder():
+    assert hub.parse_hub_id("me/it@refs/pr/3") == ("me/it", "refs/pr/3")
+    for text in ("me/it@../../x", "me/it@/etc/x", "me/it@v1/../x"):
+        assert hub.parse_hub_id(text) is None
