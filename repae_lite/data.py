@@ -9,6 +9,7 @@ import io
 import json
 import os
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
 import h5py
@@ -17,7 +18,7 @@ import torch
 from h5py import h5d, h5p, h5s, h5t
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from repae_lite.files import atomic_path, data_small_dir, write_text
 from repae_lite.image_files import center_crop, encode_png, failure, list_images, parse_labels, read_image
@@ -204,7 +205,7 @@ def open_dataset(path: str | Path, resolution: int | None = None) -> ImageH5Data
         if (path / "images.h5.partial").exists():
             raise ValueError(f"the preprocessing into {path} has not finished: run the same command again, it goes on where it was")
         if resolution is None:
-            raise ValueError(f"{path} is a folder of images: say to which resolution they are to be cropped")
+            raise ValueError(f"{path} is a folder of images: give the resolution to crop them to, as in --resolution 256")
         return ImageFolderDataset(path, resolution)
     if not path.exists():
         raise FileNotFoundError(f"there is no image file or folder {path}: check the path, or write it by repae preprocess")
@@ -216,6 +217,28 @@ def open_dataset(path: str | Path, resolution: int | None = None) -> ImageH5Data
             f"preprocess with --resolution {resolution}, or train at another resolution"
         )
     return dataset
+
+
+def read_batches(loader: DataLoader) -> Iterator:
+    """A loader's batches; an error in one of its processes comes as its sentence alone, without that process's traceback.
+
+    When the iteration ends, in whatever way, so do the loader's processes. Left to the garbage collector, those of a failed command may
+    outlive it; and if they ignore SIGTERM, with which Python ends its children, it waits for them and never returns.
+
+    Raises:
+        ValueError, OSError: of the dataset.
+    """
+    iterator = iter(loader)
+    try:
+        yield from iterator
+    except (ValueError, OSError) as error:
+        if loader.num_workers == 0:
+            raise
+        kind = ValueError if isinstance(error, ValueError) else OSError
+        raise kind(str(error).strip().splitlines()[-1].partition(": ")[2]) from None
+    finally:
+        if loader.num_workers:
+            iterator._shutdown_workers()
 
 
 def image_name(index: int) -> str:

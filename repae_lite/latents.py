@@ -12,6 +12,7 @@ import json
 import shutil
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from repae_lite.data import H5Dataset, ImageFolderDataset, ImageH5Dataset, labels_json, to_unit_range, write_names
+from repae_lite.data import H5Dataset, ImageFolderDataset, ImageH5Dataset, labels_json, read_batches, to_unit_range, write_names
 from repae_lite.files import atomic_path
 from repae_lite.layouts import STATS
 from repae_lite.resumable_h5 import ResumableH5, locked, writing
@@ -214,18 +215,19 @@ def _moments(
     """
     processes = dist.get_world_size() if _distributed() else 1
     batches = [range(at, min(at + batch, len(dataset))) for at in range(done, len(dataset), batch)]
-    mine = iter(DataLoader(dataset, batch_sampler=batches[_rank() :: processes], num_workers=workers, pin_memory=device.type == "cuda"))
-    for first in range(0, len(batches), processes):
-        moments = torch.zeros(batch, *shape, device=device)
-        if first + _rank() < len(batches):
-            posterior = vae.encode(to_unit_range(next(mine)[0].to(device, non_blocking=True)))
-            moments[: len(posterior.mean)] = torch.cat([posterior.mean, posterior.std], 1).float()
-        gathered = [moments]
-        if processes > 1:
-            gathered = [torch.empty_like(moments) for _ in range(processes)]
-            dist.all_gather(gathered, moments)
-        for images, found in zip(batches[first : first + processes], gathered, strict=False):  # the last round may be short
-            yield found[: len(images)].cpu()
+    loader = DataLoader(dataset, batch_sampler=batches[_rank() :: processes], num_workers=workers, pin_memory=device.type == "cuda")
+    with closing(read_batches(loader)) as mine:
+        for first in range(0, len(batches), processes):
+            moments = torch.zeros(batch, *shape, device=device)
+            if first + _rank() < len(batches):
+                posterior = vae.encode(to_unit_range(next(mine)[0].to(device, non_blocking=True)))
+                moments[: len(posterior.mean)] = torch.cat([posterior.mean, posterior.std], 1).float()
+            gathered = [moments]
+            if processes > 1:
+                gathered = [torch.empty_like(moments) for _ in range(processes)]
+                dist.all_gather(gathered, moments)
+            for images, found in zip(batches[first : first + processes], gathered, strict=False):  # the last round may be short
+                yield found[: len(images)].cpu()
 
 
 def _distributed() -> bool:

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from repae_lite.data import to_uint8, to_unit_range
+from repae_lite.data import read_batches, to_uint8, to_unit_range
 from repae_lite.divergence import Finding, Guard
 from repae_lite.files import atomic_path, write_text
 from repae_lite.latents import vae_fingerprint
@@ -172,7 +172,7 @@ class Trainer:
     def _steps(self, log: RunLog, caught: list[int]) -> Finding | None:
         """Steps until the end, a signal or a finding."""
         state, config = self.state, self.config
-        with closing(_read(self._loader())) as batches:
+        with closing(read_batches(self._loader())) as batches:
             for batch in batches:
                 try:
                     losses = self._step(batch)
@@ -408,25 +408,6 @@ def _deaf(_: int) -> None:
     for name in STOPPING:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
-
-
-def _read(loader: DataLoader) -> Iterator[dict[str, Tensor]]:
-    """The loader's batches; an error in one of its processes comes as its sentence alone, without that process's traceback.
-
-    When the iteration ends, in whatever way, so do the loader's processes. Left to the garbage collector, those of a failed run would
-    outlive it: Python ends its children with SIGTERM and waits for them, and these do not hear it (`_deaf`).
-    """
-    iterator = iter(loader)
-    try:
-        yield from iterator
-    except (ValueError, OSError) as error:
-        if loader.num_workers == 0:
-            raise
-        kind = ValueError if isinstance(error, ValueError) else OSError
-        raise kind(str(error).strip().splitlines()[-1].partition(": ")[2]) from None
-    finally:
-        if loader.num_workers:
-            iterator._shutdown_workers()
 
 
 NORMS = {"vae": "vae", "discriminator": "disc", "sit": "sit"}  # networks, and how their gradient norms are called among the losses

@@ -266,7 +266,7 @@ def test_what_cannot_be_opened_is_refused(small, folder, tmp_path):
     write_images_h5(tmp_path / "data" / "images.h5", *small)
     with pytest.raises(ValueError, match=r"have 16 × 16 pixels and not 32 × 32: preprocess with --resolution 32"):
         open_dataset(tmp_path / "data", 32)
-    with pytest.raises(ValueError, match="say to which resolution"):
+    with pytest.raises(ValueError, match="give the resolution to crop them to, as in --resolution 256"):
         open_dataset(folder)
     with pytest.raises(FileNotFoundError, match="there is no image file or folder"):
         open_dataset(tmp_path / "nowhere", 16)

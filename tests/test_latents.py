@@ -3,6 +3,7 @@
 import errno
 import io
 import json
+import multiprocessing
 import os
 import shutil
 
@@ -10,6 +11,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader
 
 from repae_lite import latents
@@ -262,3 +264,18 @@ def test_a_disk_that_is_too_small_or_fills_up(images, vae, cached, tmp_path, mon
         cache_latents(vae, dataset, tmp_path / "e2e.h5", batch_size=4, step=8)
     cache_latents(vae, dataset, tmp_path / "e2e.h5", batch_size=4, step=8)
     assert (tmp_path / "e2e.h5").read_bytes() == cached[0].read_bytes()
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_an_image_that_cannot_be_read_ends_it_in_one_sentence(tmp_path, capsys, workers):
+    for i in range(6):
+        path = tmp_path / "images" / "ab"[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32), (i, 0, 0)).save(path)
+    (tmp_path / "images" / "a" / "2.png").write_bytes(b"broken")
+    words = ["cache-latents", "--vae-ckpt-path", "tiny", "--data-dir", str(tmp_path / "images"), "--resolution", "32"]
+    words += ["--vae-latents-name", "mine", "--output-dir", str(tmp_path), "--num-workers", workers]
+    assert main(words) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("repae cache-latents: the image ") and "2.png cannot be read" in error
+    assert not multiprocessing.active_children() and not (tmp_path / "mine.h5").exists()
