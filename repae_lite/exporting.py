@@ -72,7 +72,10 @@ def export_vae(
     except ValueError as error:
         diffusers, left_out["the diffusers folder"] = False, str(error)
     card = model_card(name, vae, scale, bias, read_model(source, "vae", step=step), diffusers=diffusers)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"the folder {folder} cannot be made ({error.strerror}): choose another --vae-name or --save-dir") from None
     for file in possible:  # NAME.pt first, so that it never lies beside parts of another export
         (folder / file).unlink(missing_ok=True)
     files = [weights, stats, safe, "README.md"]

@@ -129,6 +129,12 @@ def test_mistakes_are_one_sentence(run, tmp_path, capsys):
     assert not (tmp_path / "c").exists()
 
 
+def test_a_file_where_the_folder_should_be(run, tmp_path, capsys):
+    (tmp_path / "taken").write_text("")
+    sentence = refused(capsys, "--exp-path", run[0], "--vae-name", "taken", "--save-dir", tmp_path)
+    assert sentence == f"the folder {tmp_path / 'taken'} cannot be made (File exists): choose another --vae-name or --save-dir"
+
+
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "a\\b", "a\nb", "a\x7f"])
 def test_names_that_are_no_names(run, tmp_path, capsys, name):
     sentence = refused(capsys, "--exp-path", run[0], "--vae-name", name, "--save-dir", tmp_path / "s" / "t")
