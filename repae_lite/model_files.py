@@ -96,7 +96,7 @@ def find(source: str | Path, part: str, *, ema: bool = True, step: int | None = 
         if part == "stats" and not any((path / f"{sit}.safetensors").is_file() for sit in ("ema", "sit")):
             name = "vae"  # a run that trained a VAE alone: the statistics are in its header
         if not (path / f"{name}.safetensors").is_file():
-            raise ValueError(f"{path} has no {name}.safetensors: {_ELSEWHERE.get(part, 'choose another checkpoint')}")
+            raise ValueError(f"{path} has no {name}.safetensors: {_ELSEWHERE.get(part, 'choose another')}")
         return path / f"{name}.safetensors"
     names = [entry.name for entry in path.iterdir() if entry.is_file()]
     picked = pick_weights(names, part, path)
@@ -153,7 +153,9 @@ def _local(source: str | Path, part: str, step: int | None) -> Path:
 def _wanted(names: list[str], part: str, step: int | None, where: object) -> list[str]:
     """Which files of a repository `find` needs for a part."""
     if checkpoints(names):
-        return [pick_checkpoint(names, step, where), *(name for name in names if name == OPTIONS)]
+        picked = pick_checkpoint(names, step, where)
+        files = [picked] if picked.endswith(".pt") else _of_ours(names, picked, part, where)
+        return [*files, *(name for name in names if name == OPTIONS)]
     top = [name for name in names if "/" not in name]
     picked = {pick_weights(top, part, where)} - {None}
     if not picked and part == "stats":
@@ -163,6 +165,14 @@ def _wanted(names: list[str], part: str, step: int | None, where: object) -> lis
     if not picked:
         raise FileNotFoundError(f"{where} holds no {_NOUNS[part]} on the Hub: look at its files there")
     return sorted(picked)
+
+
+def _of_ours(names: list[str], folder: str, part: str, where: object) -> list[str]:
+    """The files of our checkpoint folder that may hold a part."""
+    for choice in {"sit": [("sit", "ema")], "stats": [("sit", "ema"), ("vae",)]}.get(part, [(part,)]):
+        if found := [name for name in names if name in {f"{folder}/{one}.safetensors" for one in choice}]:
+            return found
+    raise FileNotFoundError(f"{where} has no {_NOUNS[part]} in {folder} on the Hub: {_ELSEWHERE.get(part, 'choose another')}")
 
 
 def _tensors(state: dict, path: Path) -> dict[str, Tensor]:

@@ -347,7 +347,10 @@ def test_a_run_of_ours_loads_by_its_hub_id(stand_in, networks, tmp_path, monkeyp
     stand_in.repositories["me/run"] = {path.relative_to(tmp_path / "run").as_posix(): path.read_bytes() for path in files}
     stand_in.repositories["REPA-E/sit-repae-sdvae"] = stand_in.repositories["me/run"]
     assert torch.equal(load_vae("me/run").quant_conv.weight, vae.quant_conv.weight)
+    assert set(stand_in.fetched()) == {"vae.safetensors"}  # and no other network's weights
     assert load_sit("me/run").config == sit.config
+    with pytest.raises(FileNotFoundError, match=r"me/run has no discriminator in checkpoints/0000010 on the Hub: a run with"):
+        load_discriminator("me/run")
     assert all("/checkpoints/0000010/" in path for _, path, _ in stand_in.requests if "/resolve/" in path)
     assert "resume.pt" not in stand_in.fetched()
     stand_in.requests.clear()
@@ -358,6 +361,8 @@ def test_a_run_of_ours_loads_by_its_hub_id(stand_in, networks, tmp_path, monkeyp
     assert visible(tmp_path / "p" / "sit-repae-sdvae") == {f"checkpoints/0000005/{name}" for name in names}
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert torch.equal(load_vae("me/run").quant_conv.weight, vae.quant_conv.weight)
+    with pytest.raises(ConnectionError, match="is not in the cache"):
+        load_discriminator("me/run")
 
 
 def test_hub_ids_that_are_none(stand_in, tmp_path, monkeypatch):
