@@ -96,7 +96,7 @@ def find(source: str | Path, part: str, *, ema: bool = True, step: int | None = 
         if part == "stats" and not any((path / f"{sit}.safetensors").is_file() for sit in ("ema", "sit")):
             name = "vae"  # a run that trained a VAE alone: the statistics are in its header
         if not (path / f"{name}.safetensors").is_file():
-            raise ValueError(f"{path} has no {name}.safetensors: {_ELSEWHERE.get(part, 'choose another')}")
+            raise ValueError(f"{path} has no {name}.safetensors: {_ELSEWHERE.get(part, 'choose another checkpoint')}")
         return path / f"{name}.safetensors"
     names = [entry.name for entry in path.iterdir() if entry.is_file()]
     picked = pick_weights(names, part, path)

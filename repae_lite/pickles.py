@@ -64,11 +64,12 @@ _LARGEST, _STEPS = 1 << 26, 3_000_000  # bytes and steps of a pickle that are lo
 
 
 def _survey(path: Path) -> tuple[int, str | None]:
-    """The highest protocol of a file's pickles, and the first class or function in them that is no part of PyTorch's own format.
+    """The highest protocol of a file's pickles, 0 if none is whole, and the first class or function in them that is no part of PyTorch's
+    own format.
 
     Nothing is run. An old file of torch.save holds several pickles, one after the other, and then its numbers.
     """
-    protocol = 0
+    protocol, whole = 0, False
     try:
         archive = zipfile.ZipFile(path) if zipfile.is_zipfile(path) else None
         if archive:
@@ -90,14 +91,14 @@ def _survey(path: Path) -> tuple[int, str | None]:
                 elif operation == "STACK_GLOBAL":
                     name = ".".join(strings[-2:])
                 elif operation == "STOP":
-                    strings, memo = [], {}
+                    strings, memo, whole = [], {}, True
                 elif isinstance(value, str):
                     strings.append(value)
                 if name and not _PLAIN.fullmatch(name):
                     return protocol, name
     except (*_REFUSALS, StopIteration):
         pass  # where the numbers of an old file begin, or damaged
-    return protocol, None
+    return protocol if whole else 0, None
 
 
 def _operations(file):

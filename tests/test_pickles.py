@@ -76,7 +76,7 @@ def test_damaged_files_are_one_sentence(tmp_path):
     torch.save({"a": torch.ones(100)}, stream)
     for content in (b"", b"hello", b"\x80\x02X", b"\x80\x05\x8e" + b"\xff" * 8, stream.getvalue()[:300], os.urandom(1000)):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=r"w\.pt (is not a whole file of torch\.save|is a pickle of protocol 5)"):
+        with pytest.raises(ValueError, match=r"w\.pt is not a whole file of torch\.save"):
             read_pickle(path)
 
 
