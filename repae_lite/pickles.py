@@ -64,7 +64,7 @@ _LARGEST, _STEPS = 1 << 26, 3_000_000  # bytes and steps of a pickle that are lo
 
 
 def _survey(path: Path) -> tuple[int, str | None]:
-    """The highest protocol of a file's pickles, 0 if none is whole, and the first class or function in them that is no part of PyTorch's
+    """The highest protocol of a file's pickles, 0 if none is whole, and the first class or function in them that is not of PyTorch's
     own format.
 
     Nothing is run. An old file of torch.save holds several pickles, one after the other, and then its numbers.
