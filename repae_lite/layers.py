@@ -86,6 +86,8 @@ class BatchNorm2d(nn.BatchNorm2d):
 
 def recompute(module: nn.Module, *inputs: Tensor) -> Tensor:
     """Runs a module without keeping its activations; the backward pass computes them again, BatchNorm statistics aside."""
+    if torch.compiler.is_compiling():  # which knows no such context; what is compiled here has no BatchNorm
+        return checkpoint(module, *inputs, use_reentrant=False)
     return checkpoint(module, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), _untracked()))
 
 

@@ -254,6 +254,13 @@ def find_checkpoint(source: str, folder: RunFolder) -> Path | None:
         path = found[max(found)] if found else path / "checkpoints"
     if not path.is_file() and not (path / "resume.pt").is_file():
         raise FileNotFoundError(f"there is no checkpoint at {source}: give latest, a step, or the path of a checkpoint or run folder")
+    if path.resolve().parent == folder.checkpoints_path.resolve():
+        return find_checkpoint(path.stem, folder)
+    if own:
+        raise ValueError(
+            f"{folder.path} already holds a run, up to step {max(own)}: go on with --resume latest, or start from {source} "
+            "with another --exp-name"
+        )
     return path
 
 

@@ -10,6 +10,7 @@ import platform
 import subprocess
 import sys
 import time
+from contextlib import nullcontext, suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -17,10 +18,12 @@ from pathlib import Path
 import accelerate
 import torch
 from accelerate import Accelerator
+from PIL import Image
+from torch import Tensor
 from tqdm import tqdm
 
 from repae_lite import __version__
-from repae_lite.files import write_text
+from repae_lite.files import atomic_path, write_text
 from repae_lite.run_folder import RunFolder
 from repae_lite.training_options import TrainConfig, values
 
@@ -145,7 +148,8 @@ class RunLog:
         self.bar.close()
         if self.main:
             self.ended = self.ended or (f"{kind.__name__}: {error}" if kind else "finished")
-            self._write_manifest()
+            with suppress(OSError) if kind else nullcontext():  # a full disk has been said already, and better
+                self._write_manifest()
             if kind is None:
                 memory = self.session["peak_memory_gib"]
                 print(f"{self.folder.path}: {self.ended} at step {self.step}, peak memory {memory:.2f} GiB", file=sys.stderr)
@@ -210,3 +214,16 @@ def commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return found[0] + ("+" if found[1] else "")
+
+
+def save_grid(path: Path, images: Tensor) -> None:
+    """Writes images (N, 3, H, W) uint8 as one PNG, eight in a row."""
+    count, _, height, width = images.shape
+    columns = min(8, count)
+    rows = -(-count // columns)
+    canvas = torch.full((3, rows * height, columns * width), 255, dtype=torch.uint8)
+    for i, image in enumerate(images):
+        top, left = i // columns * height, i % columns * width
+        canvas[:, top : top + height, left : left + width] = image
+    with atomic_path(path) as partial:
+        Image.fromarray(canvas.permute(1, 2, 0).numpy()).save(partial, "PNG")

@@ -27,7 +27,8 @@ from repae_lite.steps import StepConfig, TrainState, make_ema
 from repae_lite.training_options import NONE, TrainConfig
 from repae_lite.vae import VAE_PRESETS, AutoencoderKL
 
-NOT_OFFERED = ("LBFGS", "SparseAdam", "Optimizer")  # need a closure, sparse gradients, or are none
+# need a closure, sparse gradients, matrices alone, keep states of other shapes than the weights', or are none
+NOT_OFFERED = ("LBFGS", "SparseAdam", "Muon", "Adafactor", "Optimizer")
 
 
 # ---------------------------------------------------------------- data
@@ -268,6 +269,8 @@ def new_optimizer(config: TrainConfig, module: nn.Module, rate: float) -> torch.
     parameters = [p for p in module.parameters() if p.requires_grad]
     accepted = inspect.signature(kind).parameters
     options = {"lr": rate, "weight_decay": config.adam_weight_decay}
+    if config.adam_weight_decay and "weight_decay" not in accepted:
+        raise ValueError(f"--adam-weight-decay means nothing to {kind.__name__}: leave it out")
     if "betas" in accepted:
         options |= {"betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_epsilon}
     else:

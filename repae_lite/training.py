@@ -12,18 +12,18 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
-from PIL import Image
+from accelerate.utils import ProjectConfiguration, broadcast_object_list
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from repae_lite.data import read_batches, to_uint8, to_unit_range
 from repae_lite.divergence import Finding, Guard
-from repae_lite.files import atomic_path, write_text
+from repae_lite.files import write_text
 from repae_lite.latents import vae_fingerprint
 from repae_lite.objectives import spatial_norm
 from repae_lite.parallel import (
@@ -38,7 +38,7 @@ from repae_lite.parallel import (
 )
 from repae_lite.resumable_h5 import locked
 from repae_lite.run_folder import Checkpoint, RunFolder, fill, fill_optimizer, find_checkpoint, newest, read_checkpoint
-from repae_lite.run_log import RunLog, check_tracker
+from repae_lite.run_log import RunLog, check_tracker, save_grid
 from repae_lite.run_parts import build, latent_stats, open_data
 from repae_lite.sampling import sample_ode
 from repae_lite.steps import all_updates, sit_step, update_ema
@@ -65,16 +65,27 @@ def train(config: TrainConfig) -> None:
     accelerator = Accelerator(mixed_precision="no", cpu=config.cpu, **trackers)
     with ExitStack() as stack:
         folder = RunFolder(config.folder)
-        source = None
+        source = refusal = None
         if accelerator.is_main_process:
-            stack.callback(_remove_if_unused, folder.path)
-            stack.enter_context(locked(folder.path / "lock"))
-            _check_new(config, folder)
-            folder.remove_leftovers()
-        accelerator.wait_for_everyone()
+            try:
+                stack.callback(_remove_if_unused, folder.path)
+                stack.enter_context(locked(folder.path / "lock"))
+                _check_new(config, folder)
+                folder.remove_leftovers()
+            except (ValueError, OSError) as error:
+                refusal = error
+        if broadcast_object_list([refusal is not None])[0]:  # the first process says why, and none waits for it
+            raise refusal or SystemExit(2)
         if config.resume_from:
             source = find_checkpoint(config.resume_from, folder)
-        Trainer(config, accelerator, folder).run(source)
+        try:
+            Trainer(config, accelerator, folder).run(source)
+        except RuntimeError as error:  # raised wherever the process happens to be
+            if "DataLoader worker" not in str(error):
+                raise
+            raise OSError(
+                "a loader process died, perhaps for want of memory: go on with --resume latest, with fewer --num-workers if need be"
+            ) from None
 
 
 def _remove_if_unused(path: Path) -> None:
@@ -135,12 +146,13 @@ class Trainer:
     def run(self, source) -> None:
         """Trains from a checkpoint's path, or from the beginning for None."""
         state, config = self.state, self.config
+        own = source is not None and source.resolve().parent == self.folder.checkpoints_path.resolve()
         if source is not None:
-            self._resume(read_checkpoint(source), own=source.resolve().parent == self.folder.checkpoints_path.resolve())
+            self._resume(read_checkpoint(source), own=own)
         same_everywhere(*self.networks.values())
         if self.main:
             self.folder.cut_metrics(state.step)
-            if not (self.folder.path / "args.json").exists():
+            if not own or not (self.folder.path / "args.json").exists():
                 write_text(self.folder.path / "args.json", json.dumps(self._args(), indent=2) + "\n")
         if config.on_divergence == "rollback" and state.step == 0:
             self._save()
@@ -307,6 +319,7 @@ class Trainer:
                 "fixed": config.fixed(),
                 "data": self.data.fingerprint,
                 "vae": self.frozen_vae,
+                "vae_loss": self._vae_loss(),
                 "scalers": self.mechanics.state_dict(),
                 "guard": self.guard.state_dict(),
                 "rollbacks": self.rollbacks,
@@ -346,8 +359,13 @@ class Trainer:
                 raise ValueError(f"{checkpoint.path} is of a run with other options: {'; '.join(changed[:3])} ({len(changed)} in all)")
             if extras["data"] != self.data.fingerprint:
                 raise ValueError(f"{checkpoint.path} is of a run on other data than {config.data_dir}: name that, or start another run")
-            if extras["vae"] != self.frozen_vae:
-                raise ValueError(f"{checkpoint.path} is of a run on another VAE than {config.vae_ckpt}: name it, or start another run")
+            if extras.get("vae_loss", self._vae_loss()) != self._vae_loss():
+                raise ValueError(f"{checkpoint.path} is of a run with other weights of the losses than {config.loss_cfg_path} now")
+        if self.frozen_vae and not self._is_of_this_vae(checkpoint):
+            raise ValueError(f"{checkpoint.path} is of a run on another VAE than {config.vae_ckpt}: name it, or start another run")
+        before = (extras.get("args") or {}).get("optimizer", "AdamW")
+        if before.lower() != config.optimizer.lower():
+            raise ValueError(f"{checkpoint.path} holds the state of {before}, not of {config.optimizer}: give --optimizer {before}")
         fill(self.networks, checkpoint)
         for name, optimizer in self.state.optimizers.items():
             fill_optimizer(optimizer, self.networks[name], checkpoint.optimizers.get(name, {}), checkpoint.path)
@@ -356,6 +374,16 @@ class Trainer:
         self.mechanics.load_state_dict(extras.get("scalers", {}))
         if "guard" in extras:
             self.guard.load_state_dict(extras["guard"])
+
+    def _vae_loss(self) -> dict:
+        return asdict(self.state.config.vae_loss)
+
+    def _is_of_this_vae(self, checkpoint: Checkpoint) -> bool:
+        """Whether a checkpoint's SiT was trained on the frozen VAE, as far as it tells."""
+        if "vae" in checkpoint.networks:
+            own, other = self.state.vae.state_dict(), checkpoint.networks["vae"]
+            return own.keys() == other.keys() and all(torch.equal(own[name].cpu(), other[name].cpu()) for name in own)
+        return checkpoint.extras.get("vae", self.frozen_vae) == self.frozen_vae
 
     def _diverged(self, finding: Finding) -> None:
         """Keeps the evidence, then rolls back or ends the run."""
@@ -399,7 +427,7 @@ class Trainer:
                 z = sample_ode(state.ema, eps, labels, steps=SAMPLE_STEPS, path=self.config.path_type)
                 images = state.vae.decode(state.ema.denormalize(z))
             state.vae.train(training)
-            _save_grid(self.folder.path / "samples" / f"{state.step:07d}.png", to_uint8(images).cpu())
+            save_grid(self.folder.path / "samples" / f"{state.step:07d}.png", to_uint8(images).cpu())
         self.accelerator.wait_for_everyone()
 
 
@@ -411,19 +439,6 @@ def _deaf(_: int) -> None:
 
 
 NORMS = {"vae": "vae", "discriminator": "disc", "sit": "sit"}  # networks, and how their gradient norms are called among the losses
-
-
-def _save_grid(path, images: Tensor) -> None:
-    """Writes images (N, 3, H, W) uint8 as one PNG, eight in a row."""
-    count, _, height, width = images.shape
-    columns = min(8, count)
-    rows = -(-count // columns)
-    canvas = torch.full((3, rows * height, columns * width), 255, dtype=torch.uint8)
-    for i, image in enumerate(images):
-        top, left = i // columns * height, i % columns * width
-        canvas[:, top : top + height, left : left + width] = image
-    with atomic_path(path) as partial:
-        Image.fromarray(canvas.permute(1, 2, 0).numpy()).save(partial, "PNG")
 
 
 def _precision(wanted: str, device: torch.device) -> str:

@@ -103,3 +103,10 @@ def test_a_signal_to_the_launcher_ends_in_a_checkpoint(tmp_path):
     _, errors = process.communicate(timeout=240)
     (step,) = folder.checkpoints()
     assert folder.metrics()[-1]["step"] == step, errors[-2000:]
+
+
+def test_a_refusal_is_said_once_and_ends_both(tmp_path):
+    train(config_in(tmp_path, "two", max_train_steps=1))
+    done = subprocess.run(launch(tmp_path, max_train_steps=2), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0 and done.stderr.count("already holds a run") == 1
+    assert "gloo" not in done.stderr.lower() and "Connection" not in done.stderr

@@ -1,5 +1,6 @@
 """Runs of a few steps through the command line: what they write, how they resume, stop, diverge and refuse."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -7,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,7 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 
-from repae_lite import training
+from repae_lite import run_folder, run_log, training
 from repae_lite.checkpoint import load_latent_stats, load_sit, load_vae
 from repae_lite.cli import main
 from repae_lite.data import ImageH5Dataset, write_images_h5
@@ -185,6 +187,68 @@ def test_another_run_can_start_from_a_checkpoint(whole, tmp_path):
     assert [record["step"] for record in other.metrics()] == [5, 6]
     assert other.metrics()[0]["denoising"] == whole.metrics()[4]["denoising"]
     assert other.metrics()[1]["denoising"] != whole.metrics()[5]["denoising"]
+
+
+def test_a_checkpoint_elsewhere_is_no_way_into_a_folder_that_holds_a_run(whole, tmp_path, capsys):
+    folder = run(tmp_path, max_train_steps=4)
+    before = {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()}
+    words = ["--exp-name", "run", "--resume", str(whole.checkpoints()[2])]
+    assert "already holds a run, up to step 4: go on with --resume latest, or start from" in refused(capsys, tmp_path, *words)
+    words[-1] = str(folder.checkpoints()[2])
+    assert "has a checkpoint of step 4, later than 2: move it away" in refused(capsys, tmp_path, *words)
+    assert {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()} == before
+
+
+def test_options_of_a_start_that_left_nothing_are_not_kept(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "args.json").write_text('{"batch_size": 64}')
+    folder = run(tmp_path, max_train_steps=2)
+    assert json.loads((folder.path / "args.json").read_text())["batch_size"] == 4
+
+
+def test_states_of_another_optimiser_are_refused(whole, tmp_path, capsys):
+    words = ["--resume", str(whole.checkpoints()[2]), "--exp-name", "new", "--max-train-steps", "3", "--optimizer"]
+    for other in ("NAdam", "SGD"):
+        assert f"holds the state of AdamW, not of {other}: give --optimizer AdamW" in refused(capsys, tmp_path, *words, other)
+
+
+def test_other_weights_of_the_losses_are_noticed(tmp_path, capsys):
+    recipe = tmp_path / "loss.yaml"
+    recipe.write_text("reconstruction_weight: 1.0\nperceptual_weight: 1.0\nkl_weight: 1.0e-6\n")
+    run(tmp_path, max_train_steps=2, loss_cfg_path=str(recipe))
+    recipe.write_text(recipe.read_text().replace("reconstruction_weight: 1.0", "reconstruction_weight: 50.0"))
+    with pytest.raises(ValueError, match=r"is of a run with other weights of the losses than .*loss\.yaml now"):
+        run(tmp_path, max_train_steps=4, loss_cfg_path=str(recipe), resume="latest")
+
+
+def test_a_sit_of_another_vae_is_refused(whole, tmp_path):
+    options = {"command": "ldm", "max_train_steps": 2, "enc_type": "none"}
+    first = run(tmp_path, "first", **options)
+    for source in (first.path, whole.path):  # on the VAE that ships; on what the run made of it
+        with pytest.raises(ValueError, match="is of a run on another VAE than tiny-e2e"):
+            run(tmp_path, "second", **options | {"vae_ckpt": "tiny-e2e", "resume": str(source)})
+    with pytest.raises(ValueError, match="is of a run on another VAE than tiny"):
+        run(tmp_path, "second", **options | {"resume": str(whole.path)})
+
+
+def test_a_loader_process_that_dies_is_one_sentence(tmp_path, monkeypatch, capsys):
+    at_step(monkeypatch, 2, lambda _: (os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL), time.sleep(1)))
+    words = ["--num-workers", "1", "--max-train-steps", "60", "--sampling-steps", "0"]
+    assert "a loader process died, perhaps for want of memory" in refused(capsys, tmp_path, *words, lines=None).splitlines()[-1]
+    assert not multiprocessing.active_children()
+
+
+def test_a_full_disk_is_said_once_and_well(tmp_path, monkeypatch, capsys):
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def act(_):
+        for module, name in ((run_folder, "_save_pickle"), (run_log, "write_text")):
+            monkeypatch.setattr(module, name, lambda *_: (_ for _ in ()).throw(full))
+
+    at_step(monkeypatch, 2, act)
+    words = ["--max-train-steps", "4", "--checkpointing-steps", "2", "--sampling-steps", "0"]
+    last = refused(capsys, tmp_path, *words, lines=None).splitlines()[-1]
+    assert "cannot write the checkpoint of step 2" in last and "make room, then go on with --resume latest" in last
 
 
 def test_checkpoints_are_pruned(tmp_path):
