@@ -143,6 +143,8 @@ def cache_latents(
     path = Path(path)
     if path.suffix != ".h5" or batch_size < 1 or workers < 0:
         raise ValueError(f"{path}, {batch_size} images a batch, {workers} workers: give NAME.h5, at least 1, and at least 0")
+    if path.resolve() == Path(getattr(dataset, "path", "")).resolve():
+        raise ValueError(f"{path} holds the images themselves: choose another name for their latents")
     if path.exists() and not overwrite:
         raise ValueError(f"{path} exists: choose another name, or replace it with --overwrite")
     vae, device = vae.to(device).eval(), torch.device(device)

@@ -279,3 +279,12 @@ def test_an_image_that_cannot_be_read_ends_it_in_one_sentence(tmp_path, capsys, 
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("repae cache-latents: the image ") and "2.png cannot be read" in error
     assert not multiprocessing.active_children() and not (tmp_path / "mine.h5").exists()
+
+
+def test_the_images_themselves_are_not_overwritten(tmp_path, capsys):
+    write_images_h5(tmp_path / "images.h5", np.zeros((4, 3, 32, 32), np.uint8), np.arange(4) % 2)
+    before = (tmp_path / "images.h5").read_bytes()
+    words = ["cache-latents", "--vae-ckpt-path", "tiny", "--data-dir", str(tmp_path), "--vae-latents-name", "images", "--overwrite"]
+    assert main(words) == 2
+    assert "images.h5 holds the images themselves: choose another name" in capsys.readouterr().err
+    assert (tmp_path / "images.h5").read_bytes() == before
