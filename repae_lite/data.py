@@ -73,7 +73,7 @@ class H5Dataset(Dataset):
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not HDF5, truncated, without "dataset.json", without labels, or with labels of items that are not there.
+        ValueError: not HDF5, truncated, without "dataset.json", that being a group, without labels, or with labels of items that are not there.
     """
 
     noun, maker = "image", "preprocessing a folder"
@@ -89,7 +89,7 @@ class H5Dataset(Dataset):
                     raise ValueError(
                         f"{self.path} has no dataset.json: it was not written by the official preprocessing or by ours"
                     )
-                entries = parse_labels(bytes(file["dataset.json"][()]), f"dataset.json in {self.path}")
+                entries = parse_labels(bytes(stored(file, "dataset.json")[()]), f"dataset.json in {self.path}")
                 if not entries:
                     raise ValueError(
                         f"{self.path} has no labels: preprocess a folder with one subfolder per class, or with a dataset.json"
@@ -112,12 +112,16 @@ class H5Dataset(Dataset):
         return self.decode(self.read(self.names[index]), self.names[index]), self.labels[index]
 
     def read(self, name: str) -> bytes:
-        """The bytes under a name, whichever way they are stored; a string's trailing zeros, which HDF5 drops, are put back."""
+        """The bytes under a name, whichever way they are stored; a string's trailing zeros, which HDF5 drops, are put back.
+
+        Raises:
+            ValueError: there are none.
+        """
         if self._process != os.getpid():  # an HDF5 handle must not be shared across a fork
             self._file, self._process = h5py.File(self.path, "r"), os.getpid()
-        stored = self._file[name]
-        value = stored[()]
-        return value.tobytes() if isinstance(value, np.ndarray) else bytes(value).ljust(stored.dtype.itemsize, b"\0")
+        item = stored(self._file, name)
+        value = item[()]
+        return value.tobytes() if isinstance(value, np.ndarray) else bytes(value).ljust(item.dtype.itemsize, b"\0")
 
     def decode(self, data: bytes, name: str) -> Tensor:
         """The item that bytes stand for; `name` is for errors."""
@@ -140,7 +144,7 @@ class ImageH5Dataset(H5Dataset):
             image = Image.open(io.BytesIO(data))
             pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))
         except (UnidentifiedImageError, OSError) as error:
-            raise ValueError(f"image {name} in {self.path} cannot be decoded ({error}): write the file again") from None
+            raise ValueError(f"image {name} in {self.path} cannot be decoded ({failure(error)}): write the file again") from None
         return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
@@ -255,6 +259,19 @@ def add_bytes(file: h5py.File, name: str, data: bytes) -> None:
     creation.set_obj_track_times(False)  # the same content gives the same bytes
     linking.set_create_intermediate_group(True)
     h5d.create(file.id, name.encode(), kind, scalar, creation, linking).write(scalar, scalar, np.array(data), kind)
+
+
+def stored(file: h5py.File, name: str) -> h5py.Dataset:
+    """What a file holds under a name.
+
+    Raises:
+        ValueError: that is a group, or has no value.
+    """
+    found = file.get(name)
+    if not isinstance(found, h5py.Dataset) or found.shape is None:
+        kind = "an HDF5 group" if isinstance(found, h5py.Group) else "empty"
+        raise ValueError(f"{name} in {file.filename} is {kind} instead of bytes: write the file again")
+    return found
 
 
 def labels_json(entries: list[tuple[str, int]]) -> bytes:

@@ -24,7 +24,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from repae_lite.data import H5Dataset, ImageFolderDataset, ImageH5Dataset, labels_json, read_batches, to_unit_range, write_names
+from repae_lite.data import (
+    H5Dataset,
+    ImageFolderDataset,
+    ImageH5Dataset,
+    labels_json,
+    read_batches,
+    stored,
+    to_unit_range,
+    write_names,
+)
 from repae_lite.files import atomic_path
 from repae_lite.layouts import STATS
 from repae_lite.resumable_h5 import ResumableH5, locked, writing
@@ -61,7 +70,7 @@ class CachedLatentsDataset(H5Dataset):
     def __init__(self, path: str | Path):
         super().__init__(path)
         with h5py.File(self.path, "r") as file:
-            about = json.loads(bytes(file[ABOUT][()])) if ABOUT in file else {}
+            about = json.loads(bytes(stored(file, ABOUT)[()])) if ABOUT in file else {}
         self.fingerprint: str | None = about.get("fingerprint")
         self.shape: tuple[int, ...] = ()
         self.shape = tuple(self[0][0].shape)

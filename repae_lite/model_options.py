@@ -74,6 +74,12 @@ def cache_latents(args: argparse.Namespace) -> None:
 
     name = args.vae_latents_name
     check_name(name, "--vae-latents-name")
+    if name == "images":
+        raise ValueError("--vae-latents-name is 'images', and images.h5 holds the images themselves: choose another name")
+    if args.pproc_batch_size < 1:
+        raise ValueError(f"--pproc-batch-size is {args.pproc_batch_size}: give at least 1")
+    if args.num_workers is not None and args.num_workers < 0:
+        raise ValueError(f"--num-workers is {args.num_workers}: give at least 0, or leave it out")
     device = _device(args.device)
     main = True
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:

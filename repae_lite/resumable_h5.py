@@ -223,10 +223,10 @@ def writing(output: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno is None:
             raise
-        raise OSError(
-            f"cannot write in {output} ({error.strerror}): make room or choose another output folder; "
-            "finished work is kept, and the same command goes on from there"
-        ) from None
+        remedy = "choose another output folder"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            remedy = f"make room or {remedy}; finished work is kept, and the same command goes on from there"
+        raise OSError(f"cannot write in {output} ({error.strerror}): {remedy}") from None
 
 
 @contextmanager

@@ -94,7 +94,7 @@ def open_data(config: TrainConfig) -> TrainingData:
 
 
 def _open_latents(config: TrainConfig, folder: Path) -> CachedLatentsDataset:
-    path = folder / f"{config.vae_latents_name}.h5"
+    path = (folder.parent if folder.is_file() else folder) / f"{config.vae_latents_name}.h5"
     latents = CachedLatentsDataset(path)
     latents.check_vae(load_vae(config.vae_ckpt))
     vae = VAE_PRESETS[config.vae]

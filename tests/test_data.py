@@ -208,12 +208,27 @@ def test_missing_and_unreadable_images(small, tmp_path):
         del file["00000/img00000003.png"]
         file["00000/img00000003.png"] = np.bytes_(b"not a PNG")
     dataset = ImageH5Dataset(path)
-    with pytest.raises(ValueError, match=r"img00000003\.png .* cannot be decoded"):
+    with pytest.raises(ValueError, match=r"img00000003\.png .* cannot be decoded \(not an image in a known format\): write"):
         dataset[3]
     with h5py.File(tmp_path / "other.h5", "w") as file:
         file["dataset.json"] = np.bytes_(json.dumps({"labels": [["00000/img00000000.png", 0]]}))
     with pytest.raises(ValueError, match="lacks 1 images"):
         ImageH5Dataset(tmp_path / "other.h5")
+
+
+@pytest.mark.parametrize("name", ["dataset.json", "00000/img00000003.png"])
+@pytest.mark.parametrize("make, kind", [
+    (lambda file, name: file.create_group(name), "an HDF5 group"),
+    (lambda file, name: file.create_dataset(name, data=h5py.Empty("S1")), "empty"),
+])  # fmt: skip
+def test_what_is_no_bytes_is_refused(small, tmp_path, name, make, kind):
+    path = tmp_path / "images.h5"
+    write_images_h5(path, *small)
+    with h5py.File(path, "r+") as file:
+        del file[name]
+        make(file, name)
+    with pytest.raises(ValueError, match=rf"{name} in .*images\.h5 is {kind} instead of bytes: write the file again"):
+        ImageH5Dataset(path)[3]
 
 
 @pytest.mark.parametrize("labels, message", [

@@ -19,6 +19,8 @@ from repae_lite.checkpoint import load_latent_stats, load_vae, save_vae
 from repae_lite.cli import main
 from repae_lite.data import ImageH5Dataset, add_bytes, labels_json, to_unit_range, write_images_h5
 from repae_lite.latents import CachedLatentsDataset, cache_latents, vae_fingerprint
+from repae_lite.run_parts import open_data
+from repae_lite.training_options import TrainConfig
 from repae_lite.vae import AutoencoderKL
 
 COUNT, SIZE = 21, 8
@@ -176,6 +178,12 @@ def test_damaged_latents_are_refused(cached, images, tmp_path):
         CachedLatentsDataset(tmp_path / "none.h5")
     with pytest.raises(ValueError, match="cannot be decoded"):  # images are no latents
         CachedLatentsDataset(images)
+    shutil.copy(cached[0], tmp_path / "group.h5")
+    with h5py.File(tmp_path / "group.h5", "r+") as file:
+        del file["vae.json"]
+        file.create_group("vae.json")
+    with pytest.raises(ValueError, match=r"vae\.json in .*group\.h5 is an HDF5 group instead of bytes"):
+        CachedLatentsDataset(tmp_path / "group.h5")
 
 
 # ---------------------------------------------------------------- the command
@@ -227,7 +235,8 @@ def test_what_is_in_the_way_is_kept_unless_overwritten(weights, images, tmp_path
 def test_mistakes_are_one_sentence(weights, images, tmp_path, capsys):
     arguments = options(weights, images, tmp_path / "out")
     assert "does not fit AutoencoderKL" in refused(capsys, *arguments, "--vae-arch", "tiny")
-    assert "at least 1" in refused(capsys, *arguments, "--pproc-batch-size", 0)
+    assert refused(capsys, *arguments, "--pproc-batch-size", 0) == "--pproc-batch-size is 0: give at least 1"
+    assert refused(capsys, *arguments, "--num-workers", -1) == "--num-workers is -1: give at least 0, or leave it out"
     assert "have 8 × 8 pixels and not 16 × 16" in refused(capsys, *arguments, "--resolution", 16)
     assert "do not exist" in refused(capsys, *arguments, "--vae-ckpt-path", tmp_path / "none.pt")
     for name in ("a/b", "..", ".", "", "a\\b", "a\nb"):
@@ -281,10 +290,28 @@ def test_an_image_that_cannot_be_read_ends_it_in_one_sentence(tmp_path, capsys, 
     assert not multiprocessing.active_children() and not (tmp_path / "mine.h5").exists()
 
 
-def test_the_images_themselves_are_not_overwritten(tmp_path, capsys):
-    write_images_h5(tmp_path / "images.h5", np.zeros((4, 3, 32, 32), np.uint8), np.arange(4) % 2)
-    before = (tmp_path / "images.h5").read_bytes()
-    words = ["cache-latents", "--vae-ckpt-path", "tiny", "--data-dir", str(tmp_path), "--vae-latents-name", "images", "--overwrite"]
-    assert main(words) == 2
-    assert "images.h5 holds the images themselves: choose another name" in capsys.readouterr().err
-    assert (tmp_path / "images.h5").read_bytes() == before
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_the_images_themselves_are_not_overwritten(images, vae, tmp_path, capsys, overwrite):
+    for name in ("images.h5", "photos.h5"):
+        shutil.copy(images, tmp_path / name)
+    (tmp_path / "link").symlink_to(tmp_path)
+    before = images.read_bytes()
+    with pytest.raises(ValueError, match=r"photos\.h5 holds the images themselves: choose another name"):
+        cache_latents(vae, ImageH5Dataset(tmp_path / "photos.h5"), tmp_path / "link" / "photos.h5", overwrite=overwrite)
+    words = ["--vae-ckpt-path", "tiny", "--data-dir", tmp_path, "--vae-latents-name", "images", *["--overwrite"] * overwrite]
+    for output in ([], ["--output-dir", tmp_path / "out"]):  # elsewhere it would be taken for images
+        sentence = refused(capsys, *words, *output)
+        assert sentence == "--vae-latents-name is 'images', and images.h5 holds the images themselves: choose another name"
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["images.h5", "link", "photos.h5"]
+    assert (tmp_path / "images.h5").read_bytes() == before and (tmp_path / "photos.h5").read_bytes() == before
+
+
+def test_latents_are_found_beside_an_image_file(images, tmp_path):
+    shutil.copy(images, tmp_path / "images.h5")
+    tiny = load_vae("tiny")
+    cache_latents(tiny, ImageH5Dataset(images), tmp_path / "lt.h5")
+    for data in (tmp_path, tmp_path / "images.h5"):
+        config = TrainConfig.build(
+            "ldm", vae="tiny", vae_ckpt="tiny", resolution=SIZE, data_dir=str(data), vae_latents_name="lt", enc_type="none"
+        )
+        assert len(open_data(config)) == COUNT
