@@ -1,9 +1,9 @@
 """Draw the embedded dataset: 32x32 icons of ten classes, made from signed-distance parts with numpy alone.
 
 Stands in for ImageNet in the small-scale experiments; taught in notebook 00_map. Every image is a function of
-(seed, split, index): its class, its structure (which parts, how many, of what shape), its pose and its colours all
-come from one random generator, so any image can be remade alone. Instances of a class differ in structure as well as
-in pose: what a patch shows cannot be told from the label.
+(seed, split, index): its class, its structure (which parts, how many, of what shape), its pose and its
+colours all come from one random generator, so any image can be remade alone. Instances of a class differ in
+structure as well as in pose: what a patch shows cannot be told from the label.
 
     python data_small/make_images.py            # write data_small/{train,eval}/images.h5 and CHECKSUMS.sha256
     python data_small/make_images.py --check    # remake and compare with the shipped checksums
@@ -21,8 +21,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from repae_lite.data import write_images_h5
-from repae_lite.files import write_text
+from repae_lite.data.hdf5 import write_images_h5
+from repae_lite.utils.files import write_text
 
 SIZE = 32  # image side in pixels
 SUPERSAMPLE = 2  # drawn at 64x64, averaged down
@@ -39,7 +39,8 @@ POSE_NAMES = ("cx", "cy", "log_scale", "log_aspect", "sin_rotation", "cos_rotati
 
 @dataclass(frozen=True)
 class Look:
-    """How hard the images are: the defaults are the *easy* setting, which a small SiT learns in minutes; `HARD` is not.
+    """How hard the images are: the defaults are the *easy* setting, which a small SiT learns in minutes;
+    `HARD` is not.
 
     Attributes:
         scale: range of the object's half extent, in half images.
@@ -67,12 +68,21 @@ class Look:
 
 
 HARD = Look(
-    scale=(0.56, 0.82), rotation=0.45, jitter=0.2, texture=0.10, distractors=5, own_hue=0.4, calm=False, outline=0.75
+    scale=(0.56, 0.82),
+    rotation=0.45,
+    jitter=0.2,
+    texture=0.10,
+    distractors=5,
+    own_hue=0.4,
+    calm=False,
+    outline=0.75,
 )
 
 
 class Drawing(NamedTuple):
-    """One icon: `image` (32, 32, 3) uint8, `parts` (32, 32) uint8 indices into `PART_NAMES`, `pose` (7,) float32."""
+    """One icon: `image` (32, 32, 3) uint8, `parts` (32, 32) uint8 indices into `PART_NAMES`, `pose` (7,)
+    float32.
+    """
 
     image: np.ndarray
     parts: np.ndarray
@@ -172,7 +182,9 @@ def pick_palette(c: Canvas, hue: float, look: Look) -> Palette:
     main = hsv(h, c.between(0.6, 0.95), c.between(0.65, 0.95))
     second = hsv(h + (0.1, 0.33, 0.5, 0.62)[c.count(0, 3)], c.between(0.5, 0.9), c.between(0.55, 0.95))
     accent = hsv(c.between(0, 1), c.between(0.6, 1.0), c.between(0.8, 1.0))
-    saturation, brightness, slope = ((0.05, 0.3), (0.70, 0.95), 0.1) if look.calm else ((0.08, 0.5), (0.45, 0.98), 0.16)
+    saturation, brightness, slope = (
+        ((0.05, 0.3), (0.70, 0.95), 0.1) if look.calm else ((0.08, 0.5), (0.45, 0.98), 0.16)
+    )
     back = main
     for _ in range(12):
         back = hsv(c.between(0, 1), c.between(*saturation), c.between(*brightness))
@@ -207,7 +219,11 @@ def fish(c: Canvas, p: Palette) -> None:
         c.add("fin", both(ellipse(x, y, 0.08, ry * 0.75, 0.45, 0.4), 0.1 - y), fins)
     elif top == 3:
         for left in (-0.25, 0.12):
-            c.add("fin", polygon(x, y, (left, ry * 0.6), (left + 0.34, ry * 0.6), (left - 0.02, ry + 0.28)), fins)
+            c.add(
+                "fin",
+                polygon(x, y, (left, ry * 0.6), (left + 0.34, ry * 0.6), (left - 0.02, ry + 0.28)),
+                fins,
+            )
     if c.chance(0.55):
         c.add("fin", polygon(x, y, (0.25, -ry * 0.7), (-0.12, -ry * 0.7), (-0.2, -ry - 0.28)), fins)
     body = c.add("body", ellipse(x, y, 0.2, 0, rx, ry), p.main)
@@ -262,7 +278,12 @@ def house(c: Canvas, p: Palette) -> None:
             shape = union(shape, ellipse(x, y, door, -0.92 + 2 * tall - 0.02, 0.15))
         c.add("door", shape, p.accent * 0.8 if c.chance(0.6) else p.dark, False)
     glass = (hsv(0.14, 0.5, 1.0), hsv(0.55, 0.45, 0.95), p.dark)[c.count(0, 2)]
-    size, high, bars, round_ = c.between(0.12, 0.17), c.between(-0.3, -0.2) + eaves * 0.5, c.chance(0.4), c.chance(0.2)
+    size, high, bars, round_ = (
+        c.between(0.12, 0.17),
+        c.between(-0.3, -0.2) + eaves * 0.5,
+        c.chance(0.4),
+        c.chance(0.2),
+    )
     for at in (-0.55, 0.0, 0.55):
         cx = at * half
         if (door is not None and abs(cx - door) < 0.05) or c.chance(0.25):
@@ -277,14 +298,22 @@ def tree(c: Canvas, p: Palette) -> None:
     x, y = c.x, c.y
     bark = hsv(c.between(0.04, 0.1), c.between(0.45, 0.7), c.between(0.3, 0.55))
     wide, lean = c.between(0.09, 0.16), c.between(-0.08, 0.08)
-    c.add("stem", polygon(x, y, (-wide * 1.4, -0.97), (wide * 1.4, -0.97), (lean + wide, 0.1), (lean - wide, 0.1)), bark)
+    c.add(
+        "stem",
+        polygon(x, y, (-wide * 1.4, -0.97), (wide * 1.4, -0.97), (lean + wide, 0.1), (lean - wide, 0.1)),
+        bark,
+    )
     kind = c.count(0, 3)  # round, cloud, fir, poplar
     if kind == 0:
-        c.add("crown", crown := ellipse(x, y, lean, 0.3, c.between(0.56, 0.68), c.between(0.55, 0.66)), p.main)
+        c.add(
+            "crown", crown := ellipse(x, y, lean, 0.3, c.between(0.56, 0.68), c.between(0.55, 0.66)), p.main
+        )
     elif kind == 1:
         puffs = [ellipse(x, y, lean, 0.45, c.between(0.4, 0.5))]
         for side in (-1, 1):
-            puffs.append(ellipse(x, y, lean + side * c.between(0.32, 0.48), c.between(0.02, 0.3), c.between(0.28, 0.4)))
+            puffs.append(
+                ellipse(x, y, lean + side * c.between(0.32, 0.48), c.between(0.02, 0.3), c.between(0.28, 0.4))
+            )
         if c.chance(0.5):
             puffs.append(ellipse(x, y, c.between(-0.4, 0.4), 0.62, 0.28))
         c.add("crown", crown := union(*puffs), p.main)
@@ -334,7 +363,9 @@ def mushroom(c: Canvas, p: Palette) -> None:
                       (-rx * 0.62, brim + ry * 0.6))  # fmt: skip
     else:
         cap = both(ellipse(x, y, 0, brim + 0.02, rx, ry * 0.8), brim - 0.06 - y)
-        cap = union(cap, ellipse(x, y, -rx + 0.16, brim, 0.18, 0.15), ellipse(x, y, rx - 0.16, brim, 0.18, 0.15))
+        cap = union(
+            cap, ellipse(x, y, -rx + 0.16, brim, 0.18, 0.15), ellipse(x, y, rx - 0.16, brim, 0.18, 0.15)
+        )
     if c.chance(0.5):
         c.add("ring", ellipse(x, y, 0, brim, rx * 0.88, 0.14), flesh * 0.7)
     c.add("cap", cap, p.main)
@@ -350,7 +381,12 @@ def mushroom(c: Canvas, p: Palette) -> None:
         c.add("stripe", both(cap, np.abs(y - brim - 0.14) - 0.06), dots, False)
     if c.chance(0.3):
         for at in (-0.6, -0.45, 0.45, 0.6):
-            c.add("leaf", segment(x, y, at, -0.95, at * 1.15, c.between(-0.7, -0.5), 0.05), hsv(0.3, 0.7, 0.6), False)
+            c.add(
+                "leaf",
+                segment(x, y, at, -0.95, at * 1.15, c.between(-0.7, -0.5), 0.05),
+                hsv(0.3, 0.7, 0.6),
+                False,
+            )
 
 
 def sailboat(c: Canvas, p: Palette) -> None:
@@ -371,30 +407,42 @@ def sailboat(c: Canvas, p: Palette) -> None:
     if kind == 0:
         sail = polygon(x, y, (at - 0.06, foot), (back, foot), (at - 0.06, top - 0.06))
     elif kind == 1:
-        sail = polygon(x, y, (at - 0.06, foot), (back, foot), (back * 0.75 + at * 0.25, 0.55), (at - 0.06, top - 0.12))
+        sail = polygon(
+            x, y, (at - 0.06, foot), (back, foot), (back * 0.75 + at * 0.25, 0.55), (at - 0.06, top - 0.12)
+        )
     else:
         wide = 0.34 if masts == 2 else width * 0.85
-        sail = polygon(x, y, (at - wide, foot), (at + wide, foot), (at + wide * 0.8, 0.62), (at - wide * 0.8, 0.62))
+        sail = polygon(
+            x, y, (at - wide, foot), (at + wide, foot), (at + wide * 0.8, 0.62), (at - wide * 0.8, 0.62)
+        )
     c.add("sail", sail, cloth)
     if c.chance(0.35):
         high = c.between(0.0, 0.2)
         c.add("stripe", both(sail, np.abs(y - high) - 0.09), p.accent, False)
     if masts == 1 and kind != 2 and c.chance(0.7):
         reach = c.between(0.45, 0.75)
-        c.add("sail", polygon(x, y, (at + 0.08, foot), (at + reach, foot), (at + 0.08, c.between(0.45, 0.8))), p.accent)
+        c.add(
+            "sail",
+            polygon(x, y, (at + 0.08, foot), (at + reach, foot), (at + 0.08, c.between(0.45, 0.8))),
+            p.accent,
+        )
     if c.chance(0.4):
         c.add("flag", polygon(x, y, (at, top), (at, top - 0.2), (at + 0.3, top - 0.1)), p.accent)
     hull = polygon(x, y, (-bow, deck), (bow, deck), (bow * 0.62, keel), (-bow * 0.7, keel))
     c.add("hull", hull, p.main)
     trim = c.count(0, 3)  # plain, stripe, portholes, both
     if trim in (1, 3):
-        c.add("stripe", both(hull, np.abs(y - deck + 0.1) - 0.05), p.accent if c.chance(0.5) else p.pale, False)
+        c.add(
+            "stripe", both(hull, np.abs(y - deck + 0.1) - 0.05), p.accent if c.chance(0.5) else p.pale, False
+        )
     if trim in (2, 3):
         for i in range(c.count(2, 4)):
             c.add("window", ellipse(x, y, -0.45 + 0.28 * i, (deck + keel) / 2 - 0.05, 0.085), p.pale, False)
     if c.chance(0.5):
         sea = y + 0.84 + 0.05 * np.sin(9 * x + c.between(0, 6))
-        c.add("trim", both(sea, np.abs(x) - 1.3), hsv(c.between(0.52, 0.62), 0.6, c.between(0.55, 0.85)), False)
+        c.add(
+            "trim", both(sea, np.abs(x) - 1.3), hsv(c.between(0.52, 0.62), 0.6, c.between(0.55, 0.85)), False
+        )
 
 
 def flower(c: Canvas, p: Palette) -> None:
@@ -402,13 +450,24 @@ def flower(c: Canvas, p: Palette) -> None:
     green = hsv(c.between(0.24, 0.42), c.between(0.5, 0.8), c.between(0.4, 0.7))
     cx, cy, bend = c.between(-0.1, 0.1), c.between(0.28, 0.36), c.between(-0.14, 0.14)
     middle = np.clip((y + 1.0) / 1.3, 0, 1)
-    c.add("stem", both(np.abs(x - cx * middle - bend * 4 * middle * (1 - middle)) - 0.06, y - cy, -0.98 - y), green)
+    c.add(
+        "stem",
+        both(np.abs(x - cx * middle - bend * 4 * middle * (1 - middle)) - 0.06, y - cy, -0.98 - y),
+        green,
+    )
     for side in (-1, 1):
         if c.chance(0.65):
             low, long = c.between(-0.8, -0.5), c.between(0.32, 0.48)
             a, b = x - bend * 0.8 - side * long * 0.75, y - low - 0.08
             tilt = side * c.between(0.3, 0.7)
-            leaf = ellipse(a * np.cos(tilt) + b * np.sin(tilt), b * np.cos(tilt) - a * np.sin(tilt), 0, 0, long * 0.75, 0.13)
+            leaf = ellipse(
+                a * np.cos(tilt) + b * np.sin(tilt),
+                b * np.cos(tilt) - a * np.sin(tilt),
+                0,
+                0,
+                long * 0.75,
+                0.13,
+            )
             c.add("leaf", leaf, green * 0.9)
     petals, kind = c.count(5, 8), c.count(0, 2)  # round, long, pointed
     phase, reach = c.between(0, 2 * np.pi), c.between(0.36, 0.42)
@@ -437,13 +496,17 @@ def flower(c: Canvas, p: Palette) -> None:
 def cat(c: Canvas, p: Palette) -> None:
     x, y = c.x, c.y
     sits = c.chance(0.6)  # with a body, or the face alone
-    rx, ry = (c.between(0.5, 0.6), c.between(0.4, 0.48)) if sits else (c.between(0.72, 0.85), c.between(0.58, 0.7))
+    rx, ry = (
+        (c.between(0.5, 0.6), c.between(0.4, 0.48)) if sits else (c.between(0.72, 0.85), c.between(0.58, 0.7))
+    )
     cy, k = (0.2, 0.68) if sits else (-0.15, 1.0)  # height of the face, its scale
     other = p.pale if c.chance(0.5) else p.second
     if sits:
         if c.chance(0.75):
             up = c.between(-0.45, 0.1)
-            bend = union(segment(x, y, 0.3, -0.84, 0.78, -0.76, 0.1), segment(x, y, 0.78, -0.76, 0.86, up, 0.1))
+            bend = union(
+                segment(x, y, 0.3, -0.84, 0.78, -0.76, 0.1), segment(x, y, 0.78, -0.76, 0.86, up, 0.1)
+            )
             c.add("tail", bend, p.main * 0.85)
             if c.chance(0.5):
                 c.add("tail", both(bend, up - 0.2 + 0.12 - y), other, False)
@@ -480,11 +543,18 @@ def cat(c: Canvas, p: Palette) -> None:
             c.add("eye", ellipse(x, y, ex, ey, 0.17 * k, 0.19 * k), iris, False)
             c.add("eye", ellipse(x, y, ex, ey, 0.08 * k, 0.17 * k), p.dark, False)
     low = cy - ry * 0.28
-    c.add("nose", polygon(x, y, (-0.13 * k, low), (0.13 * k, low), (0, low - 0.16 * k)), hsv(0.97, 0.5, 0.85), False)
+    c.add(
+        "nose",
+        polygon(x, y, (-0.13 * k, low), (0.13 * k, low), (0, low - 0.16 * k)),
+        hsv(0.97, 0.5, 0.85),
+        False,
+    )
     if c.chance(0.6):
         for side in (-1, 1):
             for rise in (0.08, -0.14)[: c.count(1, 2)]:
-                whisker = segment(x, y, side * rx * 0.45, low - 0.1 * k, side * (rx + 0.2 * k), low + rise * k, 0.022)
+                whisker = segment(
+                    x, y, side * rx * 0.45, low - 0.1 * k, side * (rx + 0.2 * k), low + rise * k, 0.022
+                )
                 c.add("trim", whisker, p.dark if marks == 3 else p.pale * 0.9, False)
 
 
@@ -506,7 +576,11 @@ def car(c: Canvas, p: Palette) -> None:
     elif extra == 1:
         c.add("light", box(x, y, (front + rear) / 2, top + 0.06, 0.11, 0.09, 0.05), p.accent)
     elif extra == 2 and kind != 3:
-        c.add("trim", polygon(x, y, (-0.98, belt + 0.25), (-0.98, belt + 0.13), (-0.6, belt - 0.1)), p.dark * 1.5)
+        c.add(
+            "trim",
+            polygon(x, y, (-0.98, belt + 0.25), (-0.98, belt + 0.13), (-0.6, belt - 0.1)),
+            p.dark * 1.5,
+        )
     c.add("roof", cabin, p.second if c.chance(0.3) else p.main)
     glass = hsv(0.55, c.between(0.15, 0.4), c.between(0.75, 1.0)) if c.chance(0.75) else p.dark * 1.4
     panes = both(cabin + 0.085, belt + 0.02 - y)
@@ -532,7 +606,12 @@ def car(c: Canvas, p: Palette) -> None:
     for cx in places:
         c.add("wheel", ellipse(x, y, cx, sill - 0.03, radius), np.full(3, 0.12))
         if hub:
-            c.add("wheel", ellipse(x, y, cx, sill - 0.03, radius * (0.35, 0.58)[hub - 1]), np.full(3, 0.8), False)
+            c.add(
+                "wheel",
+                ellipse(x, y, cx, sill - 0.03, radius * (0.35, 0.58)[hub - 1]),
+                np.full(3, 0.8),
+                False,
+            )
 
 
 def umbrella(c: Canvas, p: Palette) -> None:
@@ -541,7 +620,9 @@ def umbrella(c: Canvas, p: Palette) -> None:
     shaft = hsv(0.08, 0.5, c.between(0.2, 0.5)) if c.chance(0.6) else np.full(3, c.between(0.15, 0.35))
     grip = p.accent * 0.85 if c.chance(0.5) else shaft
     if c.chance(0.7):
-        c.add("cone", polygon(x, y, (-0.06, rim + ry - 0.1), (0.06, rim + ry - 0.1), (0, rim + ry + 0.2)), shaft)
+        c.add(
+            "cone", polygon(x, y, (-0.06, rim + ry - 0.1), (0.06, rim + ry - 0.1), (0, rim + ry + 0.2)), shaft
+        )
     c.add("stem", box(x, y, 0, (rim - 0.7) / 2, 0.05, (rim + 0.75) / 2), shaft)
     kind, r = c.count(0, 3), c.between(0.15, 0.2)  # hook, hook, straight grip, knob
     if kind <= 1:
@@ -584,14 +665,20 @@ def rocket(c: Canvas, p: Palette) -> None:
     hull = p.pale if c.chance(0.55) else p.second
     if c.chance(0.7):
         long, width = c.between(0.25, 0.4), half * c.between(0.6, 0.85)
-        c.add("flame", polygon(x, y, (-width, tail + 0.04), (width, tail + 0.04), (0, tail - long - 0.08)), hsv(0.06, 0.9, 1))
+        c.add(
+            "flame",
+            polygon(x, y, (-width, tail + 0.04), (width, tail + 0.04), (0, tail - long - 0.08)),
+            hsv(0.06, 0.9, 1),
+        )
         if c.chance(0.7):
             inner = polygon(x, y, (-width / 2, tail + 0.04), (width / 2, tail + 0.04), (0, tail - long * 0.6))
             c.add("flame", inner, hsv(0.15, 0.7, 1), False)
     kind, out, high = c.count(0, 2), c.between(0.66, 0.84), c.between(-0.2, 0.1)
     for side in (-1, 1):
         if kind == 0:  # swept fins
-            fin = polygon(x, y, (side * half * 0.6, high), (side * half * 0.6, tail), (side * out, tail - 0.22))
+            fin = polygon(
+                x, y, (side * half * 0.6, high), (side * half * 0.6, tail), (side * out, tail - 0.22)
+            )
         elif kind == 1:  # square fins
             fin = polygon(x, y, (side * half * 0.6, high), (side * half * 0.6, tail), (side * out, tail - 0.08),
                           (side * out, tail + 0.24))  # fmt: skip
@@ -613,9 +700,15 @@ def rocket(c: Canvas, p: Palette) -> None:
         c.add("cone", both(body, c.between(0.42, 0.58) - y), p.main, False)
     bands = c.count(0, 2)
     for i in range(bands):
-        c.add("stripe", both(body, np.abs(y - tail - 0.12 - 0.2 * i) - 0.055), p.accent if i else p.main, False)
+        c.add(
+            "stripe", both(body, np.abs(y - tail - 0.12 - 0.2 * i) - 0.055), p.accent if i else p.main, False
+        )
     if c.chance(0.4):
-        c.add("fin", polygon(x, y, (-0.06, -0.2), (0.06, -0.2), (0.06, tail - 0.12), (-0.06, tail - 0.12)), p.main * 0.8)
+        c.add(
+            "fin",
+            polygon(x, y, (-0.06, -0.2), (0.06, -0.2), (0.06, tail - 0.12), (-0.06, tail - 0.12)),
+            p.main * 0.8,
+        )
     glass = hsv(c.between(0.5, 0.6), c.between(0.3, 0.7), c.between(0.6, 1.0))
     for i in range(c.count(0, 2) if c.chance(0.5) else 1):
         c.add("window", ellipse(x, y, 0, 0.24 - 0.34 * i, 0.17 if i == 0 else 0.12), p.dark, False)
@@ -707,7 +800,8 @@ def draw(label: int, rng: np.random.Generator, look: Look = Look()) -> Drawing:
     for distance, colour in _scatter(c, look, palette):
         rgb += np.clip(0.5 - distance / _PIXEL, 0, 1)[..., None] * (colour - rgb)
         parts[distance < 0] = PART["distractor"]
-    # The object: outline first, then its parts from back to front, lit from one side and darker at their edges.
+    # The object: outline first, then its parts from back to front, lit from one side and darker at their
+    # edges.
     light_angle, strength, rounding = c.between(0.2, np.pi - 0.2), c.between(0.0, 0.2), c.between(0.0, 0.3)
     light = 1.0 + strength * (_X * np.cos(light_angle) + _Y * np.sin(light_angle))
     outline = c.rng.random()
@@ -753,7 +847,8 @@ def make_split(
     """Draws the first `count` images of a split.
 
     Returns:
-        images (N, 3, 32, 32) uint8, labels (N,) int64, parts (N, 32, 32) uint8, poses (N, 7) float32 as `POSE_NAMES`.
+        images (N, 3, 32, 32) uint8, labels (N,) int64, parts (N, 32, 32) uint8, poses (N, 7) float32 as
+        `POSE_NAMES`.
 
     Raises:
         ValueError: the split is unknown, or the count is not positive.
@@ -779,8 +874,12 @@ def sha256(data: bytes) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent, help="folder to write to, or to check")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).resolve().parent, help="folder to write to, or to check"
+    )
     parser.add_argument("--check", action="store_true", help="remake all pixels and compare; write nothing")
     args = parser.parse_args()
 
@@ -791,13 +890,19 @@ def main() -> int:
         if not args.check:
             path = args.out / split / "images.h5"
             write_images_h5(path, images, labels)
-            lines += [f"{sha256(f.read_bytes())}  {split}/{f.name}" for f in (path, path.with_name("images_h5.json"))]
+            lines += [
+                f"{sha256(f.read_bytes())}  {split}/{f.name}"
+                for f in (path, path.with_name("images_h5.json"))
+            ]
     checksums = args.out / "CHECKSUMS.sha256"
     if args.check:
         known = checksums.read_text().splitlines() if checksums.is_file() else []
         for line in lines:
             if line not in known:
-                print(f"{line.split('  ')[1]} differ from {checksums}: another numpy, or a changed maker", file=sys.stderr)
+                print(
+                    f"{line.split('  ')[1]} differ from {checksums}: another numpy, or a changed maker",
+                    file=sys.stderr,
+                )
                 return 1
         print("all pixels are as shipped")
         return 0

@@ -4,12 +4,15 @@
     python data_small/train_networks.py perceptual    # the VAE's perceptual distance
     python data_small/train_networks.py evaluator     # the network that judges; never trained against
     python data_small/train_networks.py vae           # the VAE all experiments start from (needs perceptual)
-    python data_small/train_networks.py vae_only      # that VAE after 400 steps of chapter 05's control (needs all others)
-    python data_small/train_networks.py vae_e2e       # that VAE after 400 steps of REPA-E, chapter 05 (needs all others)
+    python data_small/train_networks.py vae_only      # that VAE after 400 steps of chapter 05's control
+    (needs all others) python data_small/train_networks.py vae_e2e       # that VAE after 400 steps of REPA-E,
+    chapter 05 (needs all others)
 
-The three judges see different images (their own seeds of the image maker), learn different tasks, and have different
-architectures: teacher - class, pose and parts of every patch; perceptual - quarter turns, no labels; evaluator - class.
-On one machine, running a command again gives the same bytes: one thread, fixed seeds, deterministic algorithms.
+The three judges see different images (their own seeds of the image maker), learn different tasks, and have
+different
+architectures: teacher - class, pose and parts of every patch; perceptual - quarter turns, no labels;
+evaluator - class. On one machine, running a command again gives the same bytes: one thread, fixed seeds,
+deterministic algorithms.
 """
 
 import argparse
@@ -26,24 +29,30 @@ from make_images import PART_NAMES, POSE_NAMES, make_split
 from torch import Tensor
 from tqdm import tqdm
 
-from repae_lite.checkpoint import save_vae
-from repae_lite.data import CLASS_NAMES, load_embedded, to_unit_range
-from repae_lite.encoders import TinyViT
-from repae_lite.files import save_weights, write_text
-from repae_lite.metrics import EvaluationNet, psnr
-from repae_lite.objectives import TinyPerceptualLoss, VAELossConfig, vae_regularization_loss
-from repae_lite.small_scale import SmallScale
-from repae_lite.vae import AutoencoderKL
+from repae_lite.checkpoints.models import save_vae
+from repae_lite.data.datasets import load_embedded
+from repae_lite.evaluation.evaluation_net import EvaluationNet
+from repae_lite.evaluation.metrics import psnr
+from repae_lite.method.losses import TinyPerceptualLoss, VAELossConfig, vae_regularization_loss
+from repae_lite.networks.encoders import TinyViT
+from repae_lite.networks.vae import AutoencoderKL
+from repae_lite.teaching.small_scale import SmallScale
+from repae_lite.utils.files import write_text
+from repae_lite.utils.pixels import CLASS_NAMES, to_unit_range
+from repae_lite.utils.state_dicts import save_weights
 
 FOLDER = Path(__file__).resolve().parent
 # of the weights and of the image maker; the last two are chapter 05's seed
 SEEDS = {"teacher": 101, "perceptual": 102, "evaluator": 103, "vae": 104, "vae_only": 0, "vae_e2e": 0}
-HELD_OUT_SEED = 199  # images on which progress is measured; disjoint from all training images and from the evaluation split
+# images on which progress is measured; disjoint from all training images and from the evaluation split
+HELD_OUT_SEED = 199
 
 
 def draw_images(seed: int, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Fresh draws: images (N, 3, 32, 32) in [-1, 1], labels (N,), parts (N, 32, 32), poses (N, 7)."""
-    images, labels, parts, poses = (torch.from_numpy(a) for a in make_split("train", count, seed=seed, progress=True))
+    images, labels, parts, poses = (
+        torch.from_numpy(a) for a in make_split("train", count, seed=seed, progress=True)
+    )
     return to_unit_range(images), labels, parts.long(), poses
 
 
@@ -60,7 +69,9 @@ def train(
     weight_decay: float = 0.0,
     log_every: int = 500,
 ) -> list[dict[str, float]]:
-    """Plain AdamW training with warm-up and cosine decay; `loss_of` maps indices (B,) to a loss. Returns the log."""
+    """Plain AdamW training with warm-up and cosine decay; `loss_of` maps indices (B,) to a loss. Returns the
+    log.
+    """
     optimizer = torch.optim.AdamW(module.parameters(), lr=lr, weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, lr, total_steps=steps, pct_start=0.05, cycle_momentum=False, final_div_factor=100
@@ -77,7 +88,10 @@ def train(
         if step % log_every == 0 or step == steps:
             module.eval()
             with torch.no_grad():
-                log.append({"step": step, "loss": round(float(loss), 6)} | {k: round(v, 5) for k, v in evaluate().items()})
+                log.append(
+                    {"step": step, "loss": round(float(loss), 6)}
+                    | {k: round(v, 5) for k, v in evaluate().items()}
+                )
             tqdm.write(json.dumps(log[-1]))
     module.eval()
     return log
@@ -125,7 +139,9 @@ def patch_coverage(parts: Tensor, grid: int = 4) -> Tensor:
 
 
 def label_leak(tokens: Tensor, labels: Tensor) -> float:
-    """Mean cosine of tokens to the mean token of their (class, position): 1 if the label alone gives the token away."""
+    """Mean cosine of tokens to the mean token of their (class, position): 1 if the label alone gives the
+    token away.
+    """
     means = torch.stack([tokens[labels == c].mean(0) for c in range(len(CLASS_NAMES))])
     return float(F.cosine_similarity(tokens, means[labels], dim=-1).mean())
 
@@ -146,7 +162,9 @@ def train_perceptual(steps: int) -> tuple[torch.nn.Module, dict]:
         return F.cross_entropy(net.rotation_logits(rotated(x[index], turns)), turns)
 
     def evaluate() -> dict[str, float]:
-        return {"rotation_accuracy": float((net.rotation_logits(x_test).argmax(1) == turns_test).float().mean())}
+        return {
+            "rotation_accuracy": float((net.rotation_logits(x_test).argmax(1) == turns_test).float().mean())
+        }
 
     log = train("perceptual", net, loss_of, evaluate, count=len(x), steps=steps, lr=3e-3, weight_decay=0.01)
     return net, {"images": len(x), "curve": log}
@@ -163,7 +181,9 @@ def train_evaluator(steps: int) -> tuple[torch.nn.Module, dict]:
     def evaluate() -> dict[str, float]:
         return {"class_accuracy": float((net(x_test).argmax(1) == labels_test).float().mean())}
 
-    log = train("evaluator", net, loss_of, evaluate, count=len(x), steps=steps, weight_decay=0.05, log_every=200)
+    log = train(
+        "evaluator", net, loss_of, evaluate, count=len(x), steps=steps, weight_decay=0.05, log_every=200
+    )
     return net, {"images": len(x), "curve": log}
 
 
@@ -178,11 +198,16 @@ def train_vae(steps: int) -> tuple[AutoencoderKL, dict]:
         images = x[index]
         images = torch.where(torch.rand(len(index), 1, 1, 1) < 0.5, images.flip(3), images)
         posterior, _, x_hat = vae(images)
-        return vae_regularization_loss(images, x_hat, posterior.kl(), config, perceptual=perceptual)["vae_reg"]
+        return vae_regularization_loss(images, x_hat, posterior.kl(), config, perceptual=perceptual)[
+            "vae_reg"
+        ]
 
     def evaluate() -> dict[str, float]:
         x_hat = vae.decode(vae.encode(x_test).mode())
-        return {"psnr": float(psnr(x_test, x_hat).mean()), "perceptual": float(perceptual(x_test, x_hat).mean())}
+        return {
+            "psnr": float(psnr(x_test, x_hat).mean()),
+            "perceptual": float(perceptual(x_test, x_hat).mean()),
+        }
 
     log = train("vae", vae, loss_of, evaluate, count=len(x), steps=steps, batch=32, lr=2e-3)
     return vae, {"images": len(x), "curve": log, "loss": vars(config)}
@@ -193,7 +218,10 @@ def tune_vae(method: str, steps: int) -> tuple[AutoencoderKL, dict]:
     small = SmallScale.load()
     state = small.new_state(method)
     losses = small.train(state, steps, targets=small.tokens, seed=torch.initial_seed(), label=method)
-    curve = [{"step": i + 1, **{k: round(v, 4) for k, v in losses[i].items()}} for i in range(steps // 10 - 1, steps, steps // 10)]
+    curve = [
+        {"step": i + 1, **{k: round(v, 4) for k, v in losses[i].items()}}
+        for i in range(steps // 10 - 1, steps, steps // 10)
+    ]
     return state.vae, {"images": len(small.images), "method": method, "curve": curve}
 
 
@@ -215,13 +243,17 @@ TRAINERS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("network", choices=TRAINERS)
     parser.add_argument("--steps", type=int, help="training steps instead of the shipped number")
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder to write to")
     args = parser.parse_args()
 
-    torch.set_num_threads(1)  # one thread: the same sums in the same order, and two networks can train side by side
+    torch.set_num_threads(
+        1
+    )  # one thread: the same sums in the same order, and two networks can train side by side
     torch.use_deterministic_algorithms(True)
     torch.manual_seed(SEEDS[args.network])
     trainer, steps = TRAINERS[args.network]

@@ -109,7 +109,10 @@ class Run:
     notebook: object = None
     error: Exception | None = None
     stalled: bool = False
-    looked: tuple[float, float] = (0.0, 0.0)  # when the kernel was last looked at, and its processor time then
+    looked: tuple[float, float] = (
+        0.0,
+        0.0,
+    )  # when the kernel was last looked at, and its processor time then
     stderr: object = field(default_factory=tempfile.TemporaryFile)  # the kernel's: noise, unless it dies
 
     def seconds(self) -> float:
@@ -124,7 +127,9 @@ class Run:
         return getattr(getattr(getattr(self.client, "km", None), "provisioner", None), "pid", None)
 
     def watch(self, patience: float) -> None:
-        """Kill a kernel that has rested for `patience` seconds: the answer to a cell can get lost, and would be awaited for ever."""
+        """Kill a kernel that has rested for `patience` seconds: the answer to a cell can get lost, and would
+        be awaited for ever.
+        """
         now = time.monotonic()
         if not self.cell or now - self.looked[0] < patience:
             return
@@ -190,11 +195,17 @@ class Progress:
 
 
 def execute(
-    path: Path, out: Path, parameters: dict[str, object], progress: Progress, patience: float = 120, again: bool = True
+    path: Path,
+    out: Path,
+    parameters: dict[str, object],
+    progress: Progress,
+    patience: float = 120,
+    again: bool = True,
 ) -> str | None:
     """Run one notebook into out/NAME.ipynb, or out/NAME.failed.ipynb and then return the error's sentence.
 
-    A kernel that stops answering, resting for `patience` seconds or more, is killed, and the notebook is begun once more.
+    A kernel that stops answering, resting for `patience` seconds or more, is killed, and the notebook is
+    begun once more.
 
     The final names are only ever given to finished files; an interruption leaves none behind.
 

@@ -1,17 +1,53 @@
-"""repae_lite: learn, reproduce and extend REPA-E (arXiv 2504.10483), end-to-end tuning of a VAE and a diffusion transformer.
+"""repae_lite: learn, reproduce and extend REPA-E (arXiv 2504.10483), end-to-end tuning of a VAE and a
+diffusion transformer.
 
-The house has eight floors; a file imports only from floors below its own (`figures` and `method_map` share one):
-
-    ground  files, pickles, image_files, option_files, flow, layers, metrics, divergence, figures, method_map, hub, layouts, recipes
-    1       objectives, projectors, data, widgets, encoder_zoo, training_options, architecture, diffusers_layout, model_files
-    2       vae, sit, discriminator, encoders, resumable_h5, downloading
-    3       sampling, steps, checkpoint, preprocessing, latents    `steps` is the method
-    4       small_scale, parallel, run_folder, run_parts, exporting, machine
-    5       run_log, model_options
-    6       training
-    7       cli
-
-`notebooks/00_map.ipynb` is the guided way in.
+Nine rooms, by subject; a room imports only from rooms below it (`ROOMS`, from the ground up). The names in
+`__all__` are the public face: `import repae_lite` costs nothing, since each is imported when it is first
+used. `notebooks/00_map.ipynb` is the guided way in; `method/steps.py` is the method.
 """
 
+from importlib import import_module
+
 __version__ = "0.1.0"
+
+# Each imports only from those before it; the last two stand side by side.
+ROOMS = (
+    "utils",
+    "networks",
+    "method",
+    "data",
+    "checkpoints",
+    "evaluation",
+    "training",
+    "teaching",
+    "commands",
+)
+
+_HOMES = {  # where the public names live
+    "networks.vae": "AutoencoderKL VAEConfig",
+    "networks.sit": "SiT SiTConfig",
+    "networks.discriminator": "PatchDiscriminator",
+    "networks.encoders": "VisionEncoder load_encoders",
+    "method.losses": "VAELossConfig LPIPSLoss",
+    "method.steps": "StepConfig TrainState latent_step make_ema make_optimizer repae_step",
+    "method.sampling": "Guidance sample_ode sample_sde",
+    "data.datasets": "open_dataset",
+    "checkpoints.models": "export_diffusers load_discriminator load_latent_stats load_sit load_vae save_sit save_vae",
+    "teaching.small_scale": "SmallScale",
+    "utils.pixels": "to_uint8 to_unit_range",
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names.split()}
+__all__ = ["__version__", *sorted(_HOME)] 
+
+
+def __getattr__(name: str) -> object:
+    """Imports a public name when it is first asked for (PEP 562)."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -2,6 +2,6 @@
 
 import sys
 
-from repae_lite.cli import main
+from repae_lite.commands.main import main
 
 sys.exit(main())

@@ -1,4 +1,6 @@
-"""A Hub of our own on this machine: the few answers of the Hugging Face Hub's API that a download needs, and faults on demand."""
+"""A Hub of our own on this machine: the few answers of the Hugging Face Hub's API that a download needs, and
+faults on demand.
+"""
 
 import hashlib
 import json
@@ -14,7 +16,8 @@ class HubStandIn(ThreadingHTTPServer):
 
     Attributes:
         requests: (method, path, Range header or None) of every request.
-        breaks: file -> for each GET in turn, after how many bytes the connection is cut (None: never); the last one stays.
+        breaks: file -> for each GET in turn, after how many bytes the connection is cut (None: never); the
+            last one stays.
         stalls: files whose answers stop half-way and never end.
         gated: repositories whose terms nobody has accepted.
         sizes: file -> the size that is listed instead of its own.
@@ -25,7 +28,13 @@ class HubStandIn(ThreadingHTTPServer):
 
     def __init__(self, repositories):
         super().__init__(("127.0.0.1", 0), Answer)
-        self.repositories, self.requests, self.breaks, self.stalls, self.gated = repositories, [], {}, set(), set()
+        self.repositories, self.requests, self.breaks, self.stalls, self.gated = (
+            repositories,
+            [],
+            {},
+            set(),
+            set(),
+        )
         self.sizes, self.down = {}, set()
         self.closing = threading.Event()
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
@@ -36,7 +45,11 @@ class HubStandIn(ThreadingHTTPServer):
 
     def fetched(self):
         """Files that were asked for by GET."""
-        return [path.rsplit("/", 1)[1] for method, path, _ in self.requests if method == "GET" and "/resolve/" in path]
+        return [
+            path.rsplit("/", 1)[1]
+            for method, path, _ in self.requests
+            if method == "GET" and "/resolve/" in path
+        ]
 
     def close(self):
         self.closing.set()
@@ -76,14 +89,26 @@ class Answer(BaseHTTPRequestHandler):
         files = hub.repositories[match[1]]
         if api:
             sizes = {name: len(data) for name, data in files.items()} | hub.sizes
-            siblings = [{"rfilename": name, "size": sizes[name], "blobId": digest(data)} for name, data in files.items()]
-            info = {"id": match[1], "modelId": match[1], "sha": commit, "private": False, "tags": [], "siblings": siblings}
+            siblings = [
+                {"rfilename": name, "size": sizes[name], "blobId": digest(data)}
+                for name, data in files.items()
+            ]
+            info = {
+                "id": match[1],
+                "modelId": match[1],
+                "sha": commit,
+                "private": False,
+                "tags": [],
+                "siblings": siblings,
+            }
             return self.reply(200, json.dumps(info).encode(), {"Content-Type": "application/json"}, body)
         if file[3] in hub.down:
             return self.reply(500, b"{}", {}, body)
         if file[3] not in files:
             return self.reply(404, b"{}", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit}, body)
-        return self.send_file(file[3], files[file[3]], {"X-Repo-Commit": commit, "ETag": f'"{digest(files[file[3]])}"'}, body)
+        return self.send_file(
+            file[3], files[file[3]], {"X-Repo-Commit": commit, "ETag": f'"{digest(files[file[3]])}"'}, body
+        )
 
     def send_file(self, name, data, headers, body):
         start = re.match(r"bytes=(\d+)-", self.headers.get("Range") or "")

@@ -1,4 +1,6 @@
-"""Networks with the weights of the reference data: a recipe of seeded random numbers, described in tests/reference/README.md."""
+"""Networks with the weights of the reference data: a recipe of seeded random numbers, described in
+tests/reference/README.md.
+"""
 
 import json
 from pathlib import Path
@@ -6,18 +8,20 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from repae_lite.discriminator import PatchDiscriminator
-from repae_lite.objectives import LPIPSLoss, VAELossConfig
-from repae_lite.sit import SiT, SiTConfig
-from repae_lite.steps import StepConfig, TrainState, make_ema, make_optimizer
-from repae_lite.vae import AutoencoderKL
+from repae_lite.method.losses import LPIPSLoss, VAELossConfig
+from repae_lite.method.steps import StepConfig, TrainState, make_ema, make_optimizer
+from repae_lite.networks.discriminator import PatchDiscriminator
+from repae_lite.networks.sit import SiT, SiTConfig
+from repae_lite.networks.vae import AutoencoderKL
 
 REFERENCE = Path(__file__).parent / "reference"
 
 
 def golden() -> tuple[dict[str, torch.Tensor], dict]:
     """Tensors and numbers of set A."""
-    return load_file(REFERENCE / "golden_A.safetensors"), json.loads((REFERENCE / "golden_A.json").read_text())
+    return load_file(REFERENCE / "golden_A.safetensors"), json.loads(
+        (REFERENCE / "golden_A.json").read_text()
+    )
 
 
 def fill(module: torch.nn.Module, offset: int) -> torch.nn.Module:
@@ -69,13 +73,19 @@ def golden_lpips(lpips_range: str) -> LPIPSLoss:
 
 
 def golden_state(variant: str) -> TrainState:
-    """The training state before the first of the three steps; variant "official" (with D1 and D2) or "corrected"."""
+    """The training state before the first of the three steps; variant "official" (with D1 and D2) or
+    "corrected".
+    """
     vae, sit, disc = golden_vae(), golden_sit(train_pos_embed=variant == "official"), golden_discriminator()
     return TrainState(
         vae=vae,
         sit=sit,
         ema=make_ema(sit),
-        optimizers={"vae": make_optimizer(vae), "sit": make_optimizer(sit), "discriminator": make_optimizer(disc)},
+        optimizers={
+            "vae": make_optimizer(vae),
+            "sit": make_optimizer(sit),
+            "discriminator": make_optimizer(disc),
+        },
         config=StepConfig(vae_loss=VAELossConfig()),
         discriminator=disc,
         perceptual=golden_lpips(variant),

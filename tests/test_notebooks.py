@@ -12,7 +12,15 @@ import pytest
 FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("[0-9][0-9]_*.ipynb"))
 SOLUTIONS = FOLDER / "solutions"
-CHAPTERS = {"00_map", "01_vae", "02_latent_diffusion", "03_repa", "04_stop_gradient", "05_end_to_end", "06_drop_in_vae"}
+CHAPTERS = {
+    "00_map",
+    "01_vae",
+    "02_latent_diffusion",
+    "03_repa",
+    "04_stop_gradient",
+    "05_end_to_end",
+    "06_drop_in_vae",
+}
 
 
 @pytest.fixture(params=NOTEBOOKS, ids=lambda p: p.stem)
@@ -39,7 +47,10 @@ def tagged(notebook, tag):
 
 def checks(notebook):
     """The exercises' check functions, by name, as source without comments and layout."""
-    trees = (ast.parse("\n".join(line for line in cell.source.splitlines() if line[:1] not in "%!")) for cell in code_cells(notebook))
+    trees = (
+        ast.parse("\n".join(line for line in cell.source.splitlines() if line[:1] not in "%!"))
+        for cell in code_cells(notebook)
+    )
     functions = [node for tree in trees for node in tree.body if isinstance(node, ast.FunctionDef)]
     return {node.name: ast.unparse(node) for node in functions if node.name.startswith("check_")}
 
@@ -93,32 +104,49 @@ def test_solutions_pass_the_checks_of_the_chapter(path, notebook):
     assert f"(../{path.name})" in solutions.cells[0].source
     assert checks(solutions) == checks(notebook)
     for name in checks(notebook):  # called, in the open; nbval runs them
-        assert any(line.startswith(f"{name}(") for cell in code_cells(solutions) for line in cell.source.splitlines()), name
+        assert any(
+            line.startswith(f"{name}(") for cell in code_cells(solutions) for line in cell.source.splitlines()
+        ), name
 
 
 def test_solutions_were_run_and_are_small(path):
     solutions = nbformat.read(SOLUTIONS / path.name, as_version=4)
     cells = [cell for cell in code_cells(solutions) if cell.source.strip()]
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
-    assert not any(out.output_type == "error" or out.get("name") == "stderr" for cell in cells for out in cell.outputs)
-    assert len(tagged(solutions, "parameters")) == 1 and "torch.manual_seed(SEED)" in "".join(cell.source for cell in cells)
+    assert not any(
+        out.output_type == "error" or out.get("name") == "stderr" for cell in cells for out in cell.outputs
+    )
+    assert len(tagged(solutions, "parameters")) == 1 and "torch.manual_seed(SEED)" in "".join(
+        cell.source for cell in cells
+    )
     assert (SOLUTIONS / path.name).stat().st_size <= 1_000_000
 
 
 def test_evidence_beside_signature_figures_has_five_seeds(path, notebook):
-    quoted = re.findall(r'"evidence" / "(\w+\.json)"', "\n".join(cell.source for cell in code_cells(notebook)))
+    quoted = re.findall(
+        r'"evidence" / "(\w+\.json)"', "\n".join(cell.source for cell in code_cells(notebook))
+    )
     assert quoted or path.stem == "00_map"  # the map trains nothing
     for name in quoted:
         record = json.loads((FOLDER.parent / "data_small" / "evidence" / name).read_text(encoding="utf-8"))
         assert len(set(record["seeds"])) >= 5 and len(record["runs"]) == len(record["seeds"])
         assert [run["seed"] for run in record["runs"]] == record["seeds"]
-        assert all(record[key] for key in ("date", "machine", "command", "steps")) and all(run["commit"] for run in record["runs"])
+        assert all(record[key] for key in ("date", "machine", "command", "steps")) and all(
+            run["commit"] for run in record["runs"]
+        )
 
 
 def test_has_signature_scoreboard_and_widget(notebook):
-    figures = [out for cell in tagged(notebook, "signature") for out in cell.outputs if "image/png" in out.get("data", {})]
+    figures = [
+        out
+        for cell in tagged(notebook, "signature")
+        for out in cell.outputs
+        if "image/png" in out.get("data", {})
+    ]
     assert figures
-    assert any("text/html" in out.get("data", {}) for cell in tagged(notebook, "scoreboard") for out in cell.outputs)
+    assert any(
+        "text/html" in out.get("data", {}) for cell in tagged(notebook, "scoreboard") for out in cell.outputs
+    )
     assert any("explore(" in cell.source for cell in code_cells(notebook))
 
 
@@ -126,7 +154,9 @@ def test_was_run_from_top_to_bottom_in_full(notebook):
     cells = [cell for cell in code_cells(notebook) if cell.source.strip()]
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     assert not any(out.output_type == "error" for cell in cells for out in cell.outputs)
-    assert not any(out.get("name") == "stderr" for cell in cells for out in cell.outputs), "progress bars or warnings"
+    assert not any(out.get("name") == "stderr" for cell in cells for out in cell.outputs), (
+        "progress bars or warnings"
+    )
     assert sum(bool(cell.outputs) for cell in cells) > len(cells) / 2
 
 
@@ -146,8 +176,13 @@ def test_no_machine_paths_and_no_installs(path):
 
 
 def test_named_and_linked_files_exist(path, notebook):
-    for file, book in ((path, notebook), (SOLUTIONS / path.name, nbformat.read(SOLUTIONS / path.name, as_version=4))):
-        for name in re.findall(r"`((?:notebooks|repae_lite|data_small|reproduce|tests)/[\w./-]+)`", prose(book)):
+    for file, book in (
+        (path, notebook),
+        (SOLUTIONS / path.name, nbformat.read(SOLUTIONS / path.name, as_version=4)),
+    ):
+        for name in re.findall(
+            r"`((?:notebooks|repae_lite|data_small|reproduce|tests)/[\w./-]+)`", prose(book)
+        ):
             assert (FOLDER.parent / name).exists(), name
         for link in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", prose(book)):
             assert (file.parent / link).exists(), link

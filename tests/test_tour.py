@@ -166,7 +166,9 @@ def test_a_kernel_that_stops_answering_is_begun_once_more(checkout):
 
 
 def test_a_kernel_that_stops_answering_twice_is_named(checkout):
-    nbformat.write(notebook([("code", "import time\ntime.sleep(600)", [])]), checkout / "notebooks" / "02_hangs.ipynb")
+    nbformat.write(
+        notebook([("code", "import time\ntime.sleep(600)", [])]), checkout / "notebooks" / "02_hangs.ipynb"
+    )
     code, _, stderr = run(checkout, "--only", "02", "--patience", "2")
     assert code == 1 and stderr.startswith("02_hangs failed in cell [1]: its kernel stopped answering, twice")
 

@@ -1,9 +1,11 @@
-"""How fast images are preprocessed, and read again: images per second, per second of processor time, and the parts of one image.
+"""How fast images are preprocessed, and read again: images per second, per second of processor time, and the
+parts of one image.
 
     python reproduce/benchmarks/preprocess.py --images 2000 --workers 1 2
 
-Makes JPEG files like ImageNet's (500 × 400 pixels, quality 90, smooth shapes with grain, 70 kB) in a temporary folder. Processor time
-counts every process and is what one core achieves when nothing else runs; the wall clock tells what this machine does now.
+Makes JPEG files like ImageNet's (500 × 400 pixels, quality 90, smooth shapes with grain, 70 kB) in a
+temporary folder. Processor time counts every process and is what one core achieves when nothing else runs;
+the wall clock tells what this machine does now.
 """
 
 import argparse
@@ -16,9 +18,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from repae_lite.data import ImageFolderDataset, ImageH5Dataset
-from repae_lite.image_files import center_crop, encode_png, read_image
-from repae_lite.preprocessing import preprocess
+from repae_lite.data.datasets import ImageFolderDataset, ImageH5Dataset
+from repae_lite.data.image_files import center_crop, encode_png, read_image
+from repae_lite.data.preprocessing import preprocess
 
 
 def make_jpegs(folder: Path, count: int, size: tuple[int, int]) -> None:
@@ -26,7 +28,9 @@ def make_jpegs(folder: Path, count: int, size: tuple[int, int]) -> None:
     rng = np.random.default_rng(0)
     for i in range(count):
         if i < 50:  # fifty different images, copied
-            coarse = Image.fromarray(rng.integers(0, 256, (12, 15, 3), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC)
+            coarse = Image.fromarray(rng.integers(0, 256, (12, 15, 3), dtype=np.uint8)).resize(
+                size, Image.Resampling.BICUBIC
+            )
             grain = np.asarray(coarse) + rng.normal(0, 6, (size[1], size[0], 1))
             jpeg = io.BytesIO()
             Image.fromarray(grain.clip(0, 255).astype(np.uint8)).save(jpeg, "JPEG", quality=90)
@@ -54,7 +58,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=2000)
     parser.add_argument(
-        "--size", type=int, nargs=2, default=(500, 400), metavar=("WIDTH", "HEIGHT"), help="of the JPEG files, in pixels"
+        "--size",
+        type=int,
+        nargs=2,
+        default=(500, 400),
+        metavar=("WIDTH", "HEIGHT"),
+        help="of the JPEG files, in pixels",
     )
     parser.add_argument("--resolution", type=int, default=256, help="of the squares, in pixels")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
@@ -75,9 +84,18 @@ def main() -> None:
             start, spent = time.perf_counter(), processor_time()
             preprocess(source, folder / f"out{workers}", resolution=args.resolution, workers=workers)
             seconds, spent = time.perf_counter() - start, processor_time() - spent
-            print(f"{workers} workers: {args.images / seconds:.0f} images/s, {args.images / spent:.0f} per second of processor time")
-        for dataset in (ImageH5Dataset(folder / f"out{args.workers[0]}" / "images.h5"), ImageFolderDataset(source, args.resolution)):
-            print(f"{type(dataset).__name__}: {per_image(dataset.__getitem__, range(0, args.images, 10)):.2f} ms per image")
+            print(
+                f"{workers} workers: {args.images / seconds:.0f} images/s, {args.images / spent:.0f} per "
+                "second of processor time"
+            )
+        for dataset in (
+            ImageH5Dataset(folder / f"out{args.workers[0]}" / "images.h5"),
+            ImageFolderDataset(source, args.resolution),
+        ):
+            print(
+                f"{type(dataset).__name__}: {per_image(dataset.__getitem__, range(0, args.images, 10)):.2f} "
+                "ms per image"
+            )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""Weights in and out, safely: find, load, save, the Hub, diffusers, export."""

@@ -1,0 +1,1 @@
+"""The command line, `repae <command>`: one file per command, its flags beside its function."""

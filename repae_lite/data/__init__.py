@@ -1,0 +1,1 @@
+"""Pixels and latents on disk: image files, data sets, preprocessing, cached latents."""

@@ -1,0 +1,269 @@
+"""Images on disk and in memory: the official HDF5 layout, image folders, and the embedded dataset that stands
+in for ImageNet.
+
+Taught in `notebooks/00_map.ipynb`. The layout is that of the official REPA-E preprocessing: `images.h5` holds
+PNG bytes as "00000/img00000000.png" … and the labels as "dataset.json"; `images_h5.json` beside it lists the
+names. `open_dataset` takes whatever a user has: such a file, its folder, or a folder of images;
+`repae_lite.data.preprocessing` makes the one from the other.
+"""
+
+import io
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import h5py
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from repae_lite.data.hdf5 import _missing, stored
+from repae_lite.data.image_files import center_crop, failure, list_images, parse_labels, read_image
+from repae_lite.utils.files import data_small_dir
+
+SPLITS = ("train", "eval")
+
+
+def load_embedded(split: str) -> tuple[Tensor, Tensor]:
+    """The embedded images (N, 3, 32, 32) uint8 and labels (N,) int64; split "train" (6,000) or "eval"
+    (2,000).
+
+    Never tune anything on "eval": it is what results are measured on.
+
+    Raises:
+        ValueError: unknown split.
+        FileNotFoundError: the data folder is not there.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}: choose train or eval")
+    dataset = ImageH5Dataset(data_small_dir() / split / "images.h5")
+    images, labels = zip(*(dataset[i] for i in range(len(dataset))), strict=True)
+    return torch.stack(images), torch.tensor(labels)
+
+
+class H5Dataset(Dataset):
+    """Named bytes with labels in an HDF5 file of the official layout; `decode`, which subclasses define,
+    makes items of them.
+
+    The file is opened by each process at its first read, so the dataset survives fork, spawn and pickling.
+
+    Args:
+        path: the HDF5 file.
+
+    Attributes:
+        names: of the items. labels: list of int. num_classes: largest label + 1.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not HDF5, truncated, without "dataset.json", that being a group, without labels, or with
+            labels of items that are not there.
+    """
+
+    noun, maker = "image", "preprocessing a folder"
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self._file, self._process = None, None
+        if not self.path.is_file():
+            raise FileNotFoundError(
+                f"the {self.noun} file {self.path} does not exist: check the path, or write it by "
+                f"{self.maker}"
+            )
+        try:
+            with h5py.File(self.path, "r") as file:
+                if "dataset.json" not in file:
+                    raise ValueError(
+                        f"{self.path} has no dataset.json: it was not written by the official preprocessing "
+                        "or by ours"
+                    )
+                entries = parse_labels(
+                    bytes(stored(file, "dataset.json")[()]), f"dataset.json in {self.path}"
+                )
+                if not entries:
+                    raise ValueError(
+                        f"{self.path} has no labels: preprocess a folder with one subfolder per class, or "
+                        "with a dataset.json"
+                    )
+                missing = _missing(file, [name for name, _ in entries])
+        except OSError as error:
+            raise ValueError(f"{self.path} is not a whole HDF5 file ({error}): write it again") from None
+        if missing:
+            raise ValueError(
+                f"{self.path} lacks {len(missing)} {self.noun}s that dataset.json lists, {missing[0]} first: "
+                "write it again"
+            )
+        self.names = [name for name, _ in entries]
+        self.labels = [label for _, label in entries]
+        self.num_classes = max(self.labels) + 1
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.decode(self.read(self.names[index]), self.names[index]), self.labels[index]
+
+    def read(self, name: str) -> bytes:
+        """The bytes under a name, whichever way they are stored; a string's trailing zeros, which HDF5 drops,
+        are put back.
+
+        Raises:
+            ValueError: there are none.
+        """
+        if self._process != os.getpid():  # an HDF5 handle must not be shared across a fork
+            self._file, self._process = h5py.File(self.path, "r"), os.getpid()
+        item = stored(self._file, name)
+        value = item[()]
+        return (
+            value.tobytes()
+            if isinstance(value, np.ndarray)
+            else bytes(value).ljust(item.dtype.itemsize, b"\0")
+        )
+
+    def decode(self, data: bytes, name: str) -> Tensor:
+        """The item that bytes stand for; `name` is for errors."""
+        raise NotImplementedError
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_file": None, "_process": None}
+
+
+class ImageH5Dataset(H5Dataset):
+    """Images and labels of an `images.h5` in the official layout; item i is (uint8 (3, H, W), label). See
+    `H5Dataset`.
+    """
+
+    def decode(self, data: bytes, name: str) -> Tensor:
+        """Pixels of an encoded image.
+
+        Raises:
+            ValueError: the bytes are none.
+        """
+        try:
+            image = Image.open(io.BytesIO(data))
+            pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))
+        except (UnidentifiedImageError, OSError) as error:
+            raise ValueError(
+                f"image {name} in {self.path} cannot be decoded ({failure(error)}): write the file again"
+            ) from None
+        return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+class ImageFolderDataset(Dataset):
+    """The images of a folder, cropped to squares as they are read; item i is (uint8 (3, resolution,
+    resolution), label).
+
+    The same labels, order and pixels as after `repae preprocess`, at the cost of decoding and cropping in
+    every epoch. Safe to fork, spawn and pickle.
+
+    Args:
+        folder: with one subfolder per class, or a dataset.json; see
+            `repae_lite.data.image_files.list_images`.
+        resolution: side of the squares in pixels.
+
+    Attributes:
+        names: paths below `root`. labels: list of int. num_classes: number of classes.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        ValueError: no images, no classes, images without labels or labels without images; on reading, an
+            unreadable image.
+    """
+
+    def __init__(self, folder: str | Path, resolution: int):
+        if resolution < 1:
+            raise ValueError(f"the resolution is {resolution} pixels: give at least 1")
+        found = list_images(folder)
+        if found.missing:
+            raise ValueError(
+                f"{found.root} lacks {len(found.missing)} images that dataset.json lists, {found.missing[0]} "
+                "first: "
+                "restore them, or take them out of it"
+            )
+        self.root, self.names, self.labels, self.num_classes = (
+            found.root,
+            found.names,
+            found.labels,
+            found.num_classes,
+        )
+        self.resolution = resolution
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        path = self.root / self.names[index]
+        try:
+            pixels = np.array(center_crop(read_image(path), self.resolution))
+        except Exception as error:  # Pillow raises many kinds on damaged files
+            raise ValueError(
+                f"the image {path} cannot be read ({failure(error)}): repair or remove it, or preprocess "
+                "with --on-error skip"
+            ) from None
+        return torch.from_numpy(pixels).permute(2, 0, 1).contiguous(), self.labels[index]
+
+
+def open_dataset(path: str | Path, resolution: int | None = None) -> ImageH5Dataset | ImageFolderDataset:
+    """The dataset at a path: an HDF5 file in the official layout, a data folder with `images.h5`, or a folder
+    of images.
+
+    Args:
+        path: the file or folder.
+        resolution: side of the images in pixels: what an image folder is cropped to, and an HDF5 file must
+            have. None takes an HDF5 file as it is.
+
+    Raises:
+        FileNotFoundError: nothing there.
+        ValueError: see the two classes; an HDF5 file of another resolution; an unfinished one; an image
+            folder without a resolution.
+    """
+    path = Path(path)
+    if path.is_dir() and not (path / "images.h5").exists():
+        if (path / "images.h5.partial").exists():
+            raise ValueError(
+                f"the preprocessing into {path} has not finished: run the same command again, it goes on "
+                "where it was"
+            )
+        if resolution is None:
+            raise ValueError(
+                f"{path} is a folder of images: give the resolution to crop them to, as in --resolution 256"
+            )
+        return ImageFolderDataset(path, resolution)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"there is no image file or folder {path}: check the path, or write it by repae preprocess"
+        )
+    dataset = ImageH5Dataset(path / "images.h5" if path.is_dir() else path)
+    height, width = dataset[0][0].shape[1:]
+    if resolution is not None and (height, width) != (resolution, resolution):
+        raise ValueError(
+            f"the images of {dataset.path} have {height} × {width} pixels and not {resolution} × "
+            f"{resolution}: "
+            f"preprocess with --resolution {resolution}, or train at another resolution"
+        )
+    return dataset
+
+
+def read_batches(loader: DataLoader) -> Iterator:
+    """A loader's batches; an error in one of its processes comes as its sentence alone, without that
+    process's traceback.
+
+    When the iteration ends, in whatever way, so do the loader's processes. Left to the garbage collector,
+    those of a failed command may outlive it; and if they ignore SIGTERM, with which Python ends its children,
+    it waits for them and never returns.
+
+    Raises:
+        ValueError, OSError: of the dataset.
+    """
+    iterator = iter(loader)
+    try:
+        yield from iterator
+    except (ValueError, OSError) as error:
+        if loader.num_workers == 0:
+            raise
+        kind = ValueError if isinstance(error, ValueError) else OSError
+        raise kind(str(error).strip().splitlines()[-1].partition(": ")[2]) from None
+    finally:
+        if loader.num_workers:
+            iterator._shutdown_workers()

@@ -1,0 +1,233 @@
+"""An HDF5 file that grows by steps, each of which is there whole or not at all, whenever the process is
+killed.
+
+HDF5 alone cannot promise that: a file whose writer was killed is often unreadable. Here a journal says how
+far the file is valid. New bytes go to the end of the file, where a later start cuts them off if the journal
+does not know them. Changes of bytes that earlier steps wrote (a few kB of HDF5's own tables) wait in memory,
+are recorded in the journal with the step, and only then laid over the file; laying them over twice does no
+harm. As every step starts from the same bytes, killed or not, the finished file is the same to the byte.
+"""
+
+import errno
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import h5py
+
+from repae_lite.data.hdf5 import LIBVER, add_bytes
+from repae_lite.utils.files import write_text
+from repae_lite.utils.locks import writing
+
+PAGE = 4096  # bytes; changes are kept in pieces of this size
+
+
+class ResumableH5:
+    """The file in the making, `<output>/<name>.partial/<name>`, with its journal beside it.
+
+    Args:
+        folder: the `.partial` folder, see `locked`; its name without the suffix is the file's.
+        fingerprint: of everything that the content depends on.
+        state: JSON values that tell how far the work is; replaced by those of an unfinished run with this
+            fingerprint.
+        check: gets the file and the state of an unfinished run and raises ValueError if they do not fit.
+        discard: drop an unfinished run with another fingerprint instead of refusing.
+
+    Attributes:
+        state: as of the last step.
+
+    Raises:
+        ValueError: the folder holds an unfinished run with another fingerprint.
+        OSError: the folder cannot be written.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        fingerprint: str,
+        state: dict,
+        check: Callable[[h5py.File, dict], None],
+        *,
+        discard: bool = False,
+    ):
+        self.folder, self.path, self.journal = folder, folder / folder.stem, folder / "journal.json"
+        self.fingerprint, self.state, self.size = fingerprint, state, 0
+        with writing(folder.parent):
+            if self.journal.is_file() and self._resume(check, discard):
+                return
+            self.journal.unlink(missing_ok=True)
+            self.path.write_bytes(b"")
+
+    def _resume(self, check: Callable[[h5py.File, dict], None], discard: bool) -> bool:
+        try:
+            entry = json.loads(self.journal.read_bytes())
+            other = entry["fingerprint"] != self.fingerprint
+            if not other:
+                if self.path.stat().st_size < entry["written"]:
+                    raise ValueError("its file is too short")
+                self._lay_over(entry["size"], entry["patches"])
+                if entry["size"]:
+                    with h5py.File(self.path, "r") as file:
+                        check(file, entry["state"])
+        except (OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
+            if getattr(error, "errno", None) not in (None, errno.ENOENT):
+                raise  # the disk's refusal says nothing about the file
+            print(f"the unfinished run in {self.folder} is damaged ({error}): starting over", file=sys.stderr)
+            return False
+        if other and not discard:
+            raise ValueError(
+                f"{self.folder} holds an unfinished run with other images or options: finish that one, or "
+                "discard it with --overwrite"
+            )
+        if other:
+            return False
+        self.state, self.size = entry["state"], entry["size"]
+        return True
+
+    def _lay_over(self, size: int, patches: list[list]) -> None:
+        with open(self.path, "rb+") as file:
+            for offset, data in patches:
+                file.seek(offset)
+                file.write(bytes.fromhex(data))
+            file.truncate(size)
+
+    @contextmanager
+    def step(self) -> Iterator["Step"]:
+        """A step; whatever it adds is forgotten unless it is passed to `commit` inside."""
+        step = Step(self.path, self.size)
+        try:
+            yield step
+        finally:
+            step.close()
+
+    def commit(self, step: "Step", **state) -> None:
+        """Makes a step's additions and these changes of the state valid together.
+
+        Raises:
+            OSError: something could not be written; the step is forgotten.
+        """
+        with writing(self.folder.parent):
+            entry = {"fingerprint": self.fingerprint, "state": self.state | state, **step.close()}
+            if step.error is not None:
+                raise step.error
+            write_text(self.journal, json.dumps(entry))  # from here on the step counts
+            self.state, self.size = entry["state"], entry["size"]
+            self._lay_over(entry["size"], entry["patches"])
+
+    def finish(self, path: Path) -> None:
+        """Puts the file in its place and removes the rest."""
+        with writing(self.folder.parent):
+            with open(self.path, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(self.path, path)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class Step:
+    """What a step adds; to HDF5 it looks like the file.
+
+    HDF5 never learns of a write that failed or was interrupted, since it could not even close its file then:
+    `error` keeps it.
+    """
+
+    def __init__(self, path: Path, size: int):
+        self.start = self.end = size  # bytes below start are valid and stay as they are
+        self.position = 0
+        self.pages: dict[int, bytearray] = {}
+        self.error: BaseException | None = None
+        self.path, self.disk, self.hdf5, self.written = path, None, None, size
+
+    def add(self, name: str, data: bytes) -> None:
+        """Stores bytes under a name, see `repae_lite.data.hdf5.add_bytes`.
+
+        Raises:
+            OSError: the disk is full or refuses otherwise.
+        """
+        with writing(self.path.parent.parent):
+            if self.hdf5 is None:
+                self.disk = open(self.path, "rb+", buffering=0)
+                self.hdf5 = h5py.File(self, "r+" if self.start else "w", libver=LIBVER)
+            add_bytes(self.hdf5, name, data)
+            if self.error is not None:
+                raise self.error
+
+    def close(self) -> dict:
+        """Ends the writing; what the journal has to know: `size`, `written` (bytes on the disk) and `patches`
+        [[offset, hex], …].
+        """
+        if self.hdf5:
+            self.hdf5.close()
+        if self.disk and not self.disk.closed:
+            try:
+                os.fsync(self.disk.fileno())
+            except OSError as error:
+                self.error = self.error or error
+            self.written = min(self.end, os.fstat(self.disk.fileno()).st_size)
+            self.disk.close()
+        patches = [
+            [page * PAGE, bytes(data[: self.start - page * PAGE]).hex()]
+            for page, data in sorted(self.pages.items())
+        ]
+        return {"size": self.end, "written": self.written, "patches": patches}
+
+    # What HDF5 calls.
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self.position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.end}[whence]
+        return self.position
+
+    def tell(self) -> int:
+        return self.position
+
+    def read(self, count: int) -> bytes:
+        buffer = bytearray(count)
+        self.readinto(buffer)
+        return bytes(buffer)
+
+    def readinto(self, buffer: bytearray) -> int:
+        view = memoryview(buffer)
+        data = os.pread(self.disk.fileno(), len(view), self.position)
+        view[:] = data + bytes(len(view) - len(data))
+        for page, first, last in self._pages(min(len(view), self.start - self.position)):
+            if page in self.pages:
+                view[first - self.position : last - self.position] = self.pages[page][
+                    first - page * PAGE : last - page * PAGE
+                ]
+        return len(view)
+
+    def write(self, buffer: bytearray) -> int:
+        view = memoryview(buffer)
+        below = max(0, min(len(view), self.start - self.position))
+        for page, first, last in self._pages(below):
+            if page not in self.pages:
+                held = os.pread(self.disk.fileno(), PAGE, page * PAGE)
+                self.pages[page] = bytearray(held + bytes(PAGE - len(held)))
+            self.pages[page][first - page * PAGE : last - page * PAGE] = view[
+                first - self.position : last - self.position
+            ]
+        try:
+            while below < len(view) and self.error is None:
+                below += os.pwrite(self.disk.fileno(), view[below:], self.position + below)
+        except BaseException as error:
+            self.error = error
+        self.end = max(self.end, self.position + len(view))
+        return len(view)
+
+    def truncate(self, size: int) -> int:
+        self.end = size
+        return size
+
+    def flush(self) -> None:
+        """Nothing waits here that may be written yet."""
+
+    def _pages(self, length: int) -> Iterator[tuple[int, int, int]]:
+        """The pages that `length` bytes from the position touch, each with the first and the end of those
+        bytes.
+        """
+        end = self.position + length
+        for page in range(self.position // PAGE, -(-end // PAGE)) if length > 0 else ():
+            yield page, max(self.position, page * PAGE), min(end, (page + 1) * PAGE)

@@ -1,0 +1,338 @@
+"""Cached latents: every image through a frozen VAE once, so that `train-ldm` never runs its encoder.
+
+The command is `repae cache-latents`; taught in `notebooks/06_drop_in_vae.ipynb`. The layout is the official
+one: `NAME.h5` holds "00000/img-mean-std-00000000.npy" …, each a float32 .npy of (2C, h, w), the posterior's
+mean above its std, and "dataset.json"; `NAME_h5.json` lists the names. Of our own making are "vae.json" in
+it, which says of which VAE the latents are, and `NAME-latents-stats.pt` beside it.
+"""
+
+import hashlib
+import io
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+
+import h5py
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from repae_lite.checkpoints.layouts import STATS
+from repae_lite.data.datasets import H5Dataset, ImageFolderDataset, ImageH5Dataset, read_batches
+from repae_lite.data.hdf5 import labels_json, stored, write_names
+from repae_lite.data.journal import ResumableH5
+from repae_lite.networks.vae import AutoencoderKL
+from repae_lite.utils.files import atomic_path
+from repae_lite.utils.locks import locked, writing
+from repae_lite.utils.pixels import to_unit_range
+from repae_lite.utils.processes import from_first_process, process_count, process_rank
+
+STEP = 1000  # images that a killed run has to do again, about
+ABOUT = "vae.json"
+
+
+def vae_fingerprint(vae: AutoencoderKL) -> str:
+    """A name for a VAE's weights: SHA-256 of their names, shapes and float32 values."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(vae.state_dict().items()):
+        digest.update(f"{name} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+class CachedLatentsDataset(H5Dataset):
+    """Cached latents in the official layout; item i is (float32 (2C, h, w), label): posterior mean, then std.
+
+    The official code's files are read as well as ours. A fresh draw is mean + std * eps. See `H5Dataset`.
+
+    Args:
+        path: `NAME.h5`.
+
+    Attributes:
+        fingerprint: `vae_fingerprint` of the VAE that the latents are of; None for the official code's files,
+            which do not say.
+        shape: (2C, h, w).
+    """
+
+    noun, maker = "latent", "repae cache-latents"
+
+    def __init__(self, path: str | Path):
+        super().__init__(path)
+        with h5py.File(self.path, "r") as file:
+            about = json.loads(bytes(stored(file, ABOUT)[()])) if ABOUT in file else {}
+        self.fingerprint: str | None = about.get("fingerprint")
+        self.shape: tuple[int, ...] = ()
+        self.shape = tuple(self[0][0].shape)
+
+    def decode(self, data: bytes, name: str) -> Tensor:
+        """The tensor of a .npy.
+
+        Raises:
+            ValueError: the bytes are no such latents.
+        """
+        try:
+            moments = np.load(io.BytesIO(data), allow_pickle=False)
+        except (ValueError, OSError, EOFError) as error:
+            raise ValueError(
+                f"{name} in {self.path} cannot be decoded ({error}): cache the latents again"
+            ) from None
+        if (
+            moments.dtype != np.float32
+            or moments.ndim != 3
+            or moments.shape[0] % 2
+            or self.shape not in ((), moments.shape)
+        ):
+            expected = "an even number of channels" if not self.shape else str(self.shape)
+            raise ValueError(
+                f"{name} in {self.path} is {moments.dtype} of shape {moments.shape} instead of float32 (2C, "
+                f"h, w) with {expected}: "
+                "cache the latents again"
+            )
+        return torch.from_numpy(moments)
+
+    def check_vae(self, vae: AutoencoderKL) -> None:
+        """Refuses a VAE that the latents are not of; a file that does not say is checked for its channels
+        only.
+
+        Raises:
+            ValueError: another VAE.
+        """
+        channels = vae.config.latent_channels
+        other = self.fingerprint is not None and self.fingerprint != vae_fingerprint(vae)
+        if self.shape[0] != 2 * channels or other:
+            what = "other weights" if other else f"{self.shape[0] // 2} latent channels instead of {channels}"
+            raise ValueError(
+                f"{self.path} was cached by another VAE ({what}): cache the latents again, or give that VAE"
+            )
+
+
+def latent_name(index: int) -> str:
+    """The official name of latent number `index`: 1,000 to a folder."""
+    return f"{index // 1000:05d}/img-mean-std-{index:08d}.npy"
+
+
+@torch.no_grad()
+def cache_latents(
+    vae: AutoencoderKL,
+    dataset: ImageH5Dataset | ImageFolderDataset,
+    path: str | Path,
+    *,
+    batch_size: int = 128,
+    workers: int = 0,
+    device: str | torch.device = "cpu",
+    overwrite: bool = False,
+    progress: bool = False,
+    step: int = STEP,
+) -> tuple[Tensor, Tensor]:
+    """Encodes every image, in the dataset's order, and writes `NAME.h5`, `NAME_h5.json` and
+    `NAME-latents-stats.pt`.
+
+    Float32, except that PyTorch lets convolutions on a GPU use TF32 unless told otherwise. An unfinished run
+    of the same images and VAE is continued; on a CPU the file is then the same to the byte. Where
+    torch.distributed is initialised, its processes share the work, and the first one writes.
+
+    Args:
+        vae: moved to the device.
+        dataset: images, see `repae_lite.open_dataset`.
+        path: `NAME.h5`.
+        batch_size: images per pass through the encoder, in each process.
+        workers: processes that read images.
+        device: what the VAE runs on.
+        overwrite: replace a finished file, and discard an unfinished one of other images or another VAE.
+        progress: show a bar.
+        step: about how many images lie between two entries of the journal.
+
+    Returns:
+        (scale = 1 / std, bias = mean), each (C,), of the latents as drawn from their posteriors.
+
+    Raises:
+        ValueError: an argument; images that do not fit the VAE; latents that are not finite; a finished or
+            different file in the way; another run writes it.
+        OSError: it cannot be written, or the disk is too small.
+    """
+    path = Path(path)
+    if path.suffix != ".h5" or batch_size < 1 or workers < 0:
+        raise ValueError(
+            f"{path}, {batch_size} images a batch, {workers} workers: give NAME.h5, at least 1, and at least "
+            "0"
+        )
+    if path.resolve() == Path(getattr(dataset, "path", "")).resolve():
+        raise ValueError(f"{path} holds the images themselves: choose another name for their latents")
+    if path.exists() and not overwrite:
+        raise ValueError(f"{path} exists: choose another name, or replace it with --overwrite")
+    vae, device = vae.to(device).eval(), torch.device(device)
+    first = vae.encode(to_unit_range(dataset[0][0][None]).to(device)).mean  # refuses images that do not fit
+    moments = partial(
+        _moments, vae, dataset, (2 * first.shape[1], *first.shape[2:]), batch_size, workers, device
+    )
+    if process_rank():  # only the first process knows the file
+        for _ in moments(int(from_first_process(torch.zeros(1, dtype=torch.long, device=device)))):
+            pass
+        scale, bias = from_first_process(torch.zeros(2, first.shape[1], device=device)).cpu()
+        return scale, bias
+    about = {"fingerprint": vae_fingerprint(vae), "downsampling": vae.config.downsampling}
+    state = {"done": 0, "labelled": False, "count": 0, "mean": [], "square": []}
+    with locked(path.with_name(path.name + ".partial")) as folder:
+        file = ResumableH5(folder, _fingerprint(dataset, about), state, _check_unfinished, discard=overwrite)
+        _check_space(path, (len(dataset) - file.state["done"]) * (8 * first.numel() + 200))
+        done = from_first_process(torch.tensor([file.state["done"]], device=device))
+        _encode_all(file, moments(int(done)), len(dataset), max(1, step // batch_size) * batch_size, progress)
+        names = [latent_name(i) for i in range(len(dataset))]
+        if not file.state["labelled"]:
+            with file.step() as last:
+                last.add("dataset.json", labels_json(list(zip(names, map(int, dataset.labels), strict=True))))
+                last.add(ABOUT, json.dumps(about).encode())
+                file.commit(last, labelled=True)
+        scale, bias = _stats(file.state)
+        with writing(path.parent):
+            save_stats(path.with_name(path.stem + STATS), scale, bias)
+            write_names(path, names)
+        file.finish(path)  # last of all, so that it is there only when everything is
+    from_first_process(torch.stack([scale, bias]).to(device))
+    return scale, bias
+
+
+def save_stats(path: Path, scale: Tensor, bias: Tensor) -> None:
+    """Writes latent statistics in the official layout: {latents_scale, latents_bias}, each (1, C, 1, 1)."""
+    stats = {
+        "latents_scale": scale.detach().cpu().view(1, -1, 1, 1),
+        "latents_bias": bias.detach().cpu().view(1, -1, 1, 1),
+    }
+    with atomic_path(path) as partial:
+        torch.save(stats, partial)
+
+
+def _encode_all(file: ResumableH5, batches: Iterator[Tensor], total: int, step: int, progress: bool) -> None:
+    """Brings the file up to all images, in steps of whole batches."""
+    every = 0.5 if sys.stderr.isatty() else 60  # seconds; a log file needs no more
+    with tqdm(
+        total=total, initial=file.state["done"], unit=" images", mininterval=every, disable=not progress
+    ) as bar:
+        while file.state["done"] < total:
+            at, end = file.state["done"], min(total, file.state["done"] + step)
+            sums = {key: np.array(file.state[key] or 0.0) for key in ("mean", "square")}
+            count = file.state["count"]
+            with file.step() as added:
+                while at < end:
+                    moments = next(batches)
+                    _check_finite(moments, at)
+                    for i, one in enumerate(moments.numpy()):
+                        added.add(latent_name(at + i), _npy(one))
+                    mean, std = moments.double().chunk(2, dim=1)
+                    sums["mean"] = sums["mean"] + mean.sum((0, 2, 3)).numpy()
+                    sums["square"] = sums["square"] + (mean.square() + std.square()).sum((0, 2, 3)).numpy()
+                    count += mean[:, 0].numel()
+                    at += len(moments)
+                    bar.update(len(moments))
+                file.commit(
+                    added, done=at, count=count, **{key: value.tolist() for key, value in sums.items()}
+                )
+    next(batches, None)  # ends the readers
+
+
+def _moments(
+    vae: AutoencoderKL,
+    dataset: Dataset,
+    shape: tuple[int, ...],
+    batch: int,
+    workers: int,
+    device: torch.device,
+    done: int,
+) -> Iterator[Tensor]:
+    """Posterior means above stds (B, 2C, h, w) of all images from number `done` on, a batch at a time,
+    float32 on the CPU.
+
+    Of N processes each encodes every N-th batch; all yield all of them.
+    """
+    processes = process_count()
+    batches = [range(at, min(at + batch, len(dataset))) for at in range(done, len(dataset), batch)]
+    loader = DataLoader(
+        dataset,
+        batch_sampler=batches[process_rank() :: processes],
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+    )
+    with closing(read_batches(loader)) as mine:
+        for first in range(0, len(batches), processes):
+            moments = torch.zeros(batch, *shape, device=device)
+            if first + process_rank() < len(batches):
+                posterior = vae.encode(to_unit_range(next(mine)[0].to(device, non_blocking=True)))
+                moments[: len(posterior.mean)] = torch.cat([posterior.mean, posterior.std], 1).float()
+            gathered = [moments]
+            if processes > 1:
+                gathered = [torch.empty_like(moments) for _ in range(processes)]
+                dist.all_gather(gathered, moments)
+            for images, found in zip(
+                batches[first : first + processes], gathered, strict=False
+            ):  # the last round may be short
+                yield found[: len(images)].cpu()
+
+
+def _npy(values: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, np.ascontiguousarray(values, dtype=np.float32), allow_pickle=False)
+    return buffer.getvalue()
+
+
+def _stats(state: dict) -> tuple[Tensor, Tensor]:
+    """(scale, bias) from the sums over all latents; the variance of a draw is that of the means plus the mean
+    of the variances.
+    """
+    mean = torch.tensor(state["mean"], dtype=torch.float64) / state["count"]
+    variance = torch.tensor(state["square"], dtype=torch.float64) / state["count"] - mean.square()
+    return variance.rsqrt().float(), mean.float()
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+def _fingerprint(dataset: ImageH5Dataset | ImageFolderDataset, about: dict) -> str:
+    digest = hashlib.sha256(json.dumps(["latents 1", about]).encode())
+    for name, label in zip(dataset.names, dataset.labels, strict=True):
+        digest.update(f"{label} {name}\n".encode(errors="surrogateescape"))
+    for i in (0, len(dataset) - 1):  # not all pixels, but enough to tell two resolutions or data sets apart
+        digest.update(dataset[i][0].numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _check_unfinished(file: h5py.File, state: dict) -> None:
+    """Whether an unfinished file holds as many latents as its journal says.
+
+    Raises:
+        ValueError: it does not.
+    """
+    held = sum(len(file[name]) for name in file if isinstance(file[name], h5py.Group))
+    if held != state["done"] or ("dataset.json" in file) != state["labelled"]:
+        raise ValueError(f"{held} latents instead of {state['done']}")
+
+
+def _check_space(path: Path, needed: int) -> None:
+    """Refuses at once what would fill the disk in hours.
+
+    Raises:
+        OSError: fewer bytes are free than needed.
+    """
+    free = shutil.disk_usage(path.parent).free
+    if needed > free:
+        raise OSError(
+            f"the latents need {needed / 1e9:.1f} GB more in {path.parent}, where {free / 1e9:.1f} GB are "
+            "free: "
+            "free space, or choose another output folder"
+        )
+
+
+def _check_finite(moments: Tensor, at: int) -> None:
+    bad = ~torch.isfinite(moments).flatten(1).all(1)
+    if bad.any():
+        number = at + int(bad.nonzero()[0])
+        raise ValueError(
+            f"the VAE gives latents that are not finite for image {number}: check its weights, they may be "
+            "damaged"
+        )

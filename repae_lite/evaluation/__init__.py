@@ -1,0 +1,1 @@
+"""Judging: metrics, statistics over seeds, the small evaluation network."""

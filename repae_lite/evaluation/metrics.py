@@ -1,0 +1,273 @@
+"""What is measured at the small scale: samples, reconstructions, features, latents, spread over seeds.
+
+Paper: section 4 and Tables 1, 10, 14 (metrics). Taught in notebooks/01_vae, 03_repa and 05_end_to_end.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class FeatureStats(NamedTuple):
+    """A Gaussian fitted to features: mean (D,), covariance (D, D), both float64, and the sample count."""
+
+    mean: Tensor
+    cov: Tensor
+    count: int
+
+
+def feature_stats(features: Tensor) -> FeatureStats:
+    """Mean and unbiased covariance of features (N, D), in float64.
+
+    Raises:
+        ValueError: not (N, D), fewer than two samples, or non-finite values.
+    """
+    features = _matrix(features, "features")
+    if len(features) < 2:
+        raise ValueError(f"A covariance needs at least 2 samples, got {len(features)}: pass more features.")
+    cov = torch.cov(features.T).reshape(2 * features.shape[1:])
+    return FeatureStats(features.mean(dim=0), cov, len(features))
+
+
+def frechet_distance(a: FeatureStats, b: FeatureStats) -> float:
+    """Squared Fréchet distance of two Gaussians: |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)).
+
+    Source: Heusel et al. 2017 (arXiv 1706.08500), eq. 6. The trace of the root is taken from the eigenvalues
+    of the symmetric C_a^(1/2) C_b C_a^(1/2), which are those of C_a C_b, so that no complex or negative root
+    can appear. The estimate falls as samples are added: compare distances of equal sample counts only.
+
+    Returns:
+        A distance >= 0; its unit is that of the squared features.
+
+    Raises:
+        ValueError: the two widths differ, a count is under 2, or a statistic is not finite.
+    """
+    for stats in (a, b):
+        if stats.count < 2:
+            raise ValueError(f"Fréchet distance needs at least 2 samples, got {stats.count}: pass more.")
+        if not (stats.mean.isfinite().all() and stats.cov.isfinite().all()):
+            raise ValueError("Fréchet distance got statistics that are not finite: check the features.")
+    if a.mean.shape != b.mean.shape:
+        raise ValueError(f"Fréchet distance got widths {len(a.mean)} and {len(b.mean)}: use one network.")
+    mean_a, cov_a, mean_b, cov_b = (stat.double() for stat in (a.mean, a.cov, b.mean, b.cov))
+    eigenvalues, vectors = torch.linalg.eigh(cov_a)
+    root_a = (vectors * eigenvalues.clamp(min=0).sqrt()) @ vectors.T
+    product = root_a @ cov_b @ root_a
+    trace_root = torch.linalg.eigvalsh((product + product.T) / 2).clamp(min=0).sqrt().sum()
+    distance = (mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * trace_root
+    return max(distance.item(), 0.0)
+
+
+def psnr(x: Tensor, y: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB, 10 log10(2^2 / MSE), of images (B, C, H, W) in [-1, 1].
+
+    Returns:
+        (B,); infinite where the images are equal.
+    """
+    _same_images(x, y)
+    return 10 * torch.log10(4 / (x - y).square().flatten(1).mean(dim=1))
+
+
+def ssim(x: Tensor, y: Tensor) -> Tensor:
+    """Structural similarity of images (B, C, H, W) in [-1, 1], at least 11x11.
+
+    Source: Wang et al. 2004, eq. 13: Gaussian window 11x11, sigma 1.5, K = (.01, .03), data range 2; per
+    channel, averaged over channels and over the positions where the window fits (no padding).
+
+    Returns:
+        (B,), at most 1.
+    """
+    _same_images(x, y)
+    if min(x.shape[-2:]) < 11:
+        raise ValueError(f"SSIM's window is 11x11, the images are {tuple(x.shape[-2:])}: use larger images.")
+    offsets = torch.arange(-5, 6, dtype=x.dtype, device=x.device)
+    window = torch.exp(-offsets.square() / (2 * 1.5**2))
+    window = window / window.sum()
+
+    def blur(image: Tensor) -> Tensor:  # (B, C, H, W) -> (B * C, 1, H - 10, W - 10)
+        image = image.reshape(-1, 1, *x.shape[-2:])
+        return F.conv2d(F.conv2d(image, window.view(1, 1, 11, 1)), window.view(1, 1, 1, 11))
+
+    mean_x, mean_y = blur(x), blur(y)
+    var_x, var_y = blur(x * x) - mean_x.square(), blur(y * y) - mean_y.square()
+    covariance = blur(x * y) - mean_x * mean_y
+    c1, c2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2
+    luminance = (2 * mean_x * mean_y + c1) / (mean_x.square() + mean_y.square() + c1)
+    structure = (2 * covariance + c2) / (var_x + var_y + c2)
+    return (luminance * structure).reshape(len(x), -1).mean(dim=1)
+
+
+def cknna(a: Tensor, b: Tensor, k: int = 10, *, unbiased: bool = True, normalize: bool = True) -> float:
+    """Centered kernel nearest-neighbour alignment: do two networks agree on who is close to whom?
+
+    K = a a^T and L = b b^T are kept only where j is among the k nearest neighbours of i under *both* kernels
+    (for the two normalising terms: under K, under L); then CKNNA = HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L)).
+    Source: Huh et al. 2024 (arXiv 2405.07987), in the order of their metrics.py: mask, then centre; REPA uses
+    k = 10 on features averaged over tokens. Values depend on N and k: compare equal ones.
+
+    Args:
+        a: Features (N, D_a), of the same N images as b.
+        b: Features (N, D_b).
+        k: Neighbours per sample, 2 ... N - 1.
+        unbiased: HSIC as in Song et al. 2012, eq. 5 (no self-similarity); otherwise tr(K H L H).
+        normalize: Scale every feature to length 1 first, as Huh et al. do.
+
+    Returns:
+        1 for equal features, near 0 for unrelated ones; at most a little above 1.
+
+    Raises:
+        ValueError: shapes, k, non-finite values, or too few common neighbours to normalise by.
+    """
+    a, b = _matrix(a, "a"), _matrix(b, "b")
+    n = len(a)
+    if len(b) != n:
+        raise ValueError(f"CKNNA compares features of the same images, got {n} and {len(b)}.")
+    if not 2 <= k < n or n < 4:
+        raise ValueError(f"CKNNA needs N >= 4 and 2 <= k < N, got k = {k}, N = {n}: change k or add images.")
+    if normalize:
+        a, b = F.normalize(a, dim=1), F.normalize(b, dim=1)
+    kernels = (a @ a.T, b @ b.T)
+    masks = []
+    for kernel in kernels:
+        ranked = kernel.clone().fill_diagonal_(-math.inf) if unbiased else kernel
+        masks.append(torch.zeros_like(kernel).scatter_(1, ranked.topk(k, dim=1).indices, 1.0))
+
+    def alignment(i: int, j: int) -> float:
+        mask = masks[i] * masks[j]
+        return _hsic(kernels[i] * mask, kernels[j] * mask, unbiased=unbiased)
+
+    norm_a, norm_b = alignment(0, 0), alignment(1, 1)
+    if norm_a <= 0 or norm_b <= 0:
+        raise ValueError(f"CKNNA cannot normalise (N = {n}, k = {k}): add images; check that features vary.")
+    return alignment(0, 1) / math.sqrt(norm_a * norm_b)
+
+
+def _hsic(kernel: Tensor, other: Tensor, *, unbiased: bool) -> float:
+    n = len(kernel)
+    if not unbiased:
+        centre = torch.eye(n, dtype=kernel.dtype, device=kernel.device) - 1 / n
+        return torch.trace(kernel @ centre @ other @ centre).item()
+    kernel, other = kernel.clone().fill_diagonal_(0), other.clone().fill_diagonal_(0)
+    total = (kernel * other.T).sum() + kernel.sum() * other.sum() / ((n - 1) * (n - 2))
+    return ((total - 2 * (kernel.sum(dim=0) @ other.sum(dim=1)) / (n - 2)) / (n * (n - 3))).item()
+
+
+def linear_probe(
+    train_feats: Tensor, train_labels: Tensor, test_feats: Tensor, test_labels: Tensor, *, l2: float = 1e-3
+) -> float:
+    """Test accuracy of multinomial logistic regression on frozen features: what is linearly there?
+
+    Features are standardised with the training statistics; mean cross-entropy + l2/2 |W|^2 is minimised by
+    L-BFGS in float64 from zero, so the result is deterministic.
+
+    Args:
+        train_feats: (N, D).
+        train_labels: (N,) class indices.
+        test_feats: (M, D).
+        test_labels: (M,) class indices.
+        l2: Strength of the penalty on the weights (not on the bias).
+
+    Returns:
+        A share in [0, 1].
+    """
+    train, test = _matrix(train_feats, "train_feats"), _matrix(test_feats, "test_feats")
+    for feats, labels, name in ((train, train_labels, "train"), (test, test_labels, "test")):
+        if labels.shape != (len(feats),):
+            raise ValueError(f"{name}_labels must be ({len(feats)},), got {tuple(labels.shape)}.")
+    if train.shape[1] != test.shape[1]:
+        raise ValueError(f"train width {train.shape[1]}, test width {test.shape[1]}: use one layer for both.")
+    mean, std = train.mean(dim=0), train.std(dim=0).clamp(min=1e-8)
+    train, test = (train - mean) / std, (test - mean) / std
+    weight = train.new_zeros(train.shape[1], int(train_labels.max()) + 1)
+    bias = weight.new_zeros(weight.shape[1])
+    parameters = [weight.requires_grad_(), bias.requires_grad_()]
+    optimizer = torch.optim.LBFGS(parameters, max_iter=200, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(train @ weight + bias, train_labels.long()) + l2 / 2 * weight.square().sum()
+        loss.backward()
+        return loss
+
+    with torch.enable_grad():
+        optimizer.step(closure)
+    return ((test @ weight + bias).argmax(dim=1) == test_labels).double().mean().item()
+
+
+def latent_structure(z: Tensor) -> dict[str, float | list[float]]:
+    """How large, how varied and how rough latents are. PAPER.md: Table 10 (collapse: 17.06/6627 -> 0.02/90).
+
+    The paper does not give its formulas for the first two, so compare numbers within this project only, at
+    one latent shape: total variation is a sum and grows with it. Only the third ignores the latents' scale.
+
+    Args:
+        z: Latents (B, C, h, w) as the VAE gives them, not normalised; h, w >= 2.
+
+    Returns:
+        `spatial_variance`: variance over the h*w positions, averaged over images and channels.
+        `total_variation`: sum of |neighbour differences| along h and w, over channels; mean over images.
+        `high_frequency_share`: share of the power without the mean (DC) that lies above half the Nyquist
+            frequency, sqrt(f_y^2 + f_x^2) > 1/4 cycle per position; mean over channels. White noise 8x8: .81.
+        `channel_std`: C standard deviations over images and positions.
+    """
+    if z.ndim != 4 or min(z.shape[-2:]) < 2:
+        raise ValueError(f"latent_structure needs (B, C, h, w) with h, w >= 2, got {tuple(z.shape)}.")
+    if not z.isfinite().all():
+        raise ValueError("latent_structure got latents that are not finite: the VAE has diverged.")
+    z = z.detach().double()
+    variation = z.diff(dim=2).abs().sum(dim=(1, 2, 3)) + z.diff(dim=3).abs().sum(dim=(1, 2, 3))  # (B,)
+    power = torch.fft.fft2(z - z.mean(dim=(2, 3), keepdim=True)).abs().square().mean(dim=0)  # (C, h, w)
+    f_y, f_x = (torch.fft.fftfreq(size, dtype=z.dtype, device=z.device) for size in z.shape[-2:])
+    radius = torch.hypot(f_y[:, None], f_x[None, :])  # (h, w)
+    total = power[:, radius > 0].sum(dim=1)
+    high = power[:, radius > 0.25 + 1e-9].sum(dim=1) / total.clamp(min=torch.finfo(z.dtype).tiny)  # (C,)
+    return {
+        "spatial_variance": z.var(dim=(2, 3), unbiased=False).mean().item(),
+        "total_variation": variation.mean().item(),
+        "high_frequency_share": high.mean().item(),
+        "channel_std": z.std(dim=(0, 2, 3), unbiased=False).tolist(),
+    }
+
+
+def effective_dimensions(z: Tensor) -> float:
+    """In how many directions latents vary: the participation ratio (sum l)^2 / sum l^2 of their covariance's
+    eigenvalues l.
+
+    1 when all variation lies along one line, C*h*w when it is spread evenly over all coordinates; independent
+    of scale.
+
+    Args:
+        z: Latents (B, ...), B well above the number of coordinates.
+
+    Raises:
+        ValueError: fewer than two latents, or none that differ.
+    """
+    flat = z.detach().double().flatten(1)
+    flat = flat - flat.mean(dim=0)
+    trace = flat.square().sum()
+    if len(flat) < 2 or not trace > 0:
+        raise ValueError(
+            f"effective_dimensions needs latents that differ, got {len(flat)}: give a batch of images."
+        )
+    gram = flat.T @ flat if flat.shape[1] <= len(flat) else flat @ flat.T  # same non-zero eigenvalues
+    return (
+        trace.square() / gram.square().sum()
+    ).item()  # the sum of squared eigenvalues is the squared Frobenius norm
+
+
+def _matrix(features: Tensor, name: str) -> Tensor:
+    if features.ndim != 2:
+        raise ValueError(f"{name} must be (N, D), got {tuple(features.shape)}: average the tokens.")
+    if not features.isfinite().all():
+        raise ValueError(f"{name} has NaN or infinity: check the network and the images that it comes from.")
+    return features.detach().double()
+
+
+def _same_images(x: Tensor, y: Tensor) -> None:
+    if x.shape != y.shape or x.ndim != 4:
+        raise ValueError(f"Images must both be (B, C, H, W), got {tuple(x.shape)} and {tuple(y.shape)}.")
+    if not (x.is_floating_point() and y.is_floating_point()):
+        raise TypeError(f"Images must be float in [-1, 1], got {x.dtype} and {y.dtype}: use x / 127.5 - 1.")

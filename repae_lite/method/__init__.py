@@ -1,0 +1,1 @@
+"""The paper: interpolant, losses, the training step with its gradient routing, sampling."""

@@ -1,0 +1,132 @@
+"""Interpolants between data and noise: the only place that says what time means.
+
+REPA-E section 3 and SiT (arXiv 2401.08740) section 2; taught in `notebooks/02_latent_diffusion.ipynb`.
+
+**t = 0 is clean data, t = 1 is pure noise.** A path mixes both, `z_t = alpha(t) z + sigma(t) eps`, and a
+velocity model predicts its time derivative, `v = alpha'(t) z + sigma'(t) eps`.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Path:
+    """A path through `alpha(t)`, `sigma(t)` and their derivatives in t; each maps a tensor of times to its
+    own shape.
+    """
+
+    name: str
+    alpha: Callable[[Tensor], Tensor]
+    sigma: Callable[[Tensor], Tensor]
+    d_alpha: Callable[[Tensor], Tensor]
+    d_sigma: Callable[[Tensor], Tensor]
+
+
+_HALF_PI = math.pi / 2
+
+WEIGHTINGS = ("uniform", "lognormal")
+PATHS = {
+    "linear": Path(
+        "linear",
+        alpha=lambda t: 1 - t,
+        sigma=lambda t: t,
+        d_alpha=lambda t: -torch.ones_like(t),
+        d_sigma=torch.ones_like,
+    ),
+    "cosine": Path(
+        "cosine",
+        alpha=lambda t: torch.cos(_HALF_PI * t),
+        sigma=lambda t: torch.sin(_HALF_PI * t),
+        d_alpha=lambda t: -_HALF_PI * torch.sin(_HALF_PI * t),
+        d_sigma=lambda t: _HALF_PI * torch.cos(_HALF_PI * t),
+    ),
+}
+
+
+def get_path(path: str | Path) -> Path:
+    """Looks a path up by name ("linear" or "cosine"); a `Path` is returned as it is.
+
+    Raises:
+        ValueError: the name is not known.
+    """
+    if isinstance(path, Path):
+        return path
+    if path not in PATHS:
+        raise ValueError(f"unknown path {path!r}: choose one of {', '.join(PATHS)}")
+    return PATHS[path]
+
+
+def expand_time(t: Tensor, like: Tensor) -> Tensor:
+    """Reshapes times (B,) to (B, 1, …, 1) so that they multiply a tensor (B, …)."""
+    return t.reshape(t.shape[0], *([1] * (like.ndim - 1)))
+
+
+def interpolate(z: Tensor, eps: Tensor, t: Tensor, path: str | Path = "linear") -> tuple[Tensor, Tensor]:
+    """Noises latents and gives the velocity a model should predict there.
+
+    Args:
+        z: clean latents (B, …), normalised to about zero mean and unit variance.
+        eps: standard normal noise, shaped like z.
+        t: times (B,) in [0, 1].
+        path: "linear" or "cosine".
+
+    Returns:
+        (z_t, v), both shaped like z.
+    """
+    path, t = (
+        get_path(path),
+        expand_time(t, z),
+    )  # t stays float32 when z is half precision: only the factors are rounded
+    alpha, sigma, d_alpha, d_sigma = (
+        f(t).to(z.dtype) for f in (path.alpha, path.sigma, path.d_alpha, path.d_sigma)
+    )
+    return alpha * z + sigma * eps, d_alpha * z + d_sigma * eps
+
+
+def score_from_velocity(v: Tensor, z_t: Tensor, t: Tensor, path: str | Path = "linear") -> Tensor:
+    """The score, grad log p_t(z_t) = -eps / sigma, solved from z_t and v (SiT eq. 9). Defined for 0 < t < 1,
+    at t = 1 too.
+
+    Two equations, `z_t = alpha z + sigma eps` and `v = alpha' z + sigma' eps`, in two unknowns: eliminating z
+    gives eps.
+    """
+    path, t = get_path(path), expand_time(t, z_t)
+    ratio = path.alpha(t) / path.d_alpha(t)
+    return (ratio * v - z_t) / (path.sigma(t) ** 2 - ratio * path.d_sigma(t) * path.sigma(t))
+
+
+def sample_time(
+    batch: int,
+    *,
+    weighting: str = "uniform",
+    path: str | Path = "linear",
+    device: torch.device | str | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Draws training times (B,) in [0, 1].
+
+    "uniform" draws t evenly. "lognormal" draws s = exp(N(0, 1)), EDM's noise-to-signal ratio, and takes the t
+    at which the path has sigma / alpha = s: s / (1 + s) on the linear path, (2 / pi) atan(s) on the cosine
+    path.
+
+    Raises:
+        ValueError: the weighting is not known, or has no formula for this path.
+    """
+    if weighting == "uniform":
+        return torch.rand(batch, device=device, generator=generator)
+    if weighting != "lognormal":
+        raise ValueError(f"unknown time weighting {weighting!r}: choose uniform or lognormal")
+    ratio = torch.randn(batch, device=device, generator=generator).exp()
+    name = get_path(path).name
+    if name == "linear":
+        return ratio / (1 + ratio)
+    if name == "cosine":
+        return torch.atan(ratio) / _HALF_PI
+    raise ValueError(
+        f"lognormal time is defined for the linear and cosine paths, not for {name!r}: use uniform"
+    )

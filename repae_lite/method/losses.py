@@ -1,0 +1,224 @@
+"""The losses of REPA-E as functions of tensors: alignment, velocity, and the VAE's regularisation loss.
+
+REPA-E sections 3.1 and 3.3 (eq. 1 to 4); taught in `notebooks/01_vae.ipynb` and `notebooks/03_repa.ipynb`.
+Which loss may reach which network is not decided here but in `repae_lite.method.steps`.
+"""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from repae_lite.networks.layers import full_precision
+from repae_lite.utils.files import data_small_dir
+from repae_lite.utils.state_dicts import load_weights
+
+
+def velocity_loss(v_hat: Tensor, v: Tensor) -> Tensor:
+    """Mean squared error of the predicted velocity per image: (B, …) to (B,), at least in float32."""
+    return (full_precision(v_hat) - full_precision(v)).square().flatten(1).mean(1)
+
+
+def alignment_loss(projected: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
+    """Mean negative cosine similarity of projected features and encoder tokens (REPA-E eq. 1): a scalar in
+    [-1, 1].
+
+    The mean runs over encoders, images and tokens. Both sides are normalised in float32 whatever the autocast
+    dtype: in float16 the squares inside the norm over- and underflow (D7).
+
+    Args:
+        projected: projected SiT features, one (B, N, D) per encoder.
+        targets: frozen encoder tokens of the clean images, same shapes.
+
+    Raises:
+        ValueError: another number of encoders, or shapes that do not match.
+    """
+    if len(projected) != len(targets):
+        raise ValueError(
+            f"{len(targets)} target encoders for a SiT with {len(projected)} projectors: build it with one "
+            "target_dims entry each"
+        )
+    similarities = []
+    for i, (h_proj, target) in enumerate(zip(projected, targets, strict=True)):
+        if h_proj.shape != target.shape:
+            raise ValueError(
+                f"targets[{i}] have shape {tuple(target.shape)} but the projected SiT features "
+                f"{tuple(h_proj.shape)} (B, N, D): "
+                "choose an encoder resolution and SiT patch size with the same token grid, and its width in "
+                "target_dims"
+            )
+        # Products, sums and norms are not autocast to half precision; what matters is that they start from
+        # float32.
+        cosine = F.normalize(h_proj.float(), dim=-1) * F.normalize(target.float(), dim=-1)
+        similarities.append(cosine.sum(-1).mean())
+    return -torch.stack(similarities).mean()
+
+
+def spatial_norm(tokens: Tensor, gamma: float = 0.6, eps: float = 1e-6) -> Tensor:
+    """iREPA's targets (arXiv 2512.10794): what tells an image's tokens apart, and less of what they share.
+
+    Args:
+        tokens: of a frozen encoder (B, N, D), N at least 2.
+        gamma: how much of the mean over an image's tokens is subtracted, 1 for all; 0.6 is the default of
+            iREPA's code.
+        eps: added to the standard deviation over the tokens, by which the rest is divided.
+
+    Returns:
+        (B, N, D), at least in float32.
+    """
+    tokens = full_precision(tokens)
+    return (tokens - gamma * tokens.mean(1, keepdim=True)) / (tokens.std(1, keepdim=True) + eps)
+
+
+def hinge_discriminator_loss(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
+    """Hinge loss of a discriminator: real logits should exceed 1, fake ones fall below -1 (Lim & Ye 2017,
+    arXiv 1705.02894).
+    """
+    return 0.5 * (F.relu(1.0 - logits_real).mean() + F.relu(1.0 + logits_fake).mean())
+
+
+@dataclass(frozen=True)
+class VAELossConfig:
+    """Weights of the VAE's regularisation loss; the defaults are the official l1_lpips_kl_gan recipe.
+
+    Attributes:
+        pixel: "l1", as the official configuration does, or "l2", as the paper writes (D3).
+        pixel_weight, perceptual_weight, kl_weight, gan_weight: weight of each term; 0 leaves it out.
+        gan_start: first training step with the adversarial term (and with discriminator updates).
+    """
+
+    pixel: str = "l1"
+    pixel_weight: float = 1.0
+    perceptual_weight: float = 1.0
+    kl_weight: float = 1e-6
+    gan_weight: float = 0.1
+    gan_start: int = 0
+
+    def __post_init__(self):
+        if self.pixel not in ("l1", "l2"):
+            raise ValueError(f"unknown pixel loss {self.pixel!r}: choose l1 or l2")
+
+    def gan_active(self, step: int) -> bool:
+        """Whether the adversarial term counts at this step."""
+        return self.gan_weight > 0 and step >= self.gan_start
+
+
+def vae_regularization_loss(
+    x: Tensor,
+    x_hat: Tensor,
+    kl: Tensor,
+    config: VAELossConfig,
+    *,
+    perceptual: nn.Module | None = None,
+    logits_fake: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """The weighted terms that keep a VAE a VAE (REPA-E eq. 4): pixels, perception, KL, realism.
+
+    Args:
+        x: images (B, 3, H, W) in [-1, 1].
+        x_hat: reconstructions, same shape.
+        kl: divergence per image (B,), from `Posterior.kl`.
+        config: which terms, and their weights.
+        perceptual: maps (x, x_hat) to a distance per image (B,); needed when perceptual_weight > 0.
+        logits_fake: discriminator logits of x_hat; None leaves the adversarial term out.
+
+    Returns:
+        Weighted scalars "reconstruction", "perceptual", "kl", "weighted_gan" and their sum "vae_reg".
+    """
+    difference = x - x_hat
+    pixel = difference.abs().mean() if config.pixel == "l1" else difference.square().mean()
+    terms = {"reconstruction": config.pixel_weight * pixel}
+    if config.perceptual_weight > 0:
+        if perceptual is None:
+            raise ValueError(
+                f"perceptual_weight is {config.perceptual_weight} but no perceptual network was given: pass "
+                "one or set the weight to 0"
+            )
+        terms["perceptual"] = config.perceptual_weight * perceptual(x, x_hat).mean()
+    terms["kl"] = config.kl_weight * kl.mean()
+    if logits_fake is not None:
+        terms["weighted_gan"] = -config.gan_weight * logits_fake.mean()
+    terms["vae_reg"] = torch.stack(list(terms.values())).sum()
+    return terms
+
+
+class LPIPSLoss(nn.Module):
+    """LPIPS with a VGG-16 trunk (Zhang et al. 2018, arXiv 1801.03924), through the `lpips` package; frozen.
+
+    Args:
+        lpips_range: "corrected" feeds images as they are, in [-1, 1]. "official" repeats the released
+            training run, which rescales them once more, as if they were in [0, 1], so that LPIPS sees [-3, 1]
+            (D1).
+        pretrained_trunk: False leaves the VGG trunk at random weights, for offline tests; the metric then has
+            no meaning.
+    """
+
+    def __init__(self, lpips_range: str = "corrected", pretrained_trunk: bool = True):
+        super().__init__()
+        if lpips_range not in ("corrected", "official"):
+            raise ValueError(f"unknown lpips_range {lpips_range!r}: choose corrected or official")
+        import lpips  # heavy: only who trains with LPIPS pays for it
+
+        self.lpips_range = lpips_range
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=UserWarning, module="torchvision")
+            self.net = lpips.LPIPS(net="vgg", pnet_rand=not pretrained_trunk, verbose=False)
+        self.net.eval().requires_grad_(False)
+
+    def train(self, mode: bool = True) -> "LPIPSLoss":
+        """Stays in eval mode: the `lpips` package puts dropout before its linear layers."""
+        return super().train(False)
+
+    def forward(self, x: Tensor, x_hat: Tensor) -> Tensor:
+        """Distances (B,) of images (B, 3, H, W) in [-1, 1]."""
+        if self.lpips_range == "official":
+            x, x_hat = 2 * x - 1, 2 * x_hat - 1
+        return self.net(x, x_hat).flatten()
+
+
+class TinyPerceptualLoss(nn.Module):
+    """The embedded scale's stand-in for LPIPS: distance between features of a small convolutional network;
+    frozen.
+
+    The network (data_small/perceptual.safetensors) learnt to tell by how many quarter turns an image was
+    rotated, so it has never seen a label. As in LPIPS, the features of each stage are normalised to unit
+    length at every position; their squared distances are summed over channels and averaged over positions and
+    stages.
+    """
+
+    def __init__(self):
+        super().__init__()
+        widths, strides = (3, 24, 48, 64), (1, 2, 2)
+        self.stages = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(widths[i], widths[i + 1], 3, strides[i], 1), nn.ReLU()) for i in range(3)
+        )
+        self.head = nn.Linear(widths[-1], 4)
+
+    @classmethod
+    def pretrained(cls) -> "TinyPerceptualLoss":
+        """The network that ships with the project, frozen."""
+        return load_weights(data_small_dir() / "perceptual.safetensors", cls()).requires_grad_(False)
+
+    def features(self, x: Tensor) -> list[Tensor]:
+        """Features after each stage, full, half and quarter resolution."""
+        features = []
+        for stage in self.stages:
+            x = stage(x)
+            features.append(x)
+        return features
+
+    def rotation_logits(self, x: Tensor) -> Tensor:
+        """The task the network was trained on: logits (B, 4) of the number of quarter turns."""
+        return self.head(self.features(x)[-1].mean((2, 3)))
+
+    def forward(self, x: Tensor, x_hat: Tensor) -> Tensor:
+        """Distances (B,) of images (B, 3, 32, 32) in [-1, 1]."""
+        features = self.features(torch.cat([x, x_hat]))
+        distances = []
+        for stage in features:
+            real, fake = F.normalize(stage, dim=1, eps=1e-4).chunk(2)
+            distances.append((real - fake).square().sum(1).mean((1, 2)))
+        return torch.stack(distances).mean(0)

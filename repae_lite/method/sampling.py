@@ -1,0 +1,187 @@
+"""Turning noise into latents by following the learnt velocity from t = 1 to t = 0.
+
+Deterministic samplers solve the probability-flow ODE dz = v dt; the stochastic one solves the reverse SDE
+with diffusion 2t (SiT, arXiv 2401.08740, section 2; official REPA-E samplers). Taught in
+`notebooks/02_latent_diffusion.ipynb`. The state is kept in float64, the network runs in its own dtype. What
+comes back is normalised: `sit.denormalize(sample)` is what the VAE decodes.
+"""
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from repae_lite.method.interpolant import Path, get_path, score_from_velocity
+from repae_lite.networks.sit import SiT, check_label_count
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Classifier-free guidance inside a time interval (Kynkäänniemi et al. 2024, arXiv 2404.07724).
+
+    Attributes:
+        scale: 1 is off; s means unconditional + s * (conditional - unconditional).
+        low, high: guidance acts where low <= t <= high.
+    """
+
+    scale: float = 1.0
+    low: float = 0.0
+    high: float = 1.0
+
+    def __post_init__(self):
+        if not self.scale >= 1:
+            raise ValueError(
+                f"guidance scale {self.scale} is below 1: use 1 for none, more for stronger guidance"
+            )
+        if not 0 <= self.low <= self.high <= 1:
+            raise ValueError(
+                f"guidance interval [{self.low}, {self.high}] is not inside [0, 1] in order: set 0 <= low <= "
+                "high <= 1"
+            )
+
+    def active(self, t: float) -> bool:
+        """Whether guidance acts at time t."""
+        return self.scale > 1 and self.low <= t <= self.high
+
+
+@torch.no_grad()
+def sample_ode(
+    sit: SiT,
+    eps: Tensor,
+    labels: Tensor,
+    *,
+    steps: int = 50,
+    solver: str = "euler",
+    guidance: Guidance | None = None,
+    path: str | Path = "linear",
+) -> Tensor:
+    """Solves the probability-flow ODE from noise to latents on evenly spaced times.
+
+    Args:
+        sit: velocity model; put it in eval mode.
+        eps: initial noise (B, C, h, w).
+        labels: classes (B,).
+        steps: solver steps; Heun evaluates the model twice in each but the last.
+        solver: "euler" or "heun".
+        guidance: off when None. Heun decides by the time at which a step starts, for both of its evaluations.
+        path: the path the model was trained on; the ODE itself does not need it, so it is only checked.
+
+    Returns:
+        Normalised latents (B, C, h, w), float64.
+
+    Raises:
+        ValueError: unknown solver or path, fewer than one step, or labels out of range.
+    """
+    if solver not in ("euler", "heun"):
+        raise ValueError(f"unknown solver {solver!r}: choose euler or heun")
+    get_path(path)
+    _check(sit, eps, labels, steps, minimum=1)
+    guidance = guidance or Guidance()
+    times = torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()
+    z_t = eps.double()
+    for i, (t, t_next) in enumerate(itertools.pairwise(times)):
+        guided = guidance.active(t)
+        d = _guided(_velocities(sit, z_t, t, labels, guided), guidance.scale)
+        z_next = z_t + (t_next - t) * d
+        if solver == "heun" and i < steps - 1:
+            d_next = _guided(_velocities(sit, z_next, t_next, labels, guided), guidance.scale)
+            z_next = z_t + (t_next - t) * 0.5 * (d + d_next)
+        z_t = z_next
+    return z_t
+
+
+@torch.no_grad()
+def sample_sde(
+    sit: SiT,
+    eps: Tensor,
+    labels: Tensor,
+    *,
+    steps: int = 250,
+    guidance: Guidance | None = None,
+    path: str | Path = "linear",
+    noise: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    last_time: float = 0.04,
+) -> Tensor:
+    """Solves the reverse SDE by Euler-Maruyama: steps - 1 noisy steps from t = 1 to `last_time`, then one
+    without noise to 0.
+
+    The drift is v - t * score, the diffusion 2t. Guidance mixes conditional and unconditional *drifts*.
+
+    Args:
+        sit: velocity model; put it in eval mode.
+        eps: initial noise (B, C, h, w).
+        labels: classes (B,).
+        steps: model evaluations, the last one included; at least 2.
+        guidance: off when None.
+        path: the path the model was trained on; it turns velocities into scores.
+        noise: the steps' noise (steps - 1, B, C, h, w), float64 for full agreement; drawn when None.
+        generator: where it is drawn from, in float64; the global one when None.
+        last_time: where the noise-free last step starts.
+
+    Returns:
+        Normalised latents (B, C, h, w), float64.
+
+    Raises:
+        ValueError: unknown path, fewer than two steps, or labels out of range.
+    """
+    path = get_path(path)
+    _check(sit, eps, labels, steps, minimum=2)
+    if not 0 < last_time < 1:
+        raise ValueError(
+            f"last_time {last_time} is not between 0 and 1: the score is undefined at 0, use the default 0.04"
+        )
+    if noise is not None and noise.shape != (steps - 1, *eps.shape):
+        raise ValueError(
+            f"step noise has shape {tuple(noise.shape)}: {steps} steps need {(steps - 1, *eps.shape)}"
+        )
+    guidance = guidance or Guidance()
+    times = [*torch.linspace(1, last_time, steps, dtype=torch.float64).tolist(), 0.0]
+    z_t = eps.double()
+    for i, (t, t_next) in enumerate(itertools.pairwise(times)):
+        d = _guided(
+            [
+                v
+                - t
+                * score_from_velocity(
+                    v, z_t, torch.full((len(z_t),), t, dtype=torch.float64, device=z_t.device), path
+                )
+                for v in _velocities(sit, z_t, t, labels, guidance.active(t))
+            ],
+            guidance.scale,
+        )
+        mean = z_t + (t_next - t) * d
+        if t_next > 0:
+            if noise is None:
+                draw = torch.randn(z_t.shape, dtype=torch.float64, device=z_t.device, generator=generator)
+            else:
+                draw = noise[i].to(z_t)
+            mean = mean + (2 * t * (t - t_next)) ** 0.5 * draw
+        z_t = mean
+    return z_t
+
+
+def _check(sit: SiT, eps: Tensor, labels: Tensor, steps: int, minimum: int) -> None:
+    check_label_count(labels, eps.shape[0], "sample")
+    if steps < minimum:
+        raise ValueError(f"{steps} sampling steps are too few: use at least {minimum}")
+    sit.check_labels(labels)
+
+
+def _velocities(sit: SiT, z_t: Tensor, t: float, labels: Tensor, guided: bool) -> list[Tensor]:
+    """Float64 velocities [conditional], or [conditional, unconditional] from one doubled batch when guided."""
+    if guided:
+        z_t, labels = torch.cat([z_t, z_t]), torch.cat([labels, torch.full_like(labels, sit.null_class)])
+    times = torch.full(
+        (len(z_t),), t, device=z_t.device, dtype=torch.promote_types(sit.pos_embed.dtype, torch.float32)
+    )
+    v = sit(z_t.to(sit.pos_embed.dtype), times, labels).double()
+    return list(v.chunk(2)) if guided else [v]
+
+
+def _guided(directions: list[Tensor], scale: float) -> Tensor:
+    if len(directions) == 1:
+        return directions[0]
+    conditional, unconditional = directions
+    return unconditional + scale * (conditional - unconditional)

@@ -1,0 +1,1 @@
+"""Architectures, and nothing but: VAE, SiT, discriminator, vision encoders."""

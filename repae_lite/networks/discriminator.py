@@ -1,0 +1,49 @@
+"""PatchGAN discriminator: judges overlapping image patches instead of whole images.
+
+Isola et al. 2017 (arXiv 1611.07004); REPA-E uses it, as the VAEs of latent diffusion do, for the adversarial
+term of the VAE's loss. Taught in `notebooks/01_vae.ipynb`. State dicts are compatible with the released
+discriminators.
+"""
+
+from torch import Tensor, nn
+
+from repae_lite.networks.layers import BatchNorm2d
+
+
+class PatchDiscriminator(nn.Module):
+    """Strided 4x4 convolutions with BatchNorm; every output logit sees a 70x70 patch (for three layers).
+
+    Args:
+        in_channels: image channels.
+        width: channels after the first convolution; doubled by each following layer, at most 8-fold.
+        layers: number of stride-2 convolutions.
+    """
+
+    def __init__(self, in_channels: int = 3, width: int = 64, layers: int = 3):
+        super().__init__()
+        widths = [width * min(2**i, 8) for i in range(layers + 1)]
+        blocks: list[nn.Module] = [
+            nn.Conv2d(in_channels, widths[0], 4, 2, 1),
+            nn.LeakyReLU(0.2, inplace=True),
+        ]
+        for i in range(1, layers + 1):
+            stride = 2 if i < layers else 1
+            blocks += [
+                nn.Conv2d(widths[i - 1], widths[i], 4, stride, 1, bias=False),
+                BatchNorm2d(widths[i]),
+                nn.LeakyReLU(0.2, inplace=True),
+            ]
+        self.main = nn.Sequential(*blocks, nn.Conv2d(widths[-1], 1, 4, 1, 1))
+        self.apply(self._initialise)
+
+    @staticmethod
+    def _initialise(module: nn.Module) -> None:
+        if isinstance(module, nn.Conv2d):
+            nn.init.normal_(module.weight, 0.0, 0.02)
+        elif isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.weight, 1.0, 0.02)
+            nn.init.zeros_(module.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] to one logit per patch (B, 1, h, w); high means "looks real"."""
+        return self.main(x)

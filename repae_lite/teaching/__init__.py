@@ -1,0 +1,1 @@
+"""What notebooks need: the embedded scale, figures, the method's map, explorers."""

@@ -1,0 +1,486 @@
+"""Every plot of the project: one style, one colour per method; functions return a Figure and show nothing.
+
+Pictures of PAPER.md's "The method in one step" and of every notebook's results; taught in notebooks/00_map.
+"""
+
+import functools
+import html
+import io
+import math
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+
+import matplotlib
+import matplotlib.figure
+import numpy as np
+import torch
+from matplotlib.lines import Line2D
+from matplotlib.patches import Circle, Polygon, Rectangle
+from PIL import Image, ImageChops
+from scipy.special import stdtrit
+
+# Okabe-Ito colours: told apart with every common kind of colour blindness.
+METHOD_COLORS = {
+    "sit": "#7A7A7A",
+    "repa": "#0072B2",
+    "vae-only": "#E69F00",
+    "repa-e": "#009E73",
+    "naive": "#D55E00",
+}
+METHOD_LABELS = {
+    "sit": "plain SiT",
+    "repa": "REPA, frozen VAE",
+    "vae-only": "VAE-only control",
+    "repa-e": "REPA-E",
+    "naive": "naive end-to-end",
+}
+_OTHER_COLORS = ("#CC79A7", "#56B4E9", "#000000", "#8C6D1F", "#5B3A8E")
+GREY = "#666666"
+_STYLE = {
+    "figure.dpi": 100,
+    "figure.facecolor": "white",
+    "savefig.dpi": 200,
+    "font.size": 11,
+    "axes.titlesize": 12,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#E6E6E6",
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "image.interpolation": "nearest",
+}
+Series = Mapping[str, tuple[Sequence[float], Sequence[float] | Sequence[Sequence[float]]]]
+
+
+class Figure(matplotlib.figure.Figure):
+    """A matplotlib Figure outside pyplot that a notebook shows when it is a cell's last value, once."""
+
+    def _repr_png_(self) -> bytes:
+        drawn, buffer = io.BytesIO(), io.BytesIO()
+        self.savefig(drawn, format="png", dpi=self.dpi, bbox_inches="tight", pad_inches=0.08)
+        picture = Image.open(drawn).convert("RGB")
+        if picture.getcolors(
+            4096
+        ):  # lines and text take a third of the space with a palette, which is as good as exact
+            palette = picture.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+            off = ImageChops.difference(picture, palette.convert("RGB")).getextrema()
+            picture = palette if max(most for _, most in off) <= 4 else picture
+        picture.save(buffer, "PNG", optimize=True)
+        return buffer.getvalue()
+
+
+class Html(str):
+    """A string of HTML that a notebook renders."""
+
+    def _repr_html_(self) -> str:
+        return str(self)
+
+
+def style() -> AbstractContextManager:
+    """The project's matplotlib settings, for a plot that is not here: `with figures.style(): ...`."""
+    return matplotlib.rc_context(_STYLE)
+
+
+def styled(plot: Callable[..., Figure]) -> Callable[..., Figure]:
+    @functools.wraps(plot)
+    def wrapped(*args, **kwargs):
+        with style():
+            return plot(*args, **kwargs)
+
+    return wrapped
+
+
+def _looks(names: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Colour and label per name: a method's own, otherwise the spare colours in order and the name itself."""
+    others = [name for name in names if name not in METHOD_COLORS]
+    if len(others) > len(_OTHER_COLORS):
+        raise ValueError(f"{len(others)} series are no method, {len(_OTHER_COLORS)} may be: split the plot.")
+    spare = dict(zip(others, _OTHER_COLORS, strict=False))
+    return {name: (METHOD_COLORS.get(name) or spare[name], METHOD_LABELS.get(name, name)) for name in names}
+
+
+# ---- images --------------------------------------------------------------------------------------
+
+
+@styled
+def image_grid(
+    images, *, columns: int = 8, captions: Sequence[str] = (), title: str = "", scale: int | None = None
+) -> Figure:
+    """Images in reading order, enlarged by whole pixels.
+
+    Args:
+        images: (B, 3 or 1, H, W), uint8 or float in [-1, 1] (clipped: decoders overshoot).
+        columns: Images per row.
+        captions: One short text per image, drawn above it; or none.
+        title: The finding.
+        scale: Screen pixels per image pixel; None: the largest that stays within 960 pixels, at most 6.
+    """
+    tiles = _tiles(images, "images")
+    if captions and len(captions) != len(tiles):
+        raise ValueError(f"image_grid got {len(tiles)} images, {len(captions)} captions: one each, or none.")
+    starts = range(0, len(tiles), columns)
+    rows = [tiles[i : i + columns] for i in starts]
+    texts = [captions[i : i + columns] for i in starts]
+    return _draw_tiles(rows, [""] * len(rows), texts, title, scale)
+
+
+@styled
+def image_rows(images: Mapping[str, torch.Tensor], *, title: str = "", scale: int | None = None) -> Figure:
+    """One labelled row per entry ("input", a method's key, ...); arguments as in `image_grid`."""
+    rows = [_tiles(batch, name) for name, batch in images.items()]
+    labels = [METHOD_LABELS.get(name, name) for name in images]
+    return _draw_tiles(rows, labels, [()] * len(rows), title, scale)
+
+
+def _tiles(images, name: str) -> np.ndarray:
+    images = torch.as_tensor(images).detach().cpu()
+    if images.ndim != 4 or images.shape[1] not in (1, 3) or len(images) == 0:
+        raise ValueError(f"{name}: pictures must be (B, 3, H, W) or (B, 1, H, W), got {tuple(images.shape)}.")
+    if images.dtype != torch.uint8:
+        images = ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()  # (B, H, W, 3)
+
+
+def _draw_tiles(rows, labels, captions, title, scale) -> Figure:
+    base = max(row.shape[1] for row in rows)
+    columns = max(len(row) for row in rows)
+    margin = 8 + 7 * max(len(label) for label in labels) if any(labels) else 0
+    scale = scale or max(1, min(6, (960 - margin) // (base * columns + columns)))
+    side, gap = base * scale, max(3, scale)
+    text = 20 if any(captions) else 0
+    width, top = margin + columns * (side + gap) - gap, 30 if title else 0
+    height = top + len(rows) * (side + gap + text) - gap
+    canvas = np.full((height, width, 3), 255, np.uint8)
+    fig = Figure(figsize=(width / 100, height / 100))
+    ax = fig.add_axes((0, 0, 1, 1))
+    for r, row in enumerate(rows):
+        y = top + r * (side + gap + text) + text
+        nearest = np.arange(side) * row.shape[1] // side  # every tile to one size
+        for c, tile in enumerate(row):
+            x = margin + c * (side + gap)
+            canvas[y : y + side, x : x + side] = tile[nearest][:, nearest]
+            if captions[r]:
+                ax.text(x + side / 2, y - 3, captions[r][c], ha="center", va="bottom", fontsize=9)
+        ax.text(margin - 8, y + side / 2, labels[r], ha="right", va="center", fontsize=10)
+    ax.imshow(canvas, interpolation="nearest", aspect="auto", extent=(0, width, height, 0))
+    ax.text(0, 4, title, ha="left", va="top", fontsize=12, fontweight="bold")
+    ax.set_axis_off()
+    return fig
+
+
+@styled
+def latent_rgb(
+    z_by_method: Mapping[str, torch.Tensor], images=None, *, joint=False, title: str = "", count: int = 8
+) -> Figure:
+    """Latents as colours: their first three principal components, one row per method, below the images.
+
+    Args:
+        z_by_method: Latents (B, C, h, w) of the same images.
+        images: Their inputs (B, 3, H, W), or None.
+        joint: One PCA for all methods (equal C; colours then compare between rows); otherwise one each.
+        title: The finding.
+        count: Images shown.
+    """
+    groups = [list(z_by_method)] if joint else [[name] for name in z_by_method]
+    rows = {} if images is None else {"input": images[:count]}
+    for group in groups:
+        widths = {z_by_method[name].shape[1] for name in group}
+        if len(widths) > 1:
+            raise ValueError(f"A joint PCA needs equal channels, got {sorted(widths)}: use joint=False.")
+        latents = {name: z_by_method[name].detach().double().cpu().movedim(1, -1) for name in group}
+        flat = torch.cat([z.flatten(0, -2) for z in latents.values()])  # (positions, C)
+        mean = flat.mean(dim=0)
+        basis = torch.linalg.eigh((flat - mean).T @ (flat - mean)).eigenvectors.flip(1)[:, :3]  # (C, <= 3)
+        basis = basis * basis.gather(0, basis.abs().argmax(dim=0, keepdim=True)).sign()  # no arbitrary signs
+        colours = (flat - mean) @ basis
+        low, high = colours.quantile(0.02, dim=0), colours.quantile(0.98, dim=0)
+        for name, z in latents.items():
+            rgb = 2 * ((z[:count] - mean) @ basis - low) / (high - low).clamp(min=1e-12) - 1
+            rows[name] = torch.nn.functional.pad(rgb, (0, 3 - rgb.shape[-1])).movedim(-1, 1)
+    return image_rows(rows, title=title)
+
+
+# ---- numbers -------------------------------------------------------------------------------------
+
+
+def curves(
+    series: Series, *, title: str = "", xlabel: str = "step", ylabel: str = "", log=False, smooth: int = 1
+) -> Figure:
+    """One quantity over steps.
+
+    Args:
+        series: {method: (steps (T,), values (T,) or (seeds, T))}; seeds are thin lines under their mean.
+        title: The finding.
+        xlabel: Name and unit.
+        ylabel: Name and unit.
+        log: Logarithmic value axis.
+        smooth: Width in points of a centred moving average, at the ends over what there is.
+    """
+    return curve_panels({title: series}, xlabel=xlabel, ylabels=[ylabel], log=log, smooth=smooth)
+
+
+@styled
+def curve_panels(
+    panels: Mapping[str, Series],
+    *,
+    title: str = "",
+    xlabel: str = "step",
+    ylabels: Sequence[str] = (),
+    log: bool | Sequence[bool] = False,
+    smooth: int = 1,
+) -> Figure:
+    """Several quantities side by side, {panel title: series}, with one legend; arguments as in `curves`."""
+    count = len(panels)
+    logs = [log] * count if isinstance(log, bool) else list(log)
+    names = list(dict.fromkeys(name for series in panels.values() for name in series))
+    looks = _looks(names)
+    fig = Figure(figsize=(6.6 if count == 1 else 9, 3.8 if count < 3 else 3.4), layout="constrained")
+    axes = fig.subplots(1, count, squeeze=False)[0]
+    for i, (ax, (heading, series)) in enumerate(zip(axes, panels.items(), strict=True)):
+        for name, (steps, values) in series.items():
+            steps, values = np.asarray(steps, float), np.atleast_2d(np.asarray(values, float))  # (seeds, T)
+            if values.shape[1] != len(steps):
+                raise ValueError(f"{name}: {len(steps)} steps, values {values.shape}, not (seeds, T).")
+            color, mean = looks[name][0], values.mean(axis=0)
+            if len(values) > 1:
+                ax.plot(steps, _moving_average(values, smooth).T, color=color, lw=0.8, alpha=0.35)
+            elif smooth > 1:
+                ax.plot(steps, mean, color=color, lw=0.8, alpha=0.3)
+            ax.plot(steps, _moving_average(mean[None], smooth)[0], color=color, lw=2, label=looks[name][1])
+        ax.set(title=heading, xlabel=xlabel, yscale="log" if logs[i] else "linear")
+        ax.set_ylabel(ylabels[i] if ylabels else "")
+    _legend(fig, looks, title)
+    return fig
+
+
+def _moving_average(values: np.ndarray, width: int) -> np.ndarray:
+    kernel = np.ones(min(width, values.shape[1]))
+    weight = np.convolve(np.ones(values.shape[1]), kernel, "same")
+    return np.stack([np.convolve(row, kernel, "same") / weight for row in values])
+
+
+def _legend(fig: Figure, looks: Mapping[str, tuple[str, str]], title: str) -> None:
+    """One legend below all panels, in the order of the data."""
+    handles = [Line2D([], [], color=color, lw=2.5, label=label) for color, label in looks.values()]
+    columns = 5 if fig.get_figwidth() > 8 else 3
+    fig.legend(handles=handles, loc="outside lower center", ncols=columns, handlelength=1.4)
+    if title:
+        fig.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")
+
+
+@styled
+def dots_with_spread(
+    values: Mapping[str, Sequence[float]],
+    *,
+    title: str = "",
+    ylabel: str = "",
+    lower_is_better: bool = True,
+    band: tuple[float, float, str] | None = None,
+) -> Figure:
+    """Every seed a dot, the mean a bar, its 95 % confidence interval (Student's t) a whisker.
+
+    The axis starts at 0; where the data would then huddle far from it, it is cut and says so.
+
+    Args:
+        values: {method: one value per seed}.
+        title: The finding.
+        ylabel: Name and unit.
+        lower_is_better: Said at the axis.
+        band: (low, high, what it is): a grey reference band.
+    """
+    looks = _looks(list(values))
+    fig = Figure(figsize=(max(5.5, 1.5 + 1.35 * len(values)), 4), layout="constrained")
+    ax = fig.subplots()
+    extremes = list(band[:2]) if band else []
+    for i, (name, seeds) in enumerate(values.items()):
+        seeds = np.asarray(seeds, float)
+        if seeds.ndim != 1 or not len(seeds) or not np.isfinite(seeds).all():
+            raise ValueError(f"{name}: needs one finite value per seed, got {seeds.tolist()}.")
+        color, mean, half = looks[name][0], seeds.mean(), 0.0
+        if len(seeds) > 1:
+            half = stdtrit(len(seeds) - 1, 0.975) * seeds.std(ddof=1) / math.sqrt(len(seeds))
+            ax.errorbar(i + 0.22, mean, half, color=color, lw=1.6, capsize=4)
+        xs = i + (np.linspace(-0.14, 0.14, len(seeds)) if len(seeds) > 1 else np.zeros(1))
+        ax.plot(xs, seeds, "o", color=color, ms=6.5, alpha=0.8, mec="white", mew=0.8, zorder=4)
+        ax.plot([i - 0.24, i + 0.3], [mean, mean], color=color, lw=2.6, solid_capstyle="butt")
+        box = {
+            "boxstyle": "square,pad=0.1",
+            "fc": "white",
+            "ec": "none",
+        }  # else the line at zero strikes small numbers through
+        ax.annotate(
+            f"{mean:.3g}",
+            (i + 0.33, mean),
+            color=color,
+            va="center",
+            fontsize=10,
+            fontweight="bold",
+            bbox=box,
+        )
+        extremes += [mean - half, mean + half, *seeds]
+    low, high = min(extremes), max(extremes)
+    if band:
+        ax.axhspan(band[0], band[1], color="#DDDDDD", zorder=0)
+        _note(ax, band[2], 0.99, band[1], above=True)
+    pad = 0.12 * (high - low or abs(high) or 1)
+    if low >= 0 and low > 0.55 * high:
+        ax.set_ylim(low - pad, high + pad)
+        ax.spines["left"].set_bounds(low - pad * 0.6, high + pad)
+        for y in (0.012, 0.032):
+            ax.plot([-0.012, 0.012], [y, y + 0.018], "k", transform=ax.transAxes, lw=1, clip_on=False)
+        ax.text(0.025, 0.012, "axis cut, not from 0", transform=ax.transAxes, fontsize=9, color=GREY)
+    elif low >= 0 or high <= 0:
+        ax.set_ylim(min(0, 1.08 * low), max(0, 1.08 * high))
+    else:
+        ax.axhline(0, color="black", lw=0.8)
+    ax.set(title=title, xlim=(-0.5, len(values) - 0.2))
+    ax.set_ylabel(f"{ylabel}\n({'lower' if lower_is_better else 'higher'} is better)")
+    names = [f"{_wrapped(looks[name][1])}\nn = {len(seeds)}" for name, seeds in values.items()]
+    ax.set_xticks(range(len(names)), names)
+    ax.grid(axis="x", visible=False)
+    ax.tick_params(axis="x", length=0)
+    return fig
+
+
+def _wrapped(label: str) -> str:
+    """A label in lines of about 14 characters, broken after its commas and between words."""
+    return "\n".join(
+        line for part in label.replace(", ", ",\n").splitlines() for line in textwrap.wrap(part, 14)
+    )
+
+
+def _note(ax, text: str, x: float, y: float, *, above: bool) -> None:
+    """Small grey text at x (axes fraction), just above or below the value y."""
+    place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
+    shift, side = (0, 3 if above else -12), "right" if x > 0.5 else "left"
+    ax.annotate(text, (x, y), xytext=shift, ha=side, fontsize=9, color=GREY, **place)
+
+
+@styled
+def spectrum(z_by_method: Mapping[str, torch.Tensor], *, title: str = "") -> Figure:
+    """Radial power spectrum of latents (B, C, h, w), each channel divided by its mean power without DC.
+
+    Scale is thus taken out and white noise is flat at 1. Shaded: above half Nyquist, what
+    `metrics.latent_structure` counts as `high_frequency_share`.
+    """
+    looks = _looks(list(z_by_method))
+    fig = Figure(figsize=(6.6, 3.9), layout="constrained")
+    ax = fig.subplots()
+    for name, z in z_by_method.items():
+        power = torch.fft.fft2(z.detach().double().cpu()).abs().square().mean(dim=0)  # (C, h, w)
+        f_y, f_x = (torch.fft.fftfreq(size, dtype=torch.float64) for size in z.shape[-2:])
+        radius = 2 * torch.hypot(f_y[:, None], f_x[None, :])  # 1 at Nyquist
+        power = (power / power[:, radius > 0].mean(dim=1)[:, None, None]).mean(dim=0)
+        rings = (radius * min(z.shape[-2:]) / 2).round()
+        inside = [rings == ring for ring in range(1, int(rings.max()) + 1) if (rings == ring).any()]
+        xs, ys = [radius[r].mean() for r in inside], [power[r].mean() for r in inside]
+        ax.plot(xs, ys, "o-", color=looks[name][0], lw=2, ms=5, mec="white")
+    ax.axhline(1, color=GREY, lw=1, ls="--")
+    _note(ax, "white noise", 0.01, 1, above=False)
+    ax.axvspan(0.5, math.sqrt(2), color="#F0F0F0", zorder=0)
+    corner = {"transform": ax.transAxes, "ha": "right", "va": "top"}
+    ax.text(0.99, 0.97, "high frequencies", color=GREY, fontsize=9, **corner)
+    ax.set(title=title, xlabel="radial frequency (1 = Nyquist)", ylabel="relative power")
+    ax.set(yscale="log", xlim=(0, 1.42))
+    _legend(fig, looks, "")
+    return fig
+
+
+# ---- tables --------------------------------------------------------------------------------------
+
+_MARKS = {
+    "gradient": ("#009E73", "gradient"),
+    "zero": ("#767676", "exactly zero"),
+    "statistics": ("#E69F00", "running statistics move, no gradient"),
+}
+
+
+@styled
+def routing_table(
+    rows: Sequence[str], columns: Sequence[str], entries: Sequence[Sequence[str]], *, title: str = ""
+) -> Figure:
+    """Which loss reaches which parameters, as marks.
+
+    Args:
+        rows: Losses.
+        columns: Parameter groups.
+        entries: entries[row][column] in "gradient", "zero", "statistics", or "" for nothing to say.
+        title: The finding.
+    """
+    if len(entries) != len(rows) or any(len(row) != len(columns) for row in entries):
+        raise ValueError(f"routing_table: entries must be {len(rows)} rows of {len(columns)}, one per name.")
+    if unknown := {entry for row in entries for entry in row} - {*_MARKS, ""}:
+        raise ValueError(f"routing_table: unknown entries {sorted(unknown)}: use {list(_MARKS)} or ''.")
+    left = 0.25 + 0.085 * max(map(len, rows))
+    cell = min(1.35, (9.2 - left) / len(columns))
+    width, height = left + cell * len(columns), 0.5 * len(rows) + 1.6
+    fig = Figure(figsize=(width, height))
+    ax = fig.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0))
+    ax.set_axis_off()
+    ax.text(0.1, 0.25, title, fontsize=12, fontweight="bold", va="center")
+    for c, name in enumerate(columns):
+        head = name if "\n" in name else name.replace(" ", "\n", 1)
+        ax.text(left + cell * (c + 0.5), 0.78, head, ha="center", va="center", weight="bold", fontsize=8.5)
+    for r, (name, row) in enumerate(zip(rows, entries, strict=True)):
+        y = 1.3 + 0.5 * r
+        ax.add_patch(Rectangle((0, y - 0.25), width, 0.5, color="white" if r % 2 else "#F4F4F4", zorder=0))
+        ax.text(left - 0.12, y, name, ha="right", va="center")
+        for c, entry in enumerate(row):
+            _mark(ax, left + cell * (c + 0.5), y, entry)
+    y, x = height - 0.22, 0.25
+    for entry, (_, text) in _MARKS.items():
+        if any(entry in row for row in entries):
+            _mark(ax, x, y, entry)
+            ax.text(x + 0.2, y, text, va="center", fontsize=9, color=GREY)
+            x += 0.55 + 0.075 * len(text)
+    return fig
+
+
+def _mark(ax, x: float, y: float, entry: str) -> None:
+    color = _MARKS.get(entry, ("", ""))[0]
+    if entry == "gradient":
+        ax.add_patch(Circle((x, y), 0.12, color=color))
+    elif entry == "zero":
+        ax.add_patch(Circle((x, y), 0.12, fc="white", ec=color, lw=1.6))
+        ax.text(x, y, "0", ha="center", va="center_baseline", fontsize=9, fontweight="bold", color=color)
+    elif entry == "statistics":
+        ax.add_patch(Polygon([(x - 0.15, y), (x, y - 0.15), (x + 0.15, y), (x, y + 0.15)], color=color))
+
+
+def scoreboard(rows: Mapping[str, Mapping[str, object]], columns: Sequence[str] | Mapping[str, str]) -> Html:
+    """A small table as HTML; several seeds become "mean ± standard deviation (n)", one seed "x (1)".
+
+    Args:
+        rows: {method or any name: {column: a number, one number per seed, or text}}; absent: a dash.
+        columns: Column names, or {name: number format such as ".2f"}; without one, ".3g".
+    """
+    formats = dict(columns) if isinstance(columns, Mapping) else dict.fromkeys(columns, ".3g")
+
+    def td(text: str, side: str = "right", tag: str = "td") -> str:
+        look = f"text-align:{side};padding:4px 12px;border-bottom:1px solid #8884"
+        return f'<{tag} style="{look}">{text}</{tag}>'
+
+    lines = [td("", tag="th") + "".join(td(html.escape(column), tag="th") for column in formats)]
+    for name, cells in rows.items():
+        if unknown := set(cells) - set(formats):
+            raise ValueError(f"scoreboard: {name} has {sorted(unknown)}, the columns are {list(formats)}.")
+        swatch = f'<span style="color:{METHOD_COLORS[name]}">&#9632;</span> ' if name in METHOD_COLORS else ""
+        line = td(swatch + html.escape(METHOD_LABELS.get(name, name)), side="left")
+        line += "".join(td(html.escape(_cell(cells.get(c, "–"), form))) for c, form in formats.items())
+        lines.append(line)
+    body = "".join(f"<tr>{line}</tr>" for line in lines)
+    return Html(f'<table style="border-collapse:collapse">{body}</table>')
+
+
+def _cell(value: object, form: str) -> str:
+    if isinstance(value, str):
+        return value
+    if np.ndim(value) == 0:
+        return format(float(value), form)
+    seeds = np.asarray(value, float)
+    spread = f" ± {format(seeds.std(ddof=1), form)}" if len(seeds) > 1 else ""
+    return f"{format(seeds.mean(), form)}{spread} ({len(seeds)})"

@@ -1,0 +1,281 @@
+"""What a run is made of, from its options: data, encoders, networks, optimisers.
+
+Every check that can be made before the first step is made here. Taught in `notebooks/05_end_to_end.ipynb`, at
+small scale.
+"""
+
+import inspect
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from repae_lite.checkpoints.models import load_discriminator, load_latent_stats, load_vae
+from repae_lite.data.datasets import open_dataset
+from repae_lite.data.latents import CachedLatentsDataset
+from repae_lite.data.training_data import TrainingData
+from repae_lite.method.losses import LPIPSLoss, TinyPerceptualLoss, VAELossConfig
+from repae_lite.method.steps import StepConfig, TrainState, make_ema
+from repae_lite.networks.discriminator import PatchDiscriminator
+from repae_lite.networks.encoders import VisionEncoder, check_fits, load_encoders
+from repae_lite.networks.layers import set_gradient_checkpointing
+from repae_lite.networks.sit import SIT_PRESETS, SiT
+from repae_lite.networks.vae import VAE_PRESETS, AutoencoderKL
+from repae_lite.training.config import NONE, TrainConfig
+from repae_lite.training.option_files import read_loss_config
+from repae_lite.utils.files import data_small_dir
+from repae_lite.utils.pixels import to_unit_range
+
+# need a closure, sparse gradients, matrices alone, keep states of other shapes than the weights', or are none
+NOT_OFFERED = ("LBFGS", "SparseAdam", "Muon", "Adafactor", "Optimizer")
+
+
+def open_data(config: TrainConfig) -> TrainingData:
+    """The training data of a run.
+
+    Raises:
+        FileNotFoundError: nothing there. ValueError: see `repae_lite.open_dataset`; latents of another VAE;
+            too many classes.
+    """
+    folder = data_small_dir() / "train" if config.data_dir == "embedded" else Path(config.data_dir)
+    images = latents = None
+    if config.vae_latents_name:
+        latents = _open_latents(config, folder)
+    if not config.vae_latents_name or config.encoders:
+        images = open_dataset(folder, config.resolution)
+    data = TrainingData(images, latents)
+    if config.num_classes is not None and data.num_classes > config.num_classes:
+        raise ValueError(
+            f"the data has {data.num_classes} classes but --num-classes is {config.num_classes}: leave it out"
+        )
+    return data
+
+
+def _open_latents(config: TrainConfig, folder: Path) -> CachedLatentsDataset:
+    path = (folder.parent if folder.is_file() else folder) / f"{config.vae_latents_name}.h5"
+    latents = CachedLatentsDataset(path)
+    latents.check_vae(load_vae(config.vae_ckpt))
+    vae = VAE_PRESETS[config.vae]
+    side = config.resolution // vae.downsampling
+    expected = (2 * vae.latent_channels, side, side)
+    if latents.shape != expected:
+        raise ValueError(
+            f"the latents in {path} have shape {latents.shape} and not {expected}, which {config.vae} makes "
+            "of "
+            f"{config.resolution}-pixel images: cache them again, or choose --vae and --resolution as they "
+            "were"
+        )
+    return latents
+
+
+# ---------------------------------------------------------------- networks
+
+
+@dataclass
+class Parts:
+    """The state that trains, and what it learns from.
+
+    Attributes:
+        state: networks and optimisers; its mechanics are still the plain ones.
+        encoders: frozen; empty for a plain SiT.
+        rates: full learning rate by optimiser.
+    """
+
+    state: TrainState
+    encoders: list[VisionEncoder]
+    rates: dict[str, float]
+
+    def networks(self) -> dict[str, nn.Module]:
+        """What a checkpoint holds: all that changes."""
+        state = self.state
+        found = {"sit": state.sit, "ema": state.ema, "discriminator": state.discriminator}
+        if "vae" in state.optimizers:
+            found["vae"] = state.vae
+        return {name: module for name, module in found.items() if module is not None}
+
+
+def build(config: TrainConfig, num_classes: int, device: torch.device) -> Parts:
+    """Networks with their first weights, which follow from the seed, and optimisers.
+
+    Raises:
+        ValueError: sizes that do not fit together, weights of another architecture. FileNotFoundError:
+            weights that are not there.
+        ConnectionError: weights that are neither here nor to be had.
+    """
+    torch.manual_seed(config.seed)
+    vae, stats = _start_vae(config)
+    encoders = _encoders(config) if config.encoders else []
+    sit = ema = discriminator = None
+    if config.command != "vae":
+        sit = _new_sit(config, num_classes, vae, encoders)
+        if stats is not None:
+            sit.set_latent_stats(*stats)
+        ema = make_ema(sit).to(device)
+        sit.to(device)
+    steps = _step_config(config)
+    perceptual = None
+    if config.command == "ldm":
+        vae.requires_grad_(False)
+    else:
+        discriminator = _new_discriminator(config, steps.vae_loss)
+        perceptual = _perceptual(config) if steps.vae_loss.perceptual_weight else None
+    vae.to(device)
+    for module in (discriminator, perceptual, *encoders):
+        if module is not None:
+            module.to(device)
+    set_gradient_checkpointing(config.gradient_checkpointing, vae, *([sit] if sit else []))
+    trained = {
+        "sit": (sit, config.learning_rate),
+        "discriminator": (discriminator, config.disc_learning_rate),
+    }
+    if config.command != "ldm":
+        trained["vae"] = (vae, config.vae_learning_rate)
+    rates = {name: rate for name, (module, rate) in trained.items() if module is not None}
+    optimizers = {name: new_optimizer(config, trained[name][0], rate) for name, rate in rates.items()}
+    return Parts(TrainState(vae, sit, ema, optimizers, steps, discriminator, perceptual), encoders, rates)
+
+
+def _start_vae(config: TrainConfig) -> tuple[AutoencoderKL, tuple[Tensor, Tensor] | None]:
+    """The VAE to start from, and its latent statistics; those of a fresh one are unknown."""
+    preset = VAE_PRESETS[config.vae]
+    if config.resolution % preset.downsampling:
+        raise ValueError(
+            f"--resolution {config.resolution} is not a multiple of {preset.downsampling}, by which "
+            f"{config.vae} reduces"
+        )
+    if config.vae_ckpt == NONE:
+        return AutoencoderKL(preset), None
+    vae = load_vae(config.vae_ckpt).requires_grad_(True)
+    if vae.config != preset:
+        fitting = [name for name, other in VAE_PRESETS.items() if other == vae.config]
+        raise ValueError(
+            f"the VAE in {config.vae_ckpt} is no {config.vae} (it has {vae.config.latent_channels} latent "
+            "channels and reduces "
+            f"{vae.config.downsampling}x): {f'say --vae {fitting[0]}' if fitting else 'no --vae is like it'}"
+        )
+    return vae, load_latent_stats(config.vae_ckpt) if config.command != "vae" else None
+
+
+def _encoders(config: TrainConfig) -> list[VisionEncoder]:
+    weights = config.enc_weights.split(",")
+    return load_encoders(
+        config.encoders, config.resolution, weights=weights[0] if len(weights) == 1 else weights
+    )
+
+
+def _new_sit(config: TrainConfig, num_classes: int, vae: AutoencoderKL, encoders: list[VisionEncoder]) -> SiT:
+    if config.model not in SIT_PRESETS:
+        raise ValueError(f"unknown --model {config.model!r}: choose one of {', '.join(SIT_PRESETS)}")
+    check_fits(
+        encoders, downsampling=vae.config.downsampling, patch_size=SIT_PRESETS[config.model].patch_size
+    )
+    return SiT.from_preset(
+        config.model,
+        in_channels=vae.config.latent_channels,
+        input_size=config.resolution // vae.config.downsampling,
+        num_classes=config.num_classes or num_classes,
+        label_dropout=config.cfg_prob,
+        target_dims=tuple(encoder.embed_dim for encoder in encoders),
+        projector=config.projector,
+        bn_momentum=config.bn_momentum,
+        fixed_latent_stats=config.command == "ldm",  # the official run on a frozen VAE keeps them as well
+        train_pos_embed=config.train_pos_embed,
+        **({"alignment_depth": config.encoder_depth} if config.encoder_depth else {}),
+    )
+
+
+def _step_config(config: TrainConfig) -> StepConfig:
+    common = {"max_grad_norm": config.max_grad_norm, "ema_decay": config.ema_decay}
+    if config.command != "ldm":
+        common["vae_loss"] = VAELossConfig(**read_loss_config(config.loss_cfg_path))
+    if config.command != "vae":
+        common |= {"proj_coeff": config.proj_coeff, "path": config.path_type, "weighting": config.weighting}
+    repae = config.command == "repae"
+    return StepConfig(
+        vae_align_coeff=config.vae_align_proj_coeff if repae else 0.0,
+        vae_diffusion_coeff=config.vae_diffusion_coeff if repae else 0.0,
+        **common,
+    )
+
+
+def _new_discriminator(config: TrainConfig, loss: VAELossConfig) -> PatchDiscriminator | None:
+    given = config.disc_pretrained_ckpt
+    if not loss.gan_weight:
+        if given:
+            raise ValueError(
+                f"--disc-pretrained-ckpt {given} is of no use, since {config.loss_cfg_path} has no "
+                "adversarial loss: leave it out"
+            )
+        return None
+    return load_discriminator(given).train() if given else PatchDiscriminator()
+
+
+def _perceptual(config: TrainConfig) -> nn.Module:
+    if config.perceptual == "tiny":
+        return TinyPerceptualLoss.pretrained()
+    try:
+        return LPIPSLoss(config.lpips_range)
+    except OSError as error:
+        raise ConnectionError(
+            f"cannot download the VGG-16 network of LPIPS ({error}): connect once, take --perceptual tiny, "
+            "or a --loss-cfg-path with "
+            "perceptual_weight: 0"
+        ) from None
+
+
+# ---------------------------------------------------------------- optimisers
+
+
+def new_optimizer(config: TrainConfig, module: nn.Module, rate: float) -> torch.optim.Optimizer:
+    """An optimiser of torch.optim by name, over the parameters that train, fused on a GPU where it can be.
+
+    Raises:
+        ValueError: no such optimiser, or one that an option given means nothing to.
+    """
+    known = {
+        name.lower(): kind
+        for name, kind in vars(torch.optim).items()
+        if inspect.isclass(kind) and issubclass(kind, torch.optim.Optimizer) and name not in NOT_OFFERED
+    }
+    kind = known.get(config.optimizer.lower())
+    if kind is None:
+        raise ValueError(
+            f"unknown --optimizer {config.optimizer!r}: choose one of "
+            f"{', '.join(k.__name__ for k in known.values())}"
+        )
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    accepted = inspect.signature(kind).parameters
+    options = {"lr": rate, "weight_decay": config.adam_weight_decay}
+    if config.adam_weight_decay and "weight_decay" not in accepted:
+        raise ValueError(f"--adam-weight-decay means nothing to {kind.__name__}: leave it out")
+    if "betas" in accepted:
+        options |= {"betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_epsilon}
+    else:
+        defaults = TrainConfig(command=config.command)
+        for name in ("adam_beta1", "adam_beta2", "adam_epsilon"):
+            if getattr(config, name) != getattr(defaults, name):
+                raise ValueError(f"--{name.replace('_', '-')} means nothing to {kind.__name__}: leave it out")
+    if "fused" in accepted and parameters[0].is_cuda:
+        options["fused"] = True
+    return kind(parameters, **{name: value for name, value in options.items() if name in accepted})
+
+
+# ---------------------------------------------------------------- measures
+
+
+@torch.no_grad()
+def latent_stats(
+    vae: AutoencoderKL, data: TrainingData, device: torch.device, images: int = 512
+) -> tuple[Tensor, Tensor]:
+    """(scale = 1 / std, bias = mean), each (C,), of the latents of the data's first images, in the VAE's own
+    mode.
+    """
+    moments = []
+    for start in range(0, min(images, len(data)), 32):
+        batch = torch.stack([data[i]["image"] for i in range(start, min(start + 32, images, len(data)))])
+        posterior = vae.encode(to_unit_range(batch.to(device)))
+        second = (posterior.mean.square() + posterior.std.square()).mean((2, 3))
+        moments.append(torch.stack([posterior.mean.mean((2, 3)), second]))  # (2, B, C)
+    mean, second = torch.cat(moments, dim=1).double().mean(1)
+    return (second - mean.square()).rsqrt().float().cpu(), mean.float().cpu()

@@ -1,0 +1,271 @@
+"""What a run tells while it runs: metrics.jsonl, a tracker, a progress bar, and manifest.json, which says how
+it was made.
+
+Times and memory are in the manifest and the bar only: metrics.jsonl holds nothing that differs between two
+runs of one seed.
+"""
+
+import importlib.util
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from contextlib import nullcontext, suppress
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import accelerate
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from repae_lite import __version__
+from repae_lite.training.config import TrainConfig, values
+from repae_lite.training.run_folder import RunFolder
+from repae_lite.utils.files import atomic_path, write_text
+
+QUIET = 60  # seconds between two lines where there is no terminal
+SHOWN = ("sit_total", "sit_align", "vae_total", "reconstruction", "disc")  # losses on the bar
+
+
+def check_tracker(name: str) -> None:
+    """Refuses a tracker that is not there.
+
+    Raises:
+        ValueError: it is not installed, or too new for the installed accelerate.
+    """
+    if name == "none":
+        return
+    if not any(
+        importlib.util.find_spec(module)
+        for module in ([name, "tensorboardX"] if name == "tensorboard" else [name])
+    ):
+        raise ValueError(
+            f"--report-to {name} needs the package {name}: pip install {name}, or --report-to none"
+        )
+    if name not in accelerate.tracking.LOGGER_TYPE_TO_CLASS:
+        raise ValueError(
+            f"accelerate {accelerate.__version__} does not know {name}: pip install -U accelerate, or "
+            "--report-to none"
+        )
+
+
+class RunLog:
+    """Reports of one start of a run, from the first process; a context.
+
+    Args:
+        config: options. accelerator: processes and tracker. folder: where to write.
+        parameters: numbers that train, by network. precision: "no", "fp16" or "bf16".
+        first, last: finished steps at the start and at the end.
+
+    Attributes:
+        ended: why it ended, for the manifest.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        accelerator: Accelerator,
+        folder: RunFolder,
+        *,
+        parameters: dict[str, int],
+        precision: str,
+        first: int,
+        last: int,
+    ):
+        self.config, self.accelerator, self.folder = config, accelerator, folder
+        self.main, self.ended, self.step, self.last = accelerator.is_main_process, None, first, last
+        self.session = {"from_step": first, "started": datetime.now(UTC).isoformat(timespec="seconds")}
+        self.manifest = {
+            "config": values(config),
+            "versions": {"repae_lite": __version__, "python": platform.python_version()}
+            | {
+                name: version(name)
+                for name in ("torch", "torchvision", "numpy", "timm", "accelerate", "h5py")
+            },
+            "commit": commit(),
+            "hardware": hardware(accelerator),
+            "precision": precision,
+            "batch": {
+                "images_per_step": config.images_per_step,
+                "batch_size": config.batch_size,
+                "processes": accelerator.num_processes,
+                "images_per_process": config.images_per_step // accelerator.num_processes,
+            },
+            "parameters": parameters,
+        }
+        self.sessions: list[dict] = []
+        self.last_line = 0.0
+
+    def __enter__(self) -> "RunLog":
+        config, batch = self.config, self.manifest["batch"]
+        if config.report_to != "none":
+            plain = {
+                k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in values(config).items()
+            }
+            project = (
+                config.exp_name if config.report_to == "tensorboard" else "repae_lite"
+            )  # there it is the run's folder
+            self.accelerator.init_trackers(
+                project, plain, _tracker_options(config, self.accelerator.logging_dir, self.main)
+            )
+        self.start = time.perf_counter()
+        if self.main:
+            path = self.folder.path / "manifest.json"
+            if path.is_file():
+                self.sessions = json.loads(path.read_text(encoding="utf-8")).get("sessions", [])
+            self._write_manifest()
+            accumulated = f" × {config.gradient_accumulation_steps} accumulated" * (
+                config.gradient_accumulation_steps > 1
+            )
+            print(
+                f"{self.folder.path}: a step is {batch['images_per_step']} images (--batch-size "
+                f"{config.batch_size}{accumulated}), "
+                f"{batch['images_per_process']} on each of {batch['processes']} "
+                f"process{'es' * (batch['processes'] > 1)}; "
+                f"{self.accelerator.device}, "
+                f"precision {self.manifest['precision']}; step {self.step} of {self.last}",
+                file=sys.stderr,
+            )
+        self.bar = tqdm(
+            total=self.last,
+            initial=self.step,
+            desc=config.exp_name,
+            unit="step",
+            disable=None if self.main else True,
+        )
+        return self
+
+    def passed(self, step: int) -> None:
+        """A step was finished."""
+        self.bar.update(step - self.step)
+        self.step = step
+
+    def log(self, step: int, record: dict[str, float]) -> None:
+        """A step was finished, and this was measured."""
+        self.passed(step)
+        if self.main:
+            self.folder.log({"step": step, **record})
+        if self.config.report_to != "none":
+            self.accelerator.log(record, step=step)
+        shown = {name: f"{record[name]:.3f}" for name in SHOWN if name in record}
+        self.bar.set_postfix(shown, refresh=False)
+        now = time.perf_counter()
+        if self.main and self.bar.disable and (now - self.last_line > QUIET or step == self.last):
+            self.last_line = now
+            losses = ", ".join(f"{name} {value}" for name, value in shown.items())
+            print(
+                f"step {step} of {self.last}, {self._speed():.3g} steps/s, {losses}",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def back_to(self, step: int) -> None:
+        """The run was rolled back."""
+        self.step = self.bar.n = step
+        self.bar.refresh()
+
+    def checkpointed(self) -> None:
+        """Brings the manifest up to date."""
+        if self.main:
+            self._write_manifest()
+
+    def __exit__(self, kind, error, _) -> None:
+        self.bar.close()
+        if self.main:
+            self.ended = self.ended or (f"{kind.__name__}: {error}" if kind else "finished")
+            with (
+                suppress(OSError) if kind else nullcontext()
+            ):  # a full disk has been said already, and better
+                self._write_manifest()
+            if kind is None:
+                memory = self.session["peak_memory_gib"]
+                print(
+                    f"{self.folder.path}: {self.ended} at step {self.step}, peak memory {memory:.2f} GiB",
+                    file=sys.stderr,
+                )
+        if self.config.report_to != "none":
+            self.accelerator.end_training()
+
+    def _speed(self) -> float:
+        return max(0, self.step - self.session["from_step"]) / (time.perf_counter() - self.start)
+
+    def _write_manifest(self) -> None:
+        self.session |= {
+            "to_step": self.step,
+            "seconds": round(time.perf_counter() - self.start, 1),
+            "steps_per_second": round(self._speed(), 4),
+            "peak_memory_gib": round(peak_memory(self.accelerator.device), 3),
+            "ended": self.ended,
+        }
+        content = self.manifest | {"sessions": [*self.sessions, self.session]}
+        write_text(self.folder.path / "manifest.json", json.dumps(content, indent=2) + "\n")
+
+
+def _tracker_options(config: TrainConfig, folder: str, main: bool) -> dict:
+    if config.report_to == "tensorboard":  # reads the accelerator's logging_dir itself
+        return {}
+    options = {"name": config.exp_name}
+    if config.report_to == "wandb":
+        options["dir"] = folder
+        if main:
+            Path(folder).mkdir(parents=True, exist_ok=True)  # it would fall back to a temporary folder
+    return {config.report_to: options}
+
+
+def peak_memory(device: torch.device) -> float:
+    """GiB at the most so far: of the GPU, or of this process on a CPU (NaN where the system does not tell)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return float("nan")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def hardware(accelerator: Accelerator) -> dict:
+    """Devices of this process's machine, without its name."""
+    found = {
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu_cores": os.cpu_count(),
+        "device": str(accelerator.device),
+    }
+    if accelerator.device.type == "cuda":
+        properties = torch.cuda.get_device_properties(accelerator.device)
+        found |= {"gpu": properties.name, "gpu_memory_gib": round(properties.total_memory / 2**30, 1)}
+    return found | {"processes": accelerator.num_processes, "torch_threads": torch.get_num_threads()}
+
+
+def commit() -> str | None:
+    """The checkout's commit, "+" if it has changes; None outside of one."""
+    root = Path(__file__).resolve().parents[2]
+    try:
+        found = [
+            subprocess.run(
+                ["git", *command], cwd=root, capture_output=True, text=True, check=True, timeout=10
+            ).stdout.strip()
+            for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        ]
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found[0] + ("+" if found[1] else "")
+
+
+def save_grid(path: Path, images: Tensor) -> None:
+    """Writes images (N, 3, H, W) uint8 as one PNG, eight in a row."""
+    count, _, height, width = images.shape
+    columns = min(8, count)
+    rows = -(-count // columns)
+    canvas = torch.full((3, rows * height, columns * width), 255, dtype=torch.uint8)
+    for i, image in enumerate(images):
+        top, left = i // columns * height, i % columns * width
+        canvas[:, top : top + height, left : left + width] = image
+    with atomic_path(path) as partial:
+        Image.fromarray(canvas.permute(1, 2, 0).numpy()).save(partial, "PNG")

@@ -1,0 +1,580 @@
+"""The training loop: `repae train-repae`, `train-ldm` and `train-vae`, on one CPU core or many machines.
+
+The method is in `repae_lite.method.steps`; here is what keeps a long run alive. A run that is stopped, killed
+or resumed gives the numbers of one that was not, because nothing random depends on the past
+(`repae_lite.training.parallel`) and a checkpoint is whole or not there (`repae_lite.training.run_folder`).
+Taught in `notebooks/05_end_to_end.ipynb`: this is its loop, with a folder around it.
+"""
+
+import json
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration, broadcast_object_list
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from repae_lite.data.datasets import read_batches
+from repae_lite.data.latents import vae_fingerprint
+from repae_lite.method.losses import spatial_norm
+from repae_lite.method.sampling import sample_ode
+from repae_lite.method.steps import all_updates, sit_step, update_ema
+from repae_lite.training.build import build, latent_stats, open_data
+from repae_lite.training.config import TrainConfig, differences, values
+from repae_lite.training.divergence import Finding, Guard
+from repae_lite.training.parallel import ParallelMechanics, StepBatches, draw, share_of
+from repae_lite.training.run_folder import (
+    Checkpoint,
+    RunFolder,
+    fill,
+    fill_optimizer,
+    find_checkpoint,
+    newest,
+    read_checkpoint,
+)
+from repae_lite.training.run_log import RunLog, check_tracker, save_grid
+from repae_lite.utils.files import write_text
+from repae_lite.utils.locks import locked
+from repae_lite.utils.pixels import to_uint8, to_unit_range
+from repae_lite.utils.processes import any_process, mean_over_processes, same_everywhere
+from repae_lite.utils.seeding import generator
+
+ROLLBACKS = 3
+SAMPLE_STEPS = 25
+STOPPING = ("SIGTERM", "SIGUSR1", "SIGINT")
+HALTED = 3  # exit code of the collapse guard; others in repae_lite.training.config.EXIT_CODES
+
+
+def train(config: TrainConfig) -> None:
+    """Trains until the last step, a signal, or a collapse.
+
+    Raises:
+        ValueError, FileNotFoundError, OSError: an option, the data or the disk, in one sentence; nothing was
+            overwritten.
+        SystemExit: 143 or 130 after a signal, 3 when the collapse guard halted the run.
+    """
+    check_tracker(config.report_to)
+    trackers = {}
+    if config.report_to != "none":
+        places = ProjectConfiguration(
+            project_dir=config.output_dir, logging_dir=str(Path(config.output_dir) / config.logging_dir)
+        )
+        trackers = {"log_with": config.report_to, "project_config": places}
+    accelerator = Accelerator(mixed_precision="no", cpu=config.cpu, **trackers)
+    with ExitStack() as stack:
+        folder = RunFolder(config.folder)
+        source = refusal = None
+        if accelerator.is_main_process:
+            try:
+                stack.callback(_remove_if_unused, folder.path)
+                stack.enter_context(locked(folder.path / "lock"))
+                _check_new(config, folder)
+                folder.remove_leftovers()
+            except (ValueError, OSError) as error:
+                refusal = error
+        if broadcast_object_list([refusal is not None])[
+            0
+        ]:  # the first process says why, and none waits for it
+            raise refusal or SystemExit(2)
+        if config.resume_from:
+            source = find_checkpoint(config.resume_from, folder)
+        try:
+            Trainer(config, accelerator, folder).run(source)
+        except RuntimeError as error:  # raised wherever the process happens to be
+            if "DataLoader worker" not in str(error):
+                raise
+            raise OSError(
+                "a loader process died, perhaps for want of memory: go on with --resume latest, with fewer "
+                "--num-workers if need be"
+            ) from None
+
+
+def _remove_if_unused(path: Path) -> None:
+    """Removes a run's folder in which there is only its lock, as after a refusal."""
+    if path.is_dir() and [entry.name for entry in path.iterdir()] == ["lock"]:
+        shutil.rmtree(path)
+
+
+def _check_new(config: TrainConfig, folder: RunFolder) -> None:
+    """Refuses to start over in a folder that holds a run."""
+    if config.resume_from is None and (folder.checkpoints() or folder.metrics_path.exists()):
+        steps = f"up to step {max(folder.checkpoints())}" if folder.checkpoints() else "without a checkpoint"
+        raise ValueError(
+            f"{folder.path} already holds a run, {steps}: go on with --resume latest, or choose another "
+            "--exp-name"
+        )
+
+
+class Trainer:
+    """One run in one process.
+
+    Args:
+        config: its options.
+        accelerator: device, processes and trackers.
+        folder: where the first process writes.
+    """
+
+    def __init__(self, config: TrainConfig, accelerator: Accelerator, folder: RunFolder):
+        self.config, self.accelerator, self.folder = config, accelerator, folder
+        self.device, self.main = accelerator.device, accelerator.is_main_process
+        self.data = open_data(config)
+        self.share = share_of(config.images_per_step, accelerator.process_index, accelerator.num_processes)
+        cuts = config.gradient_accumulation_steps * config.micro_batches
+        if cuts > self.share.stop - self.share.start:
+            raise ValueError(
+                f"{self.share.stop - self.share.start} images per process cannot be cut into {cuts} parts: "
+                "lower --micro-batches"
+            )
+        per_epoch = self._batches(range(0)).per_epoch
+        self.last_step = (
+            min(config.max_train_steps, per_epoch * config.epochs)
+            if config.epochs
+            else config.max_train_steps
+        )
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
+        self.parts = build(config, self.data.num_classes, self.device)
+        self.state = self.parts.state
+        self.networks = self.parts.networks()
+        self.frozen_vae = vae_fingerprint(self.state.vae) if config.command == "ldm" else None
+        self.precision = _precision(config.mixed_precision, self.device)
+        self.mechanics = self.state.mechanics = ParallelMechanics(
+            self.device,
+            self.precision,
+            self.state.optimizers,
+            strict=config.on_divergence != "off",
+            micro_batches=cuts,
+            gradient_checkpointing=config.gradient_checkpointing,
+        )
+        self.guard = Guard(
+            patience=config.divergence_patience,
+            falls=config.divergence_falls,
+            variance=config.divergence_variance,
+        )
+        self.rollbacks = 0
+        if config.compile:
+            _compile(self.state, self.device)
+
+    # ---------------------------------------------------------------- the loop
+
+    def run(self, source) -> None:
+        """Trains from a checkpoint's path, or from the beginning for None."""
+        state, config = self.state, self.config
+        own = source is not None and source.resolve().parent == self.folder.checkpoints_path.resolve()
+        if source is not None:
+            self._resume(read_checkpoint(source), own=own)
+        same_everywhere(*self.networks.values())
+        if self.main:
+            self.folder.cut_metrics(state.step)
+            if not own or not (self.folder.path / "args.json").exists():
+                write_text(self.folder.path / "args.json", json.dumps(self._args(), indent=2) + "\n")
+        if config.on_divergence == "rollback" and state.step == 0:
+            self._save()
+        trained = {name: module for name, module in self.networks.items() if name in state.optimizers}
+        log = RunLog(
+            config,
+            self.accelerator,
+            self.folder,
+            parameters={
+                name: sum(p.numel() for p in m.parameters() if p.requires_grad) for name, m in trained.items()
+            },
+            precision=self.precision,
+            first=state.step,
+            last=self.last_step,
+        )
+        with _signals() as caught, log:
+            while state.step < self.last_step:
+                finding = self._steps(log, caught)
+                if finding:
+                    log.ended = finding.what
+                    self._diverged(finding)
+                    log.ended = None
+                    log.back_to(state.step)
+                elif self._stopped(caught):
+                    self._save()
+                    log.ended = f"stopped by {signal.Signals(caught[0]).name if caught else 'a signal to another process'}"
+                    raise SystemExit(130 if caught and caught[0] == signal.SIGINT else 143)
+            self._save()
+            log.ended = "finished"
+
+    def _steps(self, log: RunLog, caught: list[int]) -> Finding | None:
+        """Steps until the end, a signal or a finding."""
+        state, config = self.state, self.config
+        with closing(read_batches(self._loader())) as batches:
+            for batch in batches:
+                try:
+                    losses = self._step(batch)
+                    finding = self._logged(losses, log)
+                except FloatingPointError as error:
+                    finding = Finding(f"{error} (in step {state.step + 1})", state.step + 1)
+                if finding and config.on_divergence != "off":
+                    return finding
+                if config.sampling_steps and state.step % config.sampling_steps == 0:
+                    self._sample()
+                if state.step % config.checkpointing_steps == 0:
+                    self._save()
+                    log.checkpointed()
+                if self._stopped(caught):
+                    return None
+        return None
+
+    def _stopped(self, caught: list[int]) -> bool:
+        return any_process(bool(caught), self.device)
+
+    def _batches(self, steps: range) -> StepBatches:
+        """Which images this process takes in these steps."""
+        config = self.config
+        return StepBatches(
+            len(self.data), batch=config.images_per_step, share=self.share, seed=config.seed, steps=steps
+        )
+
+    def _loader(self) -> DataLoader:
+        """This process's batches, from the state's step on."""
+        workers, cuda = self.config.num_workers, self.device.type == "cuda"
+        return DataLoader(
+            self.data,
+            batch_sampler=self._batches(range(self.state.step, self.last_step)),
+            num_workers=workers,
+            pin_memory=cuda,
+            generator=torch.Generator(),  # its own: the workers' seeds would come from torch's
+            multiprocessing_context="spawn" if workers and cuda else None,
+            worker_init_fn=_deaf,
+        )
+
+    def _step(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """One step of the method; losses stay on the device."""
+        state, config = self.state, self.config
+        for group, rate in self._rates():
+            group["lr"] = rate
+        batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+        labels, draws = batch["label"], self._draws()
+        x = to_unit_range(batch["image"]) if "image" in batch else None
+        targets = self._targets(batch.get("image"))
+        if config.command != "ldm":
+            losses, z = all_updates(state, x, labels, targets, **draws)
+            return losses | {"latent_variance": z.detach().float().var((2, 3)).mean()}
+        z = self._frozen_latents(batch, x, draws.pop("eps_posterior"))
+        losses = sit_step(state, z, labels, targets, **draws)
+        update_ema(state.ema, state.sit, state.config.ema_decay)
+        state.step += 1
+        return losses
+
+    def _rates(self) -> Iterator[tuple[dict, float]]:
+        """Every parameter group with the learning rate of the coming step."""
+        warmup = self.config.lr_warmup_steps
+        factor = min(1.0, (self.state.step + 1) / warmup) if warmup else 1.0
+        for name, optimizer in self.state.optimizers.items():
+            for group in optimizer.param_groups:
+                yield group, self.parts.rates[name] * factor * 0.5**self.rollbacks
+
+    def _draws(self) -> dict[str, Tensor]:
+        """This process's share of the step's random numbers."""
+        config, vae = self.config, self.state.vae.config
+        side = config.resolution // vae.downsampling
+        drawn = draw(
+            config.seed,
+            self.state.step,
+            config.images_per_step,
+            (vae.latent_channels, side, side),
+            path=config.path_type,
+            weighting=config.weighting,
+            label_dropout=config.cfg_prob,
+        )
+        return {name: tensor[self.share].to(self.device, non_blocking=True) for name, tensor in drawn.items()}
+
+    def _targets(self, images: Tensor | None) -> list[Tensor]:
+        """The encoders' tokens, in parts as small as the step's."""
+        if not self.parts.encoders:
+            return []
+        cuts = self.mechanics.parts(len(images))
+        with self.mechanics.autocast():
+            targets = [torch.cat([encoder(images[part]) for part in cuts]) for encoder in self.parts.encoders]
+        gamma = self.config.spatial_norm
+        return targets if gamma is None else [spatial_norm(target, gamma) for target in targets]
+
+    @torch.no_grad()
+    def _frozen_latents(self, batch: dict[str, Tensor], x: Tensor | None, eps: Tensor) -> Tensor:
+        """Latents of the frozen VAE, from its posterior: cached, or encoded now."""
+        if "latent" in batch:
+            mean, std = batch["latent"].float().chunk(2, dim=1)
+            return mean + std * eps
+        latents = []
+        for part in self.mechanics.parts(len(x)):
+            with self.mechanics.autocast():
+                latents.append(self.state.vae.encode(x[part]).sample(eps[part]))
+        return torch.cat(latents)
+
+    def _logged(self, losses: dict[str, Tensor], log: RunLog) -> Finding | None:
+        """Writes the step down if it is to be, and asks the guard."""
+        step, scales = self.state.step, self.mechanics.scales()
+        known = {
+            name: losses[f"grad_norm_{short}"]
+            for name, short in NORMS.items()
+            if f"grad_norm_{short}" in losses
+        }
+        norms = dict(zip(known, torch.stack(list(known.values())).tolist(), strict=True))
+        record = None
+        if step % self.config.logging_steps == 0 or step == self.last_step:
+            read = mean_over_processes(
+                torch.stack([value.detach().float() for value in losses.values()])
+            ).tolist()
+            record = dict(zip(losses, read, strict=True))
+            record |= {
+                f"lr_{name}": optimizer.param_groups[0]["lr"]
+                for name, optimizer in self.state.optimizers.items()
+            }
+            record |= {f"loss_scale_{name}": scale for name, scale in scales.items()}
+            log.log(step, record)
+        else:
+            log.passed(step)
+        return self.guard.check(step, norms, scales, record)
+
+    # ---------------------------------------------------------------- checkpoints, collapse, samples
+
+    def _save(self) -> None:
+        """Writes a checkpoint of the present step, and removes old ones."""
+        self.accelerator.wait_for_everyone()
+        if self.main and self.state.step not in self.folder.checkpoints():
+            config, state = self.config, self.state
+            self.folder.sync_metrics()
+            groups = {
+                name: {key: value for key, value in optimizer.param_groups[0].items() if key != "params"}
+                for name, optimizer in state.optimizers.items()
+            }
+            extras = {
+                "args": self._args(),
+                "fixed": config.fixed(),
+                "data": self.data.fingerprint,
+                "vae": self.frozen_vae,
+                "vae_loss": self._vae_loss(),
+                "scalers": self.mechanics.state_dict(),
+                "guard": self.guard.state_dict(),
+                "rollbacks": self.rollbacks,
+                "groups": groups,
+            }
+            self.folder.save(
+                state.step,
+                self.networks,
+                state.optimizers,
+                self._latent_stats(),
+                extras,
+                kind=config.checkpoint_format,
+            )
+            self.folder.prune(
+                keep_last=config.keep_last,
+                milestone_steps=config.milestone_steps,
+                checkpointing_steps=config.checkpointing_steps,
+            )
+        self.accelerator.wait_for_everyone()
+
+    def _args(self) -> dict:
+        """The options as they are stored, with what the networks made of those that were not said."""
+        sit = self.state.sit and self.state.sit.config
+        return values(self.config) | (
+            {"num_classes": sit.num_classes, "encoder_depth": sit.alignment_depth} if sit else {}
+        )
+
+    def _latent_stats(self) -> tuple[Tensor, Tensor] | None:
+        """(scale, bias) of the training VAE's latents, each (C,); None for a frozen one."""
+        if "vae" not in self.state.optimizers:
+            return None
+        if self.state.sit is not None:
+            return tuple(stat.cpu() for stat in self.state.sit.latent_stats())
+        return latent_stats(self.state.vae, self.data, self.device)
+
+    def _resume(self, checkpoint: Checkpoint, *, own: bool) -> None:
+        """Goes on from a checkpoint; one of this run (own) must have been written with the same options and
+        data.
+
+        Raises:
+            ValueError: another architecture, other options, other data.
+        """
+        extras, config = checkpoint.extras, self.config
+        if own and extras:
+            changed = differences(extras["fixed"], config)
+            if changed:
+                raise ValueError(
+                    f"{checkpoint.path} is of a run with other options: {'; '.join(changed[:3])} "
+                    f"({len(changed)} in all)"
+                )
+            if extras["data"] != self.data.fingerprint:
+                raise ValueError(
+                    f"{checkpoint.path} is of a run on other data than {config.data_dir}: name that, or "
+                    "start another run"
+                )
+            if extras.get("vae_loss", self._vae_loss()) != self._vae_loss():
+                raise ValueError(
+                    f"{checkpoint.path} is of a run with other weights of the losses than "
+                    f"{config.loss_cfg_path} now"
+                )
+        if self.frozen_vae and not self._is_of_this_vae(checkpoint):
+            raise ValueError(
+                f"{checkpoint.path} is of a run on another VAE than {config.vae_ckpt}: name it, or start "
+                "another run"
+            )
+        before = (extras.get("args") or {}).get("optimizer", "AdamW")
+        if before.lower() != config.optimizer.lower():
+            raise ValueError(
+                f"{checkpoint.path} holds the state of {before}, not of {config.optimizer}: give --optimizer "
+                f"{before}"
+            )
+        fill(self.networks, checkpoint)
+        for name, optimizer in self.state.optimizers.items():
+            fill_optimizer(
+                optimizer, self.networks[name], checkpoint.optimizers.get(name, {}), checkpoint.path
+            )
+        self.state.step = checkpoint.step
+        self.rollbacks = extras.get("rollbacks", 0)
+        self.mechanics.load_state_dict(extras.get("scalers", {}))
+        if "guard" in extras:
+            self.guard.load_state_dict(extras["guard"])
+
+    def _vae_loss(self) -> dict:
+        return asdict(self.state.config.vae_loss)
+
+    def _is_of_this_vae(self, checkpoint: Checkpoint) -> bool:
+        """Whether a checkpoint's SiT was trained on the frozen VAE, as far as it tells."""
+        if "vae" in checkpoint.networks:
+            own, other = self.state.vae.state_dict(), checkpoint.networks["vae"]
+            return own.keys() == other.keys() and all(
+                torch.equal(own[name].cpu(), other[name].cpu()) for name in own
+            )
+        return checkpoint.extras.get("vae", self.frozen_vae) == self.frozen_vae
+
+    def _diverged(self, finding: Finding) -> None:
+        """Keeps the evidence, then rolls back or ends the run."""
+        step = newest(self.folder.checkpoints(), before=finding.since)
+        can = self.config.on_divergence == "rollback" and self.rollbacks < ROLLBACKS and step is not None
+        action = f"rolled back to step {step}, learning rates and loss scales halved" if can else "halted"
+        sentence = f"collapse guard: {finding.what}"
+        self.accelerator.wait_for_everyone()
+        if self.main:
+            content = {
+                "finding": finding.what,
+                "since": finding.since,
+                "step": self.state.step,
+                "action": action,
+            }
+            content |= {
+                "last_good_checkpoint": step,
+                "rollbacks": self.rollbacks,
+                "history": list(self.guard.history),
+            }
+            report = self.folder.report(self.state.step, content)
+            print(f"{sentence}; {action}; see {report}", file=sys.stderr, flush=True)
+            if can:
+                self.folder.roll_back(step)
+        self.accelerator.wait_for_everyone()
+        if not can:
+            raise SystemExit(HALTED)
+        rollbacks = self.rollbacks + 1
+        checkpoint = read_checkpoint(self.folder.checkpoints()[step])
+        self._resume(checkpoint, own=True)
+        self.mechanics.load_state_dict(checkpoint.extras["scalers"], 0.5 ** (rollbacks - self.rollbacks))
+        self.rollbacks = rollbacks
+
+    @torch.no_grad()
+    def _sample(self) -> None:
+        """A grid of what the moving average draws, always from the same noise; for a VAE alone, images above
+        reconstructions.
+        """
+        self.accelerator.wait_for_everyone()
+        if self.main:
+            state, count = self.state, self.config.sample_images
+            training = state.vae.training
+            state.vae.eval()
+            if state.sit is None:
+                x = to_unit_range(
+                    torch.stack([self.data[i]["image"] for i in range(min(count, len(self.data)))])
+                ).to(self.device)
+                images = torch.cat([x, state.vae.decode(state.vae.encode(x).mode())])
+            else:
+                size = state.ema.config
+                shape = (count, size.in_channels, size.input_size, size.input_size)
+                eps = torch.randn(shape, generator=generator("samples", self.config.seed)).to(self.device)
+                labels = torch.arange(count, device=self.device) % size.num_classes
+                z = sample_ode(state.ema, eps, labels, steps=SAMPLE_STEPS, path=self.config.path_type)
+                images = state.vae.decode(state.ema.denormalize(z))
+            state.vae.train(training)
+            save_grid(self.folder.path / "samples" / f"{state.step:07d}.png", to_uint8(images).cpu())
+        self.accelerator.wait_for_everyone()
+
+
+def _deaf(_: int) -> None:
+    """Lets a loader's process outlive a signal to the whole group: the training process decides when to end,
+    and it needs its data.
+    """
+    for name in STOPPING:
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
+NORMS = {
+    "vae": "vae",
+    "discriminator": "disc",
+    "sit": "sit",
+}  # networks, and how their gradient norms are called among the losses
+
+
+def _precision(wanted: str, device: torch.device) -> str:
+    """The precision that "auto" means on a device.
+
+    Raises:
+        ValueError: the device does not have the one that was asked for.
+    """
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if wanted == "auto":
+        return "bf16" if has_bf16 else "no"
+    if wanted == "bf16" and device.type == "cuda" and not has_bf16:
+        raise ValueError("this GPU has no bf16: take --mixed-precision fp16 or no")
+    return wanted
+
+
+def _compile(state, device: torch.device) -> None:
+    """Compiles SiT's blocks and the VAE, or says why not."""
+    try:
+        probe = torch.compile(torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.GELU()).to(device))
+        probe(torch.randn(2, 4, device=device)).sum().backward()
+    except Exception as error:  # of many kinds: no C++ compiler, no Triton, a new Python
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
+        print(
+            f"torch.compile does not work here ({type(error).__name__}: {reason}): training without it",
+            file=sys.stderr,
+        )
+        return
+    for module in (
+        state.vae.encoder,
+        state.vae.decoder,
+        *(state.sit.blocks if state.sit is not None else ()),
+    ):
+        module.compile()
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """The first SIGTERM, SIGUSR1 or SIGINT inside is noted instead of ending the process; a second Ctrl-C
+    ends it at once.
+    """
+    caught: list[int] = []
+    before: dict[int, Callable] = {}
+
+    def note(number: int, _) -> None:
+        if caught and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        caught.append(number)
+
+    wanted = [getattr(signal, name) for name in STOPPING if hasattr(signal, name)]
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.signal(number, note) for number in wanted}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,1 @@
+"""Knows no paper: files that are whole or not there, locks, safe pickles, state dicts, pixels, processes."""

@@ -1,0 +1,116 @@
+"""Losses against values computed by hand."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from repae_lite.method.losses import (
+    LPIPSLoss,
+    TinyPerceptualLoss,
+    VAELossConfig,
+    alignment_loss,
+    hinge_discriminator_loss,
+    spatial_norm,
+    vae_regularization_loss,
+    velocity_loss,
+)
+
+
+def test_alignment_loss_against_a_loop():
+    projected, targets = (
+        [torch.randn(2, 3, 5), torch.randn(2, 3, 4)],
+        [torch.randn(2, 3, 5), torch.randn(2, 3, 4)],
+    )
+    total = 0.0
+    for h, target in zip(projected, targets, strict=True):
+        for b in range(2):
+            for n in range(3):
+                total -= float(h[b, n] @ target[b, n] / (h[b, n].norm() * target[b, n].norm()))
+    assert float(alignment_loss(projected, targets)) == pytest.approx(total / 12, rel=1e-5)
+    assert float(alignment_loss(targets, targets)) == pytest.approx(-1)
+
+
+def test_spatial_norm_by_its_definition():
+    tokens = 3 + 2 * torch.randn(2, 9, 5, dtype=torch.float64)
+    found = spatial_norm(tokens, gamma=0.6)
+    for b in range(2):
+        for d in range(5):
+            column = tokens[b, :, d].tolist()
+            mean = sum(column) / 9
+            std = (sum((v - mean) ** 2 for v in column) / 8) ** 0.5
+            assert found[b, :, d].tolist() == pytest.approx([(v - 0.6 * mean) / (std + 1e-6) for v in column])
+    # With all of the mean gone, what an image's tokens share no longer counts.
+    assert_close(spatial_norm(tokens + torch.randn(2, 1, 5), gamma=1.0), spatial_norm(tokens, gamma=1.0))
+    assert spatial_norm(tokens.bfloat16()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [1e-4, 3e3])
+def test_alignment_loss_survives_half_precision(dtype, size):
+    """Squares of these values over- and underflow in float16 (D7)."""
+    h = (torch.ones(1, 2, 64) * size).to(dtype).requires_grad_()
+    with torch.autocast("cpu", dtype=dtype):
+        loss = alignment_loss([h], [torch.ones(1, 2, 64)])
+    loss.backward()
+    assert loss.dtype == torch.float32 and float(loss.detach()) == pytest.approx(-1, abs=1e-3)
+    assert h.grad.isfinite().all()
+
+
+def test_velocity_loss_is_per_image():
+    v = torch.zeros(2, 1, 2, 2)
+    v_hat = torch.stack([torch.full((1, 2, 2), 2.0), torch.tensor([[[1.0, 0.0], [0.0, 0.0]]])])
+    assert velocity_loss(v_hat, v).tolist() == [4.0, 0.25]
+
+
+def test_hinge_loss():
+    assert float(
+        hinge_discriminator_loss(torch.tensor([2.0, 0.0]), torch.tensor([-3.0, 1.0]))
+    ) == pytest.approx(0.5 * (0.5 + 1.0))
+
+
+def test_vae_loss_terms_and_weights():
+    x, x_hat, kl = torch.zeros(2, 3, 4, 4), torch.full((2, 3, 4, 4), 0.5), torch.tensor([10.0, 30.0])
+    l1 = vae_regularization_loss(
+        x,
+        x_hat,
+        kl,
+        VAELossConfig(),
+        perceptual=lambda a, b: (b - a).mean((1, 2, 3)),
+        logits_fake=torch.tensor([2.0]),
+    )
+    assert {k: round(float(v), 7) for k, v in l1.items()} == {
+        "reconstruction": 0.5, "perceptual": 0.5, "kl": 2e-5, "weighted_gan": -0.2, "vae_reg": 0.80002,
+    }  # fmt: skip
+    l2 = vae_regularization_loss(x, x_hat, kl, VAELossConfig(pixel="l2", perceptual_weight=0.0))
+    assert l2.keys() == {"reconstruction", "kl", "vae_reg"} and float(l2["reconstruction"]) == 0.25
+
+
+def test_lpips_is_frozen_and_stays_in_eval_mode():
+    loss = LPIPSLoss(pretrained_trunk=False).train()
+    assert not any(module.training for module in loss.modules() if module is not loss)
+    assert not any(p.requires_grad for p in loss.parameters())
+    x = torch.rand(1, 3, 64, 64) * 2 - 1
+    assert float(loss(x, x)) == 0.0 < float(loss(x, -x))
+
+
+def test_tiny_perceptual_distance_has_gradient_and_is_zero_for_equal_images():
+    torch.manual_seed(0)
+    loss = TinyPerceptualLoss()
+    x, x_hat = torch.rand(3, 3, 32, 32) * 2 - 1, (torch.rand(3, 3, 32, 32) * 2 - 1).requires_grad_()
+    assert_close(loss(x, x), torch.zeros(3))
+    distance = loss(x, x_hat)
+    distance.sum().backward()
+    assert (
+        distance.shape == (3,) and (distance > 0).all() and x_hat.grad.isfinite().all() and x_hat.grad.any()
+    )
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match="unknown pixel loss 'huber'"):
+        VAELossConfig(pixel="huber")
+    with pytest.raises(ValueError, match="unknown lpips_range 'both'"):
+        LPIPSLoss("both")
+    with pytest.raises(ValueError, match="no perceptual network was given"):
+        vae_regularization_loss(
+            torch.zeros(1, 3, 4, 4), torch.zeros(1, 3, 4, 4), torch.zeros(1), VAELossConfig()
+        )

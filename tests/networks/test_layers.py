@@ -1,0 +1,153 @@
+"""BatchNorm over the whole batch, in parts and over processes; activations recomputed instead of kept."""
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from small_states import LABELS, make_batch, make_state
+from torch import nn
+from torch.testing import assert_close
+
+from repae_lite.method.losses import VAELossConfig
+from repae_lite.method.steps import Mechanics, latent_step, repae_step
+from repae_lite.networks.layers import BatchNorm2d, recompute, set_gradient_checkpointing
+
+
+def pair(affine: bool):
+    torch.manual_seed(0)
+    ours, theirs = BatchNorm2d(3, affine=affine), nn.BatchNorm2d(3, affine=affine)
+    if affine:
+        nn.init.normal_(ours.weight)
+        nn.init.normal_(ours.bias)
+    theirs.load_state_dict(ours.state_dict())
+    return ours, theirs, 2 * torch.randn(8, 3, 4, 4) + torch.tensor([0.0, 1.0, 5.0]).view(1, 3, 1, 1)
+
+
+@pytest.mark.parametrize("affine", [False, True])
+def test_on_one_process_it_is_pytorchs_to_the_bit(affine):
+    ours, theirs, x = pair(affine)
+    for mode in (True, True, False):
+        assert torch.equal(ours.train(mode)(x), theirs.train(mode)(x))
+        for (name, a), b in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
+            assert torch.equal(a, b), name
+
+
+def test_parts_of_a_batch_are_normalised_by_the_whole_and_tracked_once():
+    ours, theirs, x = pair(affine=False)
+    expected = theirs(x)
+    with ours.whole_batch(x):
+        parts = [ours(part) for part in x.split(3)]
+    assert_close(torch.cat(parts), expected)
+    for (name, a), b in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
+        assert_close(a, b, msg=name)
+
+
+def test_a_batch_that_failed_is_not_tracked():
+    ours, _, x = pair(affine=False)
+    before = copy.deepcopy(ours.state_dict())
+    with pytest.raises(RuntimeError), ours.whole_batch(x):
+        raise RuntimeError
+    assert all(torch.equal(a, before[name]) for name, a in ours.state_dict().items())
+    assert_close(
+        ours(x[:2]).mean((0, 2, 3)), torch.zeros(3), rtol=0, atol=1e-5
+    )  # by its own statistics again
+
+
+def normalise_half(rank: int, address: str, results) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{address}", rank=rank, world_size=2)
+    ours, _, x = pair(affine=True)
+    mine = x[:5] if rank == 0 else x[5:]  # unequal parts
+    mine = mine.clone().requires_grad_()
+    y = ours(mine)
+    (y.square() * y).sum().backward()  # a loss whose gradient does not vanish through the statistics
+    results[rank] = [t.detach() for t in (y, mine.grad, ours.running_mean, ours.running_var)] + [
+        int(ours.num_batches_tracked)
+    ]
+    dist.destroy_process_group()
+
+
+def test_two_processes_normalise_as_one(tmp_path):
+    with mp.Manager() as manager:
+        results = manager.dict()
+        mp.spawn(normalise_half, (str(tmp_path / "rendezvous"), results), nprocs=2)
+        first, second = results[0], results[1]
+    _, theirs, x = pair(affine=True)
+    x.requires_grad_()
+    y = theirs(x)
+    (y.square() * y).sum().backward()
+    assert_close(torch.cat([first[0], second[0]]), y.detach())
+    assert_close(torch.cat([first[1], second[1]]), x.grad, rtol=1e-4, atol=1e-5)
+    for half in (first, second):
+        assert_close(half[2], theirs.running_mean)
+        assert_close(half[3], theirs.running_var)
+        assert half[4] == 1
+
+
+def test_recomputing_gives_the_same_gradients_and_moves_statistics_once():
+    torch.manual_seed(0)
+    kept = nn.Sequential(nn.Conv2d(3, 4, 3), BatchNorm2d(4), nn.SiLU(), nn.Conv2d(4, 2, 3))
+    redone, x = copy.deepcopy(kept), torch.randn(4, 3, 8, 8)
+    kept(x).square().mean().backward()
+    recompute(redone, x).square().mean().backward()
+    for a, b in zip(kept.parameters(), redone.parameters(), strict=True):
+        assert torch.equal(a.grad, b.grad)
+    for (name, a), b in zip(kept.state_dict().items(), redone.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def three_steps(mechanics: Mechanics, *, checkpointing: bool, gan_weight: float):
+    state = make_state(vae_loss=VAELossConfig(gan_weight=gan_weight))
+    state.mechanics = mechanics
+    set_gradient_checkpointing(checkpointing, state.vae, state.sit)
+    x, targets, draws = make_batch()
+    drop = torch.tensor([False, True, False, False])
+    losses = [repae_step(state, x, LABELS, targets, **draws, label_drop=drop) for _ in range(2)]
+    z = 2 * draws["eps_posterior"] + 1
+    losses.append(latent_step(state, z, LABELS, targets, t=draws["t"], eps=draws["eps"], label_drop=drop))
+    return losses, {
+        name: module.state_dict()
+        for name, module in (("vae", state.vae), ("sit", state.sit), ("d", state.discriminator))
+    }
+
+
+def test_gradient_checkpointing_changes_nothing():
+    losses, weights = three_steps(Mechanics(), checkpointing=False, gan_weight=0.1)
+    same, same_weights = three_steps(
+        Mechanics(gradient_checkpointing=True), checkpointing=True, gan_weight=0.1
+    )
+    assert losses == same
+    for name, state in weights.items():
+        for key, a in state.items():
+            assert torch.equal(a, same_weights[name][key]), (name, key)
+
+
+@pytest.mark.parametrize("parts", [2, 3, 9])
+def test_micro_batches_give_the_step_of_the_whole_batch(parts):
+    losses, weights = three_steps(Mechanics(), checkpointing=False, gan_weight=0.0)
+    cut, cut_weights = three_steps(Mechanics(micro_batches=parts), checkpointing=False, gan_weight=0.0)
+    for whole, mine in zip(losses, cut, strict=True):
+        assert mine == pytest.approx(whole, rel=2e-3, abs=1e-5)
+    for key, a in weights["sit"].items():
+        if key.startswith("bn."):
+            assert_close(cut_weights["sit"][key], a, rtol=1e-4, atol=1e-5)
+
+
+def test_first_step_in_micro_batches_has_the_gradients_of_the_whole_batch():
+    gradients = []
+    for parts in (1, 4):
+        state = make_state(vae_loss=VAELossConfig(gan_weight=0.0))
+        state.mechanics = Mechanics(micro_batches=parts)
+        x, targets, draws = make_batch()
+        repae_step(state, x, LABELS, targets, **draws, label_drop=torch.zeros(4, dtype=torch.bool))
+        gradients.append(
+            [p.grad for module in (state.vae, state.sit) for p in module.parameters() if p.grad is not None]
+        )
+    for a, b in zip(*gradients, strict=True):  # after clipping
+        assert_close(a, b, rtol=1e-3, atol=1e-6)
+
+
+def test_micro_batches_below_one_are_refused():
+    with pytest.raises(ValueError, match="micro_batches is 0"):
+        Mechanics(micro_batches=0)

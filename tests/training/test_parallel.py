@@ -1,0 +1,127 @@
+"""A step's images and draws depend on the seed and the step alone, and processes share them out."""
+
+import pytest
+import torch
+from torch import nn
+
+from repae_lite.training.parallel import ParallelMechanics, StepBatches, draw, share_of
+from repae_lite.utils.processes import any_process, mean_over_processes
+from repae_lite.utils.seeding import generator
+
+ALL = slice(0, 4)
+DRAW = {"path": "linear", "weighting": "uniform", "label_dropout": 0.5}
+
+
+def batches(steps: range, share: slice = ALL, count: int = 10, seed: int = 0) -> list[list[int]]:
+    return list(StepBatches(count, batch=4, share=share, seed=seed, steps=steps))
+
+
+def test_every_epoch_is_a_new_permutation_without_its_rest():
+    found = batches(range(6))
+    epochs = [found[i] + found[i + 1] for i in (0, 2, 4)]
+    assert all(len(set(epoch)) == 8 and set(epoch) <= set(range(10)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert batches(range(2), seed=1) != found[:2]
+    assert len(StepBatches(10, batch=4, share=ALL, seed=0, steps=range(3, 9))) == 6
+
+
+@pytest.mark.parametrize("start", range(6))
+def test_it_can_start_at_any_step(start):
+    assert batches(range(start, 6)) == batches(range(6))[start:]
+
+
+def test_processes_share_a_batch():
+    whole = batches(range(5))
+    first, second = (batches(range(5), share_of(4, rank, 2)) for rank in (0, 1))
+    assert [a + b for a, b in zip(first, second, strict=True)] == whole
+
+
+def test_batches_that_cannot_be_shared_or_filled_are_refused():
+    with pytest.raises(ValueError, match="a batch of 4 images cannot be shared evenly by 3 processes"):
+        share_of(4, 0, 3)
+    with pytest.raises(ValueError, match="a step takes 4 images but the data has 3"):
+        batches(range(1), count=3)
+
+
+def test_draws_follow_from_seed_and_step():
+    one, same = (draw(3, 7, 6, (2, 4, 4), **DRAW) for _ in range(2))
+    others = draw(3, 8, 6, (2, 4, 4), **DRAW), draw(4, 7, 6, (2, 4, 4), **DRAW)
+    assert {name: tuple(t.shape) for name, t in one.items()} == {
+        "eps_posterior": (6, 2, 4, 4), "t": (6,), "eps": (6, 2, 4, 4), "label_drop": (6,)
+    }  # fmt: skip
+    for name, tensor in one.items():
+        assert torch.equal(tensor, same[name])
+        assert name == "label_drop" or not any(torch.equal(tensor, other[name]) for other in others)
+    assert not torch.equal(one["eps"], one["eps_posterior"])
+    before = torch.get_rng_state()
+    draw(0, 0, 2, (1, 2, 2), **DRAW)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_draws_have_the_right_distributions():
+    drawn = draw(0, 0, 4000, (1, 2, 2), **DRAW)
+    assert abs(drawn["eps"].mean()) < 0.03 and abs(drawn["eps"].std() - 1) < 0.03
+    assert abs(drawn["t"].mean() - 0.5) < 0.03 and abs(drawn["label_drop"].float().mean() - 0.5) < 0.03
+
+
+def test_keys_give_independent_generators():
+    numbers = [
+        torch.rand(1, generator=generator(*key)).item()
+        for key in (("a", 1), ("a", 2), ("b", 1), ("a", 12), ("a", 1, 2))
+    ]
+    assert len(set(numbers)) == 5
+
+
+def test_one_process_is_enough():
+    x = torch.tensor([1.0, 2.0])
+    assert torch.equal(mean_over_processes(x.clone()), x)
+    assert any_process(True, x.device) and not any_process(False, x.device)
+
+
+# ---------------------------------------------------------------- updates
+
+
+def layer_and_optimizer():
+    torch.manual_seed(0)
+    layer = nn.Linear(3, 2)
+    return layer, torch.optim.SGD(layer.parameters(), lr=0.1)
+
+
+def test_an_update_clips_and_says_the_norm():
+    layer, optimizer = layer_and_optimizer()
+    mechanics = ParallelMechanics(torch.device("cpu"), "no", {"layer": optimizer})
+    before = layer.weight.detach().clone()
+    mechanics.backward(100 * layer(torch.ones(1, 3)).sum(), optimizer)
+    norm = mechanics.update(layer, optimizer, 1.0)
+    assert norm == pytest.approx(100 * 8**0.5, rel=1e-4)
+    assert float((layer.weight.detach() - before).norm()) == pytest.approx(0.1 * (6 / 8) ** 0.5, rel=1e-3)
+    assert mechanics.scales() == {} and mechanics.state_dict() == {}
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_gradient_that_is_not_finite_changes_no_weight(strict):
+    layer, optimizer = layer_and_optimizer()
+    mechanics = ParallelMechanics(torch.device("cpu"), "bf16", {"layer": optimizer}, strict=strict)
+    before = layer.weight.detach().clone()
+    mechanics.backward(float("inf") * layer(torch.ones(1, 3)).sum(), optimizer)
+    if strict:
+        with pytest.raises(FloatingPointError, match=r"gradient norm of Linear is (inf|nan)"):
+            mechanics.update(layer, optimizer, 1.0)
+    else:
+        assert not mechanics.update(layer, optimizer, 1.0).isfinite()
+    assert torch.equal(layer.weight, before)
+
+
+def test_fp16_has_a_loss_scale_for_each_optimizer():
+    (layer, optimizer), (other, second) = layer_and_optimizer(), layer_and_optimizer()
+    mechanics = ParallelMechanics(torch.device("cpu"), "fp16", {"a": optimizer, "b": second})
+    mechanics.backward(other(torch.ones(1, 3)).sum(), second)
+    assert mechanics.update(other, second, 10.0) == pytest.approx(8**0.5, rel=1e-4)  # unscaled again
+    before = layer.weight.detach().clone()
+    mechanics.backward(float("inf") * layer(torch.ones(1, 3)).sum(), optimizer)
+    mechanics.update(layer, optimizer, 1.0)
+    assert torch.equal(layer.weight, before)
+    assert mechanics.scales() == {"a": 2.0**15, "b": 2.0**16}
+    again = ParallelMechanics(torch.device("cpu"), "fp16", {"a": optimizer, "b": second})
+    again.load_state_dict(mechanics.state_dict(), 0.5)
+    assert again.scales() == {"a": 2.0**14, "b": 2.0**15}

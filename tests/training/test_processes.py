@@ -1,0 +1,159 @@
+"""Two processes with half a batch each make the run of one process with all of it, under `accelerate launch`,
+on CPUs.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from small_runs import config_in, weights
+from torch.testing import assert_close
+
+from repae_lite.commands.main import main
+from repae_lite.data.hdf5 import write_images_h5
+from repae_lite.data.latents import CachedLatentsDataset
+from repae_lite.training.run_folder import RunFolder
+from repae_lite.training.trainer import train
+
+ROOT = Path(__file__).resolve().parents[2]
+# Not --cpu: without MPI that starts one process, however many are asked for.
+LAUNCH = [
+    sys.executable,
+    "-m",
+    "accelerate.commands.accelerate_cli",
+    "launch",
+    "--multi_gpu",
+    "--num_processes",
+    "2",
+]
+LAUNCH += [
+    "--num_machines",
+    "1",
+    "--mixed_precision",
+    "no",
+    "--dynamo_backend",
+    "no",
+    "--main_process_port",
+    "0",
+]
+# With plain SGD a weight's difference is a gradient's; Adam would blow up rounding where a gradient is nearly
+# zero.
+OPTIONS = {
+    "optimizer": "SGD",
+    "learning_rate": 0.1,
+    "vae_learning_rate": 0.01,
+    "disc_learning_rate": 0.01,
+    "lr_warmup_steps": 0,
+}
+OPTIONS |= {
+    "loss_cfg_path": "l1_lpips_kl_gan.yaml",
+    "train_pos_embed": True,
+    "max_train_steps": 3,
+    "checkpointing_steps": 3,
+}
+
+
+def launch(folder: Path, **options) -> list[str]:
+    """A command for two processes."""
+    words = "train-repae --cpu --vae tiny --batch-size 4 --sampling-steps 0 --exp-name two".split() + [
+        "--output-dir",
+        str(folder),
+    ]
+    for name, value in options.items():
+        words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+    return [*LAUNCH, "-m", "repae_lite", *words]
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def test_two_processes_cache_the_latents_of_one(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (21, 3, 32, 32), dtype=np.uint8)
+    write_images_h5(tmp_path / "images.h5", images, np.arange(21) % 3)
+    words = f"cache-latents --vae-arch=tiny --vae-ckpt-path=tiny --pproc-batch-size=4 --device=cpu --data-dir={tmp_path}".split()
+    assert main([*words, "--vae-latents-name=one"]) == 0
+    done = subprocess.run(
+        [*LAUNCH, "-m", "repae_lite", *words, "--vae-latents-name=two"],
+        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("21 latents of shape") == 1
+    one, two = (CachedLatentsDataset(tmp_path / f"{name}.h5") for name in ("one", "two"))
+    assert (
+        one.names == two.names and list(one.labels) == list(two.labels) and one.fingerprint == two.fingerprint
+    )
+    for i in range(21):
+        assert_close(one[i][0], two[i][0], rtol=0, atol=1e-5)
+    stats = [torch.load(tmp_path / f"{name}-latents-stats.pt", weights_only=True) for name in ("one", "two")]
+    for key in ("latents_scale", "latents_bias"):
+        assert_close(stats[0][key], stats[1][key])
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory) -> tuple[RunFolder, RunFolder]:
+    """The same run by one process and by two."""
+    folder = tmp_path_factory.mktemp("pair")
+    done = subprocess.run(
+        launch(folder, **OPTIONS), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "2 on each of 2 processes" in done.stderr
+    train(config_in(folder, "one", **OPTIONS))
+    return RunFolder(folder / "one"), RunFolder(folder / "two")
+
+
+def test_losses_agree(pair):
+    one, two = (folder.metrics() for folder in pair)
+    assert len(one) == len(two) == 3
+    for step, (mine, theirs) in enumerate(zip(one, two, strict=True), start=1):
+        assert mine == pytest.approx(theirs, rel=1e-5 if step == 1 else 1e-4, abs=1e-6)
+
+
+def test_weights_and_statistics_agree(pair):
+    one, two = (weights(folder, 3) for folder in pair)
+    assert one.keys() == two.keys()
+    statistics = 0
+    for name, tensor in one.items():
+        if tensor.is_floating_point():
+            assert_close(
+                tensor, two[name], rtol=1e-4, atol=2e-6, msg=lambda text, name=name: f"{name}: {text}"
+            )
+        else:
+            assert torch.equal(tensor, two[name]), name
+        statistics += name.endswith("running_var")
+    assert statistics == 2 + 3  # SiT, its average, and three layers of the discriminator
+    assert {"sit.pos_embed", "discriminator.main.0.weight", "vae.encoder.conv_in.weight"} <= one.keys()
+
+
+def test_a_signal_to_the_launcher_ends_in_a_checkpoint(tmp_path):
+    words = launch(tmp_path, max_train_steps=1000, checkpointing_steps=1000, logging_steps=1)
+    process = subprocess.Popen(words, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
+    folder = RunFolder(tmp_path / "two")
+    deadline = time.monotonic() + 240
+    while not folder.metrics_path.exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=240)
+    (step,) = folder.checkpoints()
+    assert folder.metrics()[-1]["step"] == step, errors[-2000:]
+
+
+def test_a_refusal_is_said_once_and_ends_both(tmp_path):
+    train(config_in(tmp_path, "two", max_train_steps=1))
+    done = subprocess.run(
+        launch(tmp_path, max_train_steps=2),
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode != 0 and done.stderr.count("already holds a run") == 1
+    assert "gloo" not in done.stderr.lower() and "Connection" not in done.stderr
