@@ -41,7 +41,7 @@ class SiTConfig:
             before REPA-E (its ablation "no BatchNorm").
         label_std: standard deviation of the initial label embeddings.
         train_pos_embed: lets the sin-cos position embedding train, as it does by accident in the official run
-            (D2).
+            (DIFFERENCES.md, D2).
     """
 
     in_channels: int = 4

@@ -12,6 +12,7 @@ import argparse
 import datetime
 import json
 import platform
+import subprocess
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -60,6 +61,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     small = SmallScale.load()
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     record = {
         "date": datetime.date.today().isoformat(),
         "machine": f"{platform.machine()}, CPU, 1 thread",
@@ -72,7 +74,8 @@ def main() -> None:
     }
     for seed in options.seeds:
         scores = {arm: run(small, arm, seed, options.steps) for arm in ARMS}
-        record["runs"].append({"seed": seed, "steps": options.steps, "scores": scores})
+        run_of_seed = {"seed": seed, "steps": options.steps, "scores": scores, "commit": git.stdout.strip()}
+        record["runs"].append(run_of_seed)
         write_text(options.out, json.dumps(record, indent=1) + "\n")
     if len(options.seeds) > 1:
         report(record["runs"])
