@@ -24,7 +24,7 @@ SECTIONS = {
 
 
 def mentions() -> dict[str, set[str]]:
-    """D-number -> the files that mention it: code, presets, documents, and the sources of notebooks' cells."""
+    """D-number -> the files that mention it: code, presets, documents, the sources of notebooks' cells."""
     found: dict[str, set[str]] = {}
     for path in project_files():
         if path.suffix == ".ipynb":
@@ -60,7 +60,7 @@ def test_sections_are_complete(number):
     assert list(SECTIONS[number]) == FIELDS
     assert f"| [{number}](#" in LEDGER, f"the table at the top leaves {number} out"
     measured = SECTIONS[number]["At small scale"]
-    assert measured.startswith("Not measured: ") or "five seeds" in measured and "[" in measured
+    assert measured.startswith("Not measured: ") or ("five seeds" in measured and "[" in measured)
 
 
 @pytest.mark.parametrize("number", SECTIONS)
