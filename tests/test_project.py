@@ -116,6 +116,12 @@ def test_ci_runs_its_command_on_every_supported_python():
     assert all(re.search(r"@v\d+", step["uses"]) for step in job["steps"] if "uses" in step)
 
 
+def test_the_readme_names_the_licence_of_every_dependency():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = canonicalize_name(readme[readme.index("## Licences") :])
+    assert [name for name in declared() if name not in table] == []
+
+
 # ---------------------------------------------------------------- what texts name
 
 PRIVATE = re.compile(
