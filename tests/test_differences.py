@@ -12,6 +12,7 @@ from test_project import project_files, texts
 
 import repae_lite
 from repae_lite.commands.main import main
+from repae_lite.evaluation.statistics import difference_interval
 
 ROOT = Path(__file__).resolve().parents[1]
 LEDGER = (ROOT / "DIFFERENCES.md").read_text(encoding="utf-8")
@@ -61,6 +62,26 @@ def test_sections_are_complete(number):
     assert f"| [{number}](#" in LEDGER, f"the table at the top leaves {number} out"
     measured = SECTIONS[number]["At small scale"]
     assert measured.startswith("Not measured: ") or ("five seeds" in measured and "[" in measured)
+
+
+@pytest.mark.parametrize(("number", "arm", "scores"), [
+    ("D2", "repa, D2", ("frechet", "class_accuracy")),
+    ("D3", "repa-e, D3", ("frechet", "psnr", "reconstruction_frechet")),
+])  # fmt: skip
+def test_measured_differences_are_those_of_the_record(number, arm, scores):
+    record = json.loads((ROOT / "data_small" / "evidence" / "differences.json").read_text(encoding="utf-8"))
+    runs = [run["scores"] for run in record["runs"]]
+    assert [run["seed"] for run in record["runs"]] == record["seeds"] == [0, 1, 2, 3, 4]
+    assert all(record[key] for key in ("date", "machine", "versions", "command", "steps"))
+    text = SECTIONS[number]["At small scale"]
+    assert f"{record['steps']} steps" in text
+    for score in scores:
+        found = difference_interval(
+            [run[arm][score] for run in runs], [run[arm.split(",")[0]][score] for run in runs], paired=True
+        )
+        digits = 3 if score == "class_accuracy" else 2
+        quoted = f"{found.mean:+.{digits}f} [{found.low:+.{digits}f}, {found.high:+.{digits}f}]"
+        assert quoted.replace("-", "\N{MINUS SIGN}") in text, f"{score}: {quoted}"
 
 
 @pytest.mark.parametrize("number", SECTIONS)

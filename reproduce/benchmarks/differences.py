@@ -49,8 +49,9 @@ def report(runs: list[dict]) -> None:
     """Prints every score's difference from the default, paired by seed."""
     for arm, (default, *_) in ARMS.items():
         for score in runs[0]["scores"][arm] if default else ():
-            of_arm, of_default = ([entry["scores"][a][score] for entry in runs] for a in (arm, default))
-            print(f"{arm} - {default}: {score} {difference_interval(of_arm, of_default, paired=True)}")
+            if score != "seconds":
+                of_arm, of_default = ([entry["scores"][a][score] for entry in runs] for a in (arm, default))
+                print(f"{arm} - {default}: {score} {difference_interval(of_arm, of_default, paired=True)}")
 
 
 def main() -> None:
