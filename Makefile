@@ -19,8 +19,8 @@ help:
 	@echo "make test    check the style (ruff), run the tests (pytest) and the notebooks in smoke mode"
 	@echo "make clean   remove runs/ and caches (not .venv: rm -rf .venv does that)"
 	@echo
-	@echo "The first of them sets up .venv: minutes, gigabytes, once. PYTHON=python3.12 chooses the Python;"
-	@echo "ARGS=... is passed on: make tour ARGS='--only 05 --smoke', make test ARGS='-k flow'."
+	@echo "The first one sets up .venv, which takes minutes and gigabytes, once; PYTHON=python3.12 chooses the Python."
+	@echo "ARGS=... is passed on: make tour ARGS='--only 05 --smoke', make test ARGS='-k golden'."
 
 set-up:
 	@sh .ci/setup

@@ -29,9 +29,9 @@ SUPERSAMPLE = 2  # drawn at 64x64, averaged down
 SPLITS = {"train": 6000, "eval": 2000}
 SPLIT_IDS = {"train": 0, "eval": 1}
 PART_NAMES = (
-    "background", "body", "head", "ear", "eye", "nose", "tail", "fin", "stripe", "wall", "roof", "chimney", "door",
-    "window", "stem", "crown", "spot", "cap", "ring", "leaf", "petal", "centre", "hull", "mast", "sail", "flag",
-    "wheel", "light", "canopy", "handle", "cone", "flame", "trim", "distractor",
+    "background", "body", "head", "ear", "eye", "nose", "tail", "fin", "stripe", "wall", "roof", "chimney",
+    "door", "window", "stem", "crown", "spot", "cap", "ring", "leaf", "petal", "centre", "hull", "mast",
+    "sail", "flag", "wheel", "light", "canopy", "handle", "cone", "flame", "trim", "distractor",
 )  # fmt: skip
 PART = {name: number for number, name in enumerate(PART_NAMES)}
 POSE_NAMES = ("cx", "cy", "log_scale", "log_aspect", "sin_rotation", "cos_rotation", "flip")
@@ -39,8 +39,9 @@ POSE_NAMES = ("cx", "cy", "log_scale", "log_aspect", "sin_rotation", "cos_rotati
 
 @dataclass(frozen=True)
 class Look:
-    """How hard the images are: the defaults are the *easy* setting, which a small SiT learns in minutes;
-    `HARD` is not.
+    """How hard the images are; the defaults are the *easy* setting, which a small SiT learns in minutes.
+
+    `HARD` is the other one.
 
     Attributes:
         scale: range of the object's half extent, in half images.
@@ -80,16 +81,14 @@ HARD = Look(
 
 
 class Drawing(NamedTuple):
-    """One icon: `image` (32, 32, 3) uint8, `parts` (32, 32) uint8 indices into `PART_NAMES`, `pose` (7,)
-    float32.
-    """
+    """One icon: `image` (32, 32, 3) and `parts` (32, 32), indices into `PART_NAMES`; `pose` (7,) float32."""
 
     image: np.ndarray
     parts: np.ndarray
     pose: np.ndarray
 
 
-# ---- signed distances: negative inside; coordinates x right, y up, the object within [-1, 1]^2 ----------------------
+# ---- signed distances: negative inside; coordinates x right, y up, the object within [-1, 1]^2 -------------
 
 
 def ellipse(x, y, cx, cy, rx, ry=None):
@@ -134,7 +133,7 @@ def both(*distances):
     return np.maximum.reduce(distances)
 
 
-# ---- the canvas ------------------------------------------------------------------------------------------------------
+# ---- the canvas --------------------------------------------------------------------------------------------
 
 
 class Canvas:
@@ -194,7 +193,7 @@ def pick_palette(c: Canvas, hue: float, look: Look) -> Palette:
     return Palette(main, second, accent, hsv(h, 0.5, c.between(0.1, 0.22)), hsv(h, 0.08, 0.97), (back, end))
 
 
-# ---- the ten classes -------------------------------------------------------------------------------------------------
+# ---- the ten classes ---------------------------------------------------------------------------------------
 
 
 def fish(c: Canvas, p: Palette) -> None:
@@ -359,8 +358,8 @@ def mushroom(c: Canvas, p: Palette) -> None:
     if kind == 0:
         cap = both(ellipse(x, y, 0, brim, rx, ry), brim - y)
     elif kind == 1:
-        cap = polygon(x, y, (-rx, brim), (rx, brim), (rx * 0.62, brim + ry * 0.6), (0.12, brim + ry), (-0.12, brim + ry),
-                      (-rx * 0.62, brim + ry * 0.6))  # fmt: skip
+        cap = polygon(x, y, (-rx, brim), (rx, brim), (rx * 0.62, brim + ry * 0.6), (0.12, brim + ry),
+                      (-0.12, brim + ry), (-rx * 0.62, brim + ry * 0.6))  # fmt: skip
     else:
         cap = both(ellipse(x, y, 0, brim + 0.02, rx, ry * 0.8), brim - 0.06 - y)
         cap = union(
@@ -564,8 +563,8 @@ def car(c: Canvas, p: Palette) -> None:
     kind = c.count(0, 4)  # saloon, hatchback, van, pickup, beetle
     top = c.between(0.44, 0.58) + (0.12 if kind == 2 else 0.0)
     left, right, front, rear = (
-        (-0.62, 0.5, 0.22, -0.36), (-0.9, 0.46, 0.2, -0.72), (-0.92, 0.74, 0.6, -0.9), (-0.1, 0.6, 0.4, -0.02),
-        (-0.74, 0.62, 0.26, -0.34),
+        (-0.62, 0.5, 0.22, -0.36), (-0.9, 0.46, 0.2, -0.72), (-0.92, 0.74, 0.6, -0.9),
+        (-0.1, 0.6, 0.4, -0.02), (-0.74, 0.62, 0.26, -0.34),
     )[kind]  # fmt: skip
     cabin = polygon(x, y, (left, belt - 0.05), (right, belt - 0.05), (front, top), (rear, top))
     if kind == 4:
@@ -680,8 +679,8 @@ def rocket(c: Canvas, p: Palette) -> None:
                 x, y, (side * half * 0.6, high), (side * half * 0.6, tail), (side * out, tail - 0.22)
             )
         elif kind == 1:  # square fins
-            fin = polygon(x, y, (side * half * 0.6, high), (side * half * 0.6, tail), (side * out, tail - 0.08),
-                          (side * out, tail + 0.24))  # fmt: skip
+            fin = polygon(x, y, (side * half * 0.6, high), (side * half * 0.6, tail),
+                          (side * out, tail - 0.08), (side * out, tail + 0.24))  # fmt: skip
         else:  # boosters
             fin = union(box(x, y, side * (half + 0.13), tail + 0.22, 0.13, 0.3),
                         polygon(x, y, (side * half, tail + 0.5), (side * (half + 0.26), tail + 0.5),
@@ -693,8 +692,8 @@ def rocket(c: Canvas, p: Palette) -> None:
         body = both(ellipse(x, y, 0, centre - 0.1, half * 1.25, length + 0.1), tail - y)
     else:  # straight sides under a pointed nose
         shoulder = centre + length * 0.35
-        body = polygon(x, y, (-half, tail), (half, tail), (half, shoulder), (half * 0.55, shoulder + 0.3), (0, 0.97),
-                       (-half * 0.55, shoulder + 0.3), (-half, shoulder))  # fmt: skip
+        body = polygon(x, y, (-half, tail), (half, tail), (half, shoulder), (half * 0.55, shoulder + 0.3),
+                       (0, 0.97), (-half * 0.55, shoulder + 0.3), (-half, shoulder))  # fmt: skip
     c.add("body", body, hull)
     if c.chance(0.8):
         c.add("cone", both(body, c.between(0.42, 0.58) - y), p.main, False)
@@ -722,7 +721,7 @@ CLASSES = {  # name: (drawing function, customary hue); the order is the label
 }  # fmt: skip
 
 
-# ---- one image -------------------------------------------------------------------------------------------------------
+# ---- one image ---------------------------------------------------------------------------------------------
 
 _AXIS = (np.arange(SIZE * SUPERSAMPLE) + 0.5) / (SIZE * SUPERSAMPLE) * 2 - 1
 _X, _Y = np.meshgrid(_AXIS, -_AXIS)  # (64, 64): x right, y up, the image within [-1, 1]^2
@@ -800,8 +799,7 @@ def draw(label: int, rng: np.random.Generator, look: Look = Look()) -> Drawing:
     for distance, colour in _scatter(c, look, palette):
         rgb += np.clip(0.5 - distance / _PIXEL, 0, 1)[..., None] * (colour - rgb)
         parts[distance < 0] = PART["distractor"]
-    # The object: outline first, then its parts from back to front, lit from one side and darker at their
-    # edges.
+    # The object: outline first, then its parts from back to front, lit from one side, with darker edges.
     light_angle, strength, rounding = c.between(0.2, np.pi - 0.2), c.between(0.0, 0.2), c.between(0.0, 0.3)
     light = 1.0 + strength * (_X * np.cos(light_angle) + _Y * np.sin(light_angle))
     outline = c.rng.random()
@@ -866,7 +864,7 @@ def make_split(
     return images, labels, np.stack([d.parts for d, _ in made]), np.stack([d.pose for d, _ in made])
 
 
-# ---- files -----------------------------------------------------------------------------------------------------------
+# ---- files -------------------------------------------------------------------------------------------------
 
 
 def sha256(data: bytes) -> str:

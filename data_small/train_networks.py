@@ -5,14 +5,12 @@
     python data_small/train_networks.py evaluator     # the network that judges; never trained against
     python data_small/train_networks.py vae           # the VAE all experiments start from (needs perceptual)
     python data_small/train_networks.py vae_only      # that VAE after 400 steps of chapter 05's control
-    (needs all others) python data_small/train_networks.py vae_e2e       # that VAE after 400 steps of REPA-E,
-    chapter 05 (needs all others)
+    python data_small/train_networks.py vae_e2e       # that VAE after 400 steps of REPA-E, as in chapter 05
 
-The three judges see different images (their own seeds of the image maker), learn different tasks, and have
-different
-architectures: teacher - class, pose and parts of every patch; perceptual - quarter turns, no labels;
-evaluator - class. On one machine, running a command again gives the same bytes: one thread, fixed seeds,
-deterministic algorithms.
+The last two need all the others. Teacher, perceptual network and evaluator see different images (each has its
+own seed of the image maker), learn different tasks (the teacher class, pose and the parts in every patch; the
+perceptual network quarter turns, without labels; the evaluator class) and have different architectures. On
+one machine the same command gives the same bytes: one thread, fixed seeds, deterministic algorithms.
 """
 
 import argparse
@@ -42,9 +40,9 @@ from repae_lite.utils.pixels import CLASS_NAMES, to_unit_range
 from repae_lite.utils.state_dicts import save_weights
 
 FOLDER = Path(__file__).resolve().parent
-# of the weights and of the image maker; the last two are chapter 05's seed
+# Of the weights and of the image maker; the last two are chapter 05's seed.
 SEEDS = {"teacher": 101, "perceptual": 102, "evaluator": 103, "vae": 104, "vae_only": 0, "vae_e2e": 0}
-# images on which progress is measured; disjoint from all training images and from the evaluation split
+# Of the images on which progress is measured, disjoint from training images and evaluation split.
 HELD_OUT_SEED = 199
 
 
@@ -69,9 +67,7 @@ def train(
     weight_decay: float = 0.0,
     log_every: int = 500,
 ) -> list[dict[str, float]]:
-    """Plain AdamW training with warm-up and cosine decay; `loss_of` maps indices (B,) to a loss. Returns the
-    log.
-    """
+    """AdamW with warm-up and cosine decay; `loss_of` maps indices (B,) to a loss. Returns the log."""
     optimizer = torch.optim.AdamW(module.parameters(), lr=lr, weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, lr, total_steps=steps, pct_start=0.05, cycle_momentum=False, final_div_factor=100
@@ -139,9 +135,7 @@ def patch_coverage(parts: Tensor, grid: int = 4) -> Tensor:
 
 
 def label_leak(tokens: Tensor, labels: Tensor) -> float:
-    """Mean cosine of tokens to the mean token of their (class, position): 1 if the label alone gives the
-    token away.
-    """
+    """Mean cosine of tokens to the mean token of their class and position: 1 if the label says it all."""
     means = torch.stack([tokens[labels == c].mean(0) for c in range(len(CLASS_NAMES))])
     return float(F.cosine_similarity(tokens, means[labels], dim=-1).mean())
 
@@ -198,9 +192,8 @@ def train_vae(steps: int) -> tuple[AutoencoderKL, dict]:
         images = x[index]
         images = torch.where(torch.rand(len(index), 1, 1, 1) < 0.5, images.flip(3), images)
         posterior, _, x_hat = vae(images)
-        return vae_regularization_loss(images, x_hat, posterior.kl(), config, perceptual=perceptual)[
-            "vae_reg"
-        ]
+        losses = vae_regularization_loss(images, x_hat, posterior.kl(), config, perceptual=perceptual)
+        return losses["vae_reg"]
 
     def evaluate() -> dict[str, float]:
         x_hat = vae.decode(vae.encode(x_test).mode())
@@ -251,9 +244,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder to write to")
     args = parser.parse_args()
 
-    torch.set_num_threads(
-        1
-    )  # one thread: the same sums in the same order, and two networks can train side by side
+    torch.set_num_threads(1)  # the same sums in the same order, and two networks can train side by side
     torch.use_deterministic_algorithms(True)
     torch.manual_seed(SEEDS[args.network])
     trainer, steps = TRAINERS[args.network]

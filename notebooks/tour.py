@@ -48,7 +48,7 @@ class UserError(Exception):
 
 
 class Interrupted(BaseException):
-    """A signal asked us to stop; `number` is the signal."""
+    """A signal asked for a stop; `number` is which."""
 
     def __init__(self, number: int):
         super().__init__(number)
@@ -109,10 +109,8 @@ class Run:
     notebook: object = None
     error: Exception | None = None
     stalled: bool = False
-    looked: tuple[float, float] = (
-        0.0,
-        0.0,
-    )  # when the kernel was last looked at, and its processor time then
+    # When the kernel was last looked at, and its processor time then.
+    looked: tuple[float, float] = (0.0, 0.0)
     stderr: object = field(default_factory=tempfile.TemporaryFile)  # the kernel's: noise, unless it dies
 
     def seconds(self) -> float:
@@ -127,9 +125,7 @@ class Run:
         return getattr(getattr(getattr(self.client, "km", None), "provisioner", None), "pid", None)
 
     def watch(self, patience: float) -> None:
-        """Kill a kernel that has rested for `patience` seconds: the answer to a cell can get lost, and would
-        be awaited for ever.
-        """
+        """Kill a kernel that has been idle for `patience` seconds: papermill may have missed a cell's end."""
         now = time.monotonic()
         if not self.cell or now - self.looked[0] < patience:
             return
@@ -176,7 +172,7 @@ def engine(run: Run):
 
 
 class Progress:
-    """The terminal line of the running notebook: rewritten in place, or else repeated each half minute."""
+    """The terminal line of the running notebook: rewritten in place, or else repeated every half minute."""
 
     def __init__(self, stream=sys.stdout):
         self.stream, self.live, self.last = stream, stream.isatty(), time.monotonic()
@@ -202,12 +198,10 @@ def execute(
     patience: float = 120,
     again: bool = True,
 ) -> str | None:
-    """Run one notebook into out/NAME.ipynb, or out/NAME.failed.ipynb and then return the error's sentence.
+    """Run one notebook into out/NAME.ipynb; if it fails, into out/NAME.failed.ipynb, and return why.
 
-    A kernel that stops answering, resting for `patience` seconds or more, is killed, and the notebook is
-    begun once more.
-
-    The final names are only ever given to finished files; an interruption leaves none behind.
+    A kernel that has been idle for `patience` seconds in the middle of a cell is killed, and the notebook is
+    started over, once. Only finished files ever get their final names; an interruption leaves none behind.
 
     Raises:
         Interrupted: a signal came; the kernel is gone by then.
@@ -252,7 +246,7 @@ def execute(
 
     if run.stalled and again:
         partial.unlink(missing_ok=True)
-        progress.end(f"{run.line()}  the kernel stopped answering: once more from the start")
+        progress.end(f"{run.line()}  the kernel stopped answering: starting over")
         return execute(path, out, parameters, progress, patience, again=False)
     sentence = explain(run) if run.error else None
     if run.notebook is None and partial.exists():
@@ -277,7 +271,7 @@ def execute(
 
 
 def explain(run: Run) -> str:
-    """One sentence for what stopped the notebook: its name, the cell as Jupyter numbers it, the error."""
+    """What stopped the notebook, in one sentence: its name, the cell as Jupyter numbers it, the error."""
     kind, text = type(run.error).__name__, str(run.error)
     if kind == "PapermillExecutionError":
         text = re.sub(r"\x1b\[[0-9;]*m", "", run.error.evalue).strip()
@@ -422,7 +416,7 @@ def answer(*command: str) -> str:
 
 
 def peak_gib() -> float:
-    """The largest memory any finished child process (a kernel, here) had, in GiB."""
+    """The peak memory of any finished child process (a kernel, here), in GiB."""
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss  # bytes on macOS, KiB elsewhere
     return peak / 2**30 if sys.platform == "darwin" else peak / 2**20
 
@@ -526,7 +520,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--smoke", action="store_true", help="few steps (sets CI=1): shows that everything runs")
     add("--out", type=Path, default=ROOT / "runs" / "tour", help="where the results go (runs/tour)")
     add("--patience", type=float, default=120, metavar="SECONDS",
-        help="a kernel that rests this long in a cell is started anew, once (120)")  # fmt: skip
+        help="restart a kernel that has been idle in a cell for this long, once (120)")  # fmt: skip
     add("--param", action="append", default=[], type=parse_parameter, metavar="NAME=VALUE",
         help="set a parameter in each notebook that has it")  # fmt: skip
     return parser.parse_args(arguments)
@@ -567,7 +561,7 @@ def tour(options: argparse.Namespace) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the tour and return 0, or 1 a notebook failed, 2 a wrong option, 130 interrupted."""
+    """Run the tour; returns 0, or 1 if a notebook failed, 2 for a wrong option, 130 if interrupted."""
     options = parse_arguments(arguments)
 
     def stop(number, _frame):

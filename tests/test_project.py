@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+import repae_lite
+
 yaml = pytest.importorskip("yaml")
 pytest.importorskip("packaging")
 from packaging.requirements import Requirement  # noqa: E402
@@ -92,6 +94,32 @@ def test_licence():
     assert PROJECT["license"] == "MIT"
     text = (ROOT / "LICENSE").read_text()
     assert text.startswith("MIT License") and "repae_lite contributors" in text
+
+
+def test_versions_agree():
+    version = PROJECT["version"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    released = re.search(r"^## \[(\d.*?)\] - (\S+)$", changes, flags=re.M)
+    assert repae_lite.__version__ == citation["version"] == released[1] == version
+    assert str(citation["date-released"]) == released[2]
+    assert citation["license"] == PROJECT["license"]
+    assert "2504.10483" in citation["preferred-citation"]["doi"]
+
+
+def test_ci_runs_its_command_on_every_supported_python():
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "test.yml").read_text(encoding="utf-8"))
+    job = workflow["jobs"]["test"]
+    assert PROJECT["requires-python"] == f">={job['strategy']['matrix']['python'][0]}"
+    assert [step["run"] for step in job["steps"] if "run" in step] == [".ci/run"]
+    assert workflow["permissions"] == {"contents": "read"} and job["timeout-minutes"] == 90
+    assert all(re.search(r"@v\d+", step["uses"]) for step in job["steps"] if "uses" in step)
+
+
+def test_the_readme_names_the_licence_of_every_dependency():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = canonicalize_name(readme[readme.index("## Licences") :])
+    assert [name for name in declared() if name not in table] == []
 
 
 # ---------------------------------------------------------------- what texts name

@@ -198,7 +198,7 @@ def linear_probe(
 
 
 def latent_structure(z: Tensor) -> dict[str, float | list[float]]:
-    """How large, how varied and how rough latents are. PAPER.md: Table 10 (collapse: 17.06/6627 -> 0.02/90).
+    """How large, how varied and how rough latents are. REPA-E, Table 10 (collapse: 17.06/6627 -> 0.02/90).
 
     The paper does not give its formulas for the first two, so compare numbers within this project only, at
     one latent shape: total variation is a sum and grows with it. Only the third ignores the latents' scale.

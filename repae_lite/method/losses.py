@@ -27,7 +27,7 @@ def alignment_loss(projected: Sequence[Tensor], targets: Sequence[Tensor]) -> Te
     [-1, 1].
 
     The mean runs over encoders, images and tokens. Both sides are normalised in float32 whatever the autocast
-    dtype: in float16 the squares inside the norm over- and underflow (D7).
+    dtype: in float16 the squares inside the norm over- and underflow (DIFFERENCES.md, D7).
 
     Args:
         projected: projected SiT features, one (B, N, D) per encoder.

@@ -204,7 +204,8 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
 def frozen(*modules: nn.Module | None) -> Iterator[None]:
     """Switches parameter gradients off inside; gradients still flow *through* the modules to their inputs.
 
-    Afterwards exactly those parameters train that trained before (the official code switches all on, D2).
+    Afterwards exactly those parameters train that trained before (the official code switches all on:
+    DIFFERENCES.md, D2).
     """
     parameters = [
         p for module in modules if module is not None for p in module.parameters() if p.requires_grad

@@ -1,8 +1,8 @@
 """What large training needs of a layer: batch statistics of the *whole* batch, and activations that are not
 kept.
 
-The official code normalises by `SyncBatchNorm`, which exists on GPUs only (D10); this one works wherever
-torch.distributed does. Taught in `notebooks/02_latent_diffusion.ipynb` (the latents' BatchNorm).
+The official code normalises by `SyncBatchNorm`, which exists on GPUs only (DIFFERENCES.md, D10); this one
+works wherever torch.distributed does. Taught in `notebooks/02_latent_diffusion.ipynb` (the latents' BatchNorm).
 """
 
 from collections.abc import Iterator

@@ -309,6 +309,7 @@ class SiT(nn.Module):
         self.x_embedder = PatchEmbed(c.patch_size, c.in_channels, c.width)
         self.t_embedder = TimestepEmbedder(c.width)
         self.y_embedder = LabelEmbedder(c.num_classes, c.width)
+        # Fixed, unless the official slip is asked for: D2 of DIFFERENCES.md.
         self.pos_embed = nn.Parameter(
             sincos_position_embedding(c.width, c.grid_size), requires_grad=c.train_pos_embed
         )

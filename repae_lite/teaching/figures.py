@@ -1,6 +1,6 @@
 """Every plot of the project: one style, one colour per method; functions return a Figure and show nothing.
 
-Pictures of PAPER.md's "The method in one step" and of every notebook's results; taught in notebooks/00_map.
+Pictures of the method and of every notebook's results; taught in `notebooks/00_map.ipynb`.
 """
 
 import functools

@@ -3,6 +3,7 @@
 `TrainConfig` is what `repae_lite.training.trainer.train` reads; the flags of `repae train-repae`, `train-ldm`
 and `train-vae` are made from its fields, so a flag cannot exist without being honoured. Names and meanings of
 the official scripts are kept. No PyTorch here: `--help` is instant, and so are the loader's worker processes.
+Numbers such as D1 are those of DIFFERENCES.md.
 """
 
 import argparse

@@ -40,9 +40,7 @@ def plain_loop(small: SmallScale, steps: int, batch: int) -> float:
 
 
 def command_line(steps: int, batch: int) -> float:
-    """Steps per second of the trainer: the time of a long run without that of a short one, which have all but
-    the steps in common.
-    """
+    """Steps per second of the trainer: a long run's time less a short one's, so that only steps are left."""
     seconds = []
     for last in (WARM, WARM + steps):
         with tempfile.TemporaryDirectory() as folder:

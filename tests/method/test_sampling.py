@@ -94,7 +94,7 @@ def test_guidance_runs_the_doubled_batch_inside_its_interval_only():
     assert {t for t, batch in model.times if batch == 4} == {1.0, 0.9, 0.8, 0.2, 0.1}
 
 
-def test_guidance_formula_and_scale_one_is_off():
+def test_guidance_formula_and_scale_one_is_off():  # its null class is not 1000: D6
     eps, labels = noise(4)
     model = GaussianVelocity()
     plain = sample_ode(model, eps, labels, steps=1)

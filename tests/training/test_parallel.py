@@ -30,7 +30,7 @@ def test_it_can_start_at_any_step(start):
     assert batches(range(start, 6)) == batches(range(6))[start:]
 
 
-def test_processes_share_a_batch():
+def test_processes_share_a_batch():  # D9
     whole = batches(range(5))
     first, second = (batches(range(5), share_of(4, rank, 2)) for rank in (0, 1))
     assert [a + b for a, b in zip(first, second, strict=True)] == whole

@@ -166,14 +166,14 @@ def test_a_vae_trains_from_scratch_on_a_folder(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "official"])
-def test_a_resumed_run_is_the_run_that_never_stopped(whole, tmp_path, kind):
+def test_a_resumed_run_is_the_run_that_never_stopped(whole, tmp_path, kind):  # D5
     run(tmp_path, max_train_steps=3, checkpoint_format=kind)
     resumed = run(tmp_path, resume="latest", checkpoint_format="both")
     assert_same_run(whole, resumed)
     assert len(json.loads((resumed.path / "manifest.json").read_text())["sessions"]) == 2
 
 
-def test_the_official_resume_step_works(whole, tmp_path):
+def test_the_official_resume_step_works(whole, tmp_path):  # D4
     run(tmp_path, max_train_steps=4)
     assert_same_run(whole, run(tmp_path, resume_step=4))
 
