@@ -296,7 +296,7 @@ def test_images_that_do_not_fit_and_latents_that_are_not_finite(tmp_path, images
 def test_a_disk_that_is_too_small_or_fills_up(images, vae, cached, tmp_path, monkeypatch):
     dataset = ImageH5Dataset(images)
     with monkeypatch.context() as patched, pytest.raises(OSError, match="the latents need"):
-        patched.setattr(latents.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 9))
+        patched.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 9))
         cache_latents(vae, dataset, tmp_path / "e2e.h5", batch_size=4, step=8)
     original, written = os.pwrite, []
 

@@ -24,7 +24,7 @@ from repae_lite.networks.encoders import (
     ENCODER_NAMES,
     Preprocess,
     VisionEncoder,
-    check_fits,
+    check_token_grid,
     load_encoders,
 )
 from repae_lite.networks.sit import SiT
@@ -305,8 +305,8 @@ def test_every_encoder_has_its_published_size_and_the_grid_of_sit(name):
     assert (encoder.embed_dim, len(vit.blocks)) == SIZES[name]
     assert encoder.resolution == 256 and encoder.grid_size == 16
     assert vit.patch_embed.proj.weight.shape[-1] * 16 == encoder.preprocess.size
-    check_fits(encoder, downsampling=8, patch_size=2)
-    check_fits(encoder, downsampling=16, patch_size=1)
+    check_token_grid(encoder, downsampling=8, patch_size=2)
+    check_token_grid(encoder, downsampling=16, patch_size=1)
 
 
 def test_the_list_is_the_official_one_and_more():
@@ -332,14 +332,14 @@ def test_pretrained_tags_are_known_to_timm(name):
 def test_512_pixels_give_32_tokens_a_side(small, name):
     encoder = small(name, 512, depth=1)
     assert encoder.grid_size == 32 and encoder(pictures(512, 1)).shape == (1, 1024, 64)
-    check_fits(encoder, downsampling=8, patch_size=2)
+    check_token_grid(encoder, downsampling=8, patch_size=2)
 
 
 def test_tokens_feed_a_sit_of_the_same_grid(small):
     encoders = [small("dinov2-vit-b", 64), small("mae-vit-l", 64)]
     sizes = {"depth": 1, "alignment_depth": 1, "width": 32, "heads": 2, "projector_width": 16}
     sit = SiT.from_preset("SiT-S/2", input_size=8, target_dims=(64, 64), **sizes)
-    check_fits(encoders, downsampling=8, patch_size=sit.config.patch_size)
+    check_token_grid(encoders, downsampling=8, patch_size=sit.config.patch_size)
     out = sit.loss_forward(
         torch.randn(2, 4, 8, 8), torch.tensor([0, 1]), [encoder(pictures(64)) for encoder in encoders]
     )
@@ -398,7 +398,7 @@ def test_tiny_is_what_it_was():
     assert (encoder.embed_dim, encoder.grid_size, encoder.resolution, encoder.stand_in) == (128, 4, 32, False)
     images = pictures(32)
     torch.testing.assert_close(encoder(images), encoder.network(images.float() / 127.5 - 1))
-    check_fits(encoder, downsampling=4, patch_size=2)
+    check_token_grid(encoder, downsampling=4, patch_size=2)
 
 
 def test_several_encoders_come_as_a_list(small):
@@ -694,6 +694,6 @@ def test_combinations_that_do_not_fit_are_told_which_do():
         "SiT patch 4"
     )
     with pytest.raises(ValueError, match=re.escape(message)):
-        check_fits([encoder], downsampling=16, patch_size=2)
+        check_token_grid([encoder], downsampling=16, patch_size=2)
     with pytest.raises(ValueError, match="tiny with SiT patch 2"):
-        check_fits(VisionEncoder.from_name("tiny"), downsampling=4, patch_size=4)
+        check_token_grid(VisionEncoder.from_name("tiny"), downsampling=4, patch_size=4)
