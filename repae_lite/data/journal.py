@@ -133,7 +133,7 @@ class ResumableH5:
         try:
             yield step
         finally:
-            step.end()
+            step.stop()
 
     def commit(self, step: "Step", **state) -> None:
         """Makes a step's additions and these changes of the state valid together.
@@ -142,7 +142,7 @@ class ResumableH5:
             OSError: something could not be written; the step is forgotten.
         """
         with writing(self.folder.parent):
-            entry = {"fingerprint": self.fingerprint, "state": self.state | state, **step.end()}
+            entry = {"fingerprint": self.fingerprint, "state": self.state | state, **step.stop()}
             if step.error is not None:
                 raise step.error
             write_text(self.journal, json.dumps(entry))  # from here on the step counts
@@ -205,7 +205,7 @@ class Step(io.RawIOBase):
             if self.error is not None:
                 raise self.error
 
-    def end(self) -> dict:
+    def stop(self) -> dict:
         """Ends the writing.
 
         Returns:

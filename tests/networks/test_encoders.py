@@ -17,10 +17,9 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
-from repae_lite.networks import encoder_table as encoder_zoo
+from repae_lite.networks import encoder_table
 from repae_lite.networks.encoder_table import ENCODERS, find_spec
 from repae_lite.networks.encoders import (
-    _DOWNSAMPLING,
     ENCODER_NAMES,
     Preprocess,
     VisionEncoder,
@@ -28,7 +27,6 @@ from repae_lite.networks.encoders import (
     load_encoders,
 )
 from repae_lite.networks.sit import SiT
-from repae_lite.networks.vae import VAE_PRESETS
 
 
 def builds_on_meta():
@@ -618,7 +616,7 @@ def test_what_timm_cannot_load_is_said_in_one_sentence(small, monkeypatch):
     def create_model(name, **arguments):
         raise RuntimeError(f"No pretrained weights exist for {name}.\nmore")
 
-    monkeypatch.setattr(encoder_zoo.timm, "create_model", create_model)
+    monkeypatch.setattr(encoder_table.timm, "create_model", create_model)
     message = r"cannot load mae-vit-l \S+: update timm, or pass weights=FILE \(No pretrained weights exist for \S+\)$"
     with pytest.raises(ValueError, match=message):
         small("mae-vit-l", 64, weights="pretrained")
@@ -659,7 +657,7 @@ def test_refusals(name, resolution, weights, message):
 
 
 def test_an_old_timm_without_the_architecture_is_named(monkeypatch):
-    monkeypatch.setattr(encoder_zoo.timm, "is_model", lambda name: False)
+    monkeypatch.setattr(encoder_table.timm, "is_model", lambda name: False)
     with pytest.raises(
         ValueError,
         match=f"timm {re.escape(timm.__version__)} does not have dinov3-vit-b: pip install 'timm>=1.0.20'",
@@ -685,13 +683,11 @@ def test_the_number_of_weights_must_fit():
 
 
 def test_combinations_that_do_not_fit_are_told_which_do():
-    assert {name: config.downsampling for name, config in VAE_PRESETS.items()} == _DOWNSAMPLING
     encoder = VisionEncoder.from_name("timm:test_vit", 64, weights="random")
     message = (
         "timm:test_vit gives a token per 16x16 pixels, but a VAE that reduces 16x and SiT patch 2 make one "
-        "per 32x32: "
-        "VAE factor times patch must be 16, as in f8d4 with SiT patch 2, f16d32 with SiT patch 1, tiny with "
-        "SiT patch 4"
+        "per 32x32: VAE factor times patch must be 16, as in f8d4 with SiT patch 2, f16d32 with SiT patch 1, "
+        "tiny with SiT patch 4"
     )
     with pytest.raises(ValueError, match=re.escape(message)):
         check_token_grid([encoder], downsampling=16, patch_size=2)

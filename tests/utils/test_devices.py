@@ -1,6 +1,5 @@
 """Devices by name, the processes of a launcher, and the space that work needs."""
 
-import os
 import shutil
 import subprocess
 import sys
@@ -28,40 +27,28 @@ def test_a_device_that_is_not_there_is_one_sentence(name):
         choose_device(name)
 
 
+JOINING = """
+import torch.distributed as dist
+from repae_lite.utils.devices import choose_device
+from repae_lite.utils.processes import local_process_count, process_count, process_rank
+device = choose_device("cpu")
+print(f"{device}: {process_rank()} of {process_count()}, {local_process_count()} here\\n", end="", flush=True)
+dist.destroy_process_group()
+"""
+
+
 def test_processes_of_a_launcher_join(tmp_path):
-    script = (
-        "import torch.distributed as dist\n"
-        "from repae_lite.utils.devices import choose_device\n"
-        "from repae_lite.utils.processes import local_process_count, process_count, process_rank\n"
-        "device = choose_device('cpu')\n"
-        "print(device, local_process_count(), process_count(), process_rank())\n"
-        "dist.destroy_process_group()\n"
-    )
-    launcher = {
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": free_port(),
-    }
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", script],
-            env=os.environ | launcher | {"RANK": rank, "LOCAL_RANK": rank},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in ("0", "1")
+    (tmp_path / "joining.py").write_text(JOINING)
+    words = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        str(tmp_path / "joining.py"),
     ]
-    printed = [process.communicate(timeout=120)[0].split() for process in started]
-    assert printed == [["cpu", "2", "2", "0"], ["cpu", "2", "2", "1"]]
-
-
-def free_port() -> str:
-    import socket
-
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return str(found.getsockname()[1])
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.split("\n"))[1:] == ["cpu: 0 of 2, 2 here", "cpu: 1 of 2, 2 here"]
 
 
 def test_a_process_alone_is_alone(monkeypatch):
