@@ -54,7 +54,7 @@ def _arguments(option: Field, command: str) -> dict[str, Any]:
     return arguments | {"type": kind, "metavar": meta.get("metavar", METAVARS[kind])}
 
 
-def config_of(args: argparse.Namespace) -> TrainConfig:
+def config_from(args: argparse.Namespace) -> TrainConfig:
     """The config of a parsed command line: its flags, then those of its preset, then the defaults.
 
     Raises:
@@ -69,7 +69,7 @@ def config_of(args: argparse.Namespace) -> TrainConfig:
 
 def train(args: argparse.Namespace) -> None:
     """Trains with the options of a training command."""
-    config = config_of(args)
+    config = config_from(args)
     from repae_lite.training.trainer import train
 
     train(config)

@@ -90,7 +90,7 @@ def cubic(x, a):
 
 
 def resize(x, size, kernel, support, antialias):
-    """Separable resampling of the last two axes, pixel centres aligned at half pixels, as a matrix product."""
+    """Separable resampling of the last two axes, pixel centres at half pixels, as a matrix product."""
     old = x.shape[-1]
     scale = max(old / size, 1) if antialias else 1
     matrix = np.zeros((size, old))
@@ -286,10 +286,12 @@ def test_tokens_lie_row_by_row(small, name):
 # ---------------------------------------------------------------- full size
 
 SIZES = {  # width, depth as published
-    "dinov2-vit-s": (384, 12), "dinov2-vit-b": (768, 12), "dinov2-vit-l": (1024, 24), "dinov2-vit-g": (1536, 40),
-    "dinov2-vit-s-reg": (384, 12), "dinov2-vit-b-reg": (768, 12), "dinov2-vit-l-reg": (1024, 24), "dinov2-vit-g-reg": (1536, 40),
-    "dinov1-vit-b": (768, 12), "mocov3-vit-b": (768, 12), "mocov3-vit-l": (1024, 24), "clip-vit-L": (1024, 24),
-    "jepa-vit-h": (1280, 32), "mae-vit-l": (1024, 24),
+    "dinov2-vit-s": (384, 12), "dinov2-vit-b": (768, 12),
+    "dinov2-vit-l": (1024, 24), "dinov2-vit-g": (1536, 40),
+    "dinov2-vit-s-reg": (384, 12), "dinov2-vit-b-reg": (768, 12),
+    "dinov2-vit-l-reg": (1024, 24), "dinov2-vit-g-reg": (1536, 40),
+    "dinov1-vit-b": (768, 12), "mocov3-vit-b": (768, 12), "mocov3-vit-l": (1024, 24),
+    "clip-vit-L": (1024, 24), "jepa-vit-h": (1280, 32), "mae-vit-l": (1024, 24),
     "dinov3-vit-s": (384, 12), "dinov3-vit-b": (768, 12), "dinov3-vit-l": (1024, 24),
 }  # fmt: skip
 
@@ -308,7 +310,8 @@ def test_every_encoder_has_its_published_size_and_the_grid_of_sit(name):
 
 
 def test_the_list_is_the_official_one_and_more():
-    official = "dinov2-vit-b dinov2-vit-l dinov2-vit-g dinov1-vit-b mocov3-vit-b mocov3-vit-l clip-vit-L jepa-vit-h mae-vit-l"
+    official = "dinov2-vit-b dinov2-vit-l dinov2-vit-g dinov1-vit-b mocov3-vit-b mocov3-vit-l"
+    official += " clip-vit-L jepa-vit-h mae-vit-l"
     assert set(official.split()) <= set(ENCODER_NAMES) and set(SIZES) == set(ENCODERS)
     assert find_spec("dinov2reg-vit-l") == ENCODERS["dinov2-vit-l-reg"]
 
@@ -470,9 +473,12 @@ def test_moco_checkpoints_are_converted_and_their_slips_corrected(small, tmp_pat
 
 
 def to_openai(state):
-    names = (("patch_embed.proj", "conv1"), ("pos_embed", "positional_embedding"), ("blocks.", "transformer.resblocks."),
-             ("norm_pre", "ln_pre"), ("cls_token", "class_embedding"), ("qkv.", "in_proj_"), ("attn.proj", "attn.out_proj"),
-             ("mlp.fc1", "mlp.c_fc"), ("mlp.fc2", "mlp.c_proj"), ("norm1", "ln_1"), ("norm2", "ln_2"))  # fmt: skip
+    names = (
+        ("patch_embed.proj", "conv1"), ("pos_embed", "positional_embedding"),
+        ("blocks.", "transformer.resblocks."), ("norm_pre", "ln_pre"), ("cls_token", "class_embedding"),
+        ("qkv.", "in_proj_"), ("attn.proj", "attn.out_proj"), ("mlp.fc1", "mlp.c_fc"),
+        ("mlp.fc2", "mlp.c_proj"), ("norm1", "ln_1"), ("norm2", "ln_2"),
+    )  # fmt: skip
     renamed = {
         "visual.ln_post.weight": torch.ones(64),
         "visual.ln_post.bias": torch.zeros(64),
@@ -607,7 +613,10 @@ def test_downloads_load_and_their_position_embedding_is_resampled(small, monkeyp
 def test_without_a_network_one_sentence_says_what_to_do(small, monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    message = r"^cannot download dinov2-vit-b \(vit_base_patch14_dinov2.lvd142m of timm; \w+\): connect once, or pass weights=FILE$"
+    message = (
+        r"^cannot download dinov2-vit-b \(vit_base_patch14_dinov2.lvd142m of timm; \w+\): connect once, or "
+        r"pass weights=FILE$"
+    )
     with pytest.raises(ConnectionError, match=message):
         small("dinov2-vit-b", 64, weights="pretrained")
 
@@ -617,7 +626,10 @@ def test_what_timm_cannot_load_is_said_in_one_sentence(small, monkeypatch):
         raise RuntimeError(f"No pretrained weights exist for {name}.\nmore")
 
     monkeypatch.setattr(encoder_table.timm, "create_model", create_model)
-    message = r"cannot load mae-vit-l \S+: update timm, or pass weights=FILE \(No pretrained weights exist for \S+\)$"
+    message = (
+        r"cannot load mae-vit-l \S+: update timm, or pass weights=FILE "
+        r"\(No pretrained weights exist for \S+\)$"
+    )
     with pytest.raises(ValueError, match=message):
         small("mae-vit-l", 64, weights="pretrained")
 
@@ -666,7 +678,8 @@ def test_an_old_timm_without_the_architecture_is_named(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "images", [pictures(64).float(), pictures(32), pictures(64)[:, :2], pictures(64)[0], pictures(64)[:, :, :48]],
+    "images",
+    [pictures(64).float(), pictures(32), pictures(64)[:, :2], pictures(64)[0], pictures(64)[:, :, :48]],
     ids=["float", "size", "channels", "no batch", "oblong"],
 )  # fmt: skip
 def test_images_of_another_kind_are_refused(images):

@@ -7,7 +7,7 @@ import pytest
 
 from repae_lite.commands.main import main, make_parser
 from repae_lite.commands.presets import preset_names, presets_dir, read_preset
-from repae_lite.commands.train_flags import config_of
+from repae_lite.commands.train_flags import config_from
 from repae_lite.method.losses import VAELossConfig
 from repae_lite.training.config import (
     COMMANDS,
@@ -21,24 +21,22 @@ from repae_lite.training.config import (
 from repae_lite.training.loss_config import read_loss_config
 
 OFFICIAL = {  # the flags of the official README's training commands
-    "repae": "--max-train-steps=400000 --report-to=none --allow-tf32 --mixed-precision=fp16 --seed=0 --data-dir=data --output-dir=exps "
-    "--batch-size=256 --path-type=linear --prediction=v --weighting=uniform --model=SiT-XL/2 "
-    "--checkpointing-steps=50000 "
-    "--loss-cfg-path=configs/l1_lpips_kl_gan.yaml --vae=f8d4 --vae-ckpt=pretrained/sdvae/sdvae-f8d4.pt "
-    "--disc-pretrained-ckpt=pretrained/sdvae/disc.pt --enc-type=dinov2-vit-b --proj-coeff=0.5 "
-    "--encoder-depth=8 "
-    "--vae-align-proj-coeff=1.5 --bn-momentum=0.1 --exp-name=sit-xl --resume-step=0",
-    "ldm": "--max-train-steps=4000000 --report-to=none --allow-tf32 --mixed-precision=fp16 --seed=0 --data-dir=data --batch-size=256 "
-    "--path-type=linear --prediction=v --weighting=uniform --model=SiT-XL/1 --checkpointing-steps=50000 "
-    "--vae=f16d32 "
-    "--vae-ckpt=pretrained/e2e-vavae/e2e-vavae-400k.pt --vae-latents-name=e2e-vavae --learning-rate=1e-4 "
-    "--enc-type=dinov2-vit-b "
-    "--proj-coeff=0.5 --encoder-depth=8 --output-dir=exps --exp-name=sit-xl-ldm",
+    "repae": "--max-train-steps=400000 --report-to=none --allow-tf32 --mixed-precision=fp16 --seed=0 "
+    "--data-dir=data --output-dir=exps --batch-size=256 --path-type=linear --prediction=v "
+    "--weighting=uniform --model=SiT-XL/2 --checkpointing-steps=50000 --loss-cfg-path=configs/l1_lpips_kl_gan.yaml --vae=f8d4 "
+    "--vae-ckpt=pretrained/sdvae/sdvae-f8d4.pt --disc-pretrained-ckpt=pretrained/sdvae/disc.pt "
+    "--enc-type=dinov2-vit-b --proj-coeff=0.5 --encoder-depth=8 --vae-align-proj-coeff=1.5 --bn-momentum=0.1 "
+    "--exp-name=sit-xl --resume-step=0",
+    "ldm": "--max-train-steps=4000000 --report-to=none --allow-tf32 --mixed-precision=fp16 --seed=0 "
+    "--data-dir=data --batch-size=256 --path-type=linear --prediction=v --weighting=uniform --model=SiT-XL/1 "
+    "--checkpointing-steps=50000 --vae=f16d32 --vae-ckpt=pretrained/e2e-vavae/e2e-vavae-400k.pt "
+    "--vae-latents-name=e2e-vavae --learning-rate=1e-4 --enc-type=dinov2-vit-b --proj-coeff=0.5 "
+    "--encoder-depth=8 --output-dir=exps --exp-name=sit-xl-ldm",
 }
 
 
 def parse(command: str, *words: str) -> TrainConfig:
-    return config_of(make_parser().parse_args([f"train-{command}", *words]))
+    return config_from(make_parser().parse_args([f"train-{command}", *words]))
 
 
 @pytest.mark.parametrize("command", OFFICIAL)
