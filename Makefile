@@ -41,7 +41,7 @@ test: set-up
 	@$(PY) -m pytest -q $(ARGS)
 	@if ls notebooks/*.ipynb >/dev/null 2>&1; then \
 		echo "Running the notebooks in smoke mode (nbval)."; \
-		CI=1 $(PY) -m pytest -q --nbval-lax --nbval-current-env --nbval-cell-timeout=600 notebooks; \
+		CI=1 $(PY) -m pytest -q --nbval-lax --nbval-current-env --nbval-cell-timeout=600 --timeout=660 notebooks; \
 	fi
 
 clean:

@@ -70,10 +70,14 @@ def test_the_face_is_light():
 
 def test_help_and_image_workers_need_no_torch():
     rooms = ", ".join(f"repae_lite.{room}" for room in repae_lite.ROOMS)
-    fresh(f"import {rooms}, repae_lite.data.image_files, repae_lite.commands.main, sys; sys.exit('torch' in sys.modules)")
+    fresh(
+        f"import {rooms}, repae_lite.data.image_files, repae_lite.commands.main, sys\n"
+        "sys.exit('torch' in sys.modules)"
+    )
     fresh(
         "import contextlib, io, sys\nfrom repae_lite.commands.main import main\n"
         "for words in (['--help'], ['train-repae', '--help'], ['preprocess', '--help']):\n"
-        "    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):\n        main(words)\n"
+        "    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):\n"
+        "        main(words)\n"
         "sys.exit('torch' in sys.modules)"
     )

@@ -1,6 +1,7 @@
 """`repae download`: the released sets, into pretrained/NAME/, the layout that the official commands expect."""
 
 import fnmatch
+from collections.abc import Sequence
 from pathlib import Path
 
 from repae_lite.checkpoints.hub import Repository, download, look_up
@@ -14,40 +15,30 @@ from repae_lite.checkpoints.layouts import (
     pick_checkpoint,
     pick_weights,
 )
-from repae_lite.commands.presets import ORGANISATION, RECIPES, RELEASED
-
-EVERYTHING_FOR = "all-for"
+from repae_lite.checkpoints.released import ORGANISATION, RELEASED
 
 
-def expand(names: list[str], *, step: int | None = None) -> list[str]:
-    """The sets that a command line names: NAME[@REVISION] …, or "all-for PRESET".
+def check_sets(names: Sequence[str], *, step: int | None = None) -> None:
+    """Refuses names of sets that are not released.
 
     Args:
-        names: as given. step: of the checkpoint that is wanted, if one is.
+        names: NAME[@REVISION] of each set.
+        step: of the checkpoint that is wanted, if one is.
 
     Raises:
-        ValueError: an unknown name, a preset without released sets, or a step of a set that is no run.
+        ValueError: an unknown name, or a step of a set that is no run.
     """
-    if names[:1] == [EVERYTHING_FOR]:
-        if len(names) != 2 or names[1] not in RECIPES:
-            raise ValueError(
-                f"{' '.join(names)!r} names no preset: give {EVERYTHING_FOR} and one of {', '.join(RECIPES)}"
-            )
-        if not RECIPES[names[1]].sets:
-            raise ValueError(f"{names[1]} starts from nothing released: its networks ship with the project")
-        names = list(RECIPES[names[1]].sets)
     for name in names:
-        if name.split("@")[0] not in RELEASED:
+        kind = RELEASED.get(name.split("@")[0])
+        if kind is None:
             raise ValueError(
-                f"unknown released set {name!r}: choose among {', '.join(RELEASED)}, or {EVERYTHING_FOR} "
-                "PRESET"
+                f"unknown released set {name!r}: choose among {', '.join(RELEASED)}, or all-for PRESET"
             )
-        if step is not None and RELEASED[name.split("@")[0]] != "run":
+        if step is not None and kind != "run":
             raise ValueError(
                 f"--train-steps is {step}, but {name} is no run and has no checkpoints to choose from: leave "
                 "it out"
             )
-    return names
 
 
 def choose_files(

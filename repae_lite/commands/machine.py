@@ -1,4 +1,4 @@
-"""What this machine has, and what each recipe needs of it: `repae check`.
+"""What this machine has, and what each preset needs of it: `repae check`.
 
 Sizes are arithmetic on the networks' numbers of parameters and on the files' layouts: a lower bound, since
 activations, which grow with the images per process, come on top. Times are not given: the paper publishes
@@ -7,6 +7,7 @@ none, and guesses would be worse.
 
 import os
 import platform
+import re
 import shutil
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -15,32 +16,24 @@ from urllib.parse import urlparse
 
 import timm
 import torch
-from huggingface_hub import constants
+from huggingface_hub import constants, scan_cache_dir
 
 from repae_lite import __version__
-from repae_lite.commands.presets import ORGANISATION, RECIPES, RELEASED, Recipe
-from repae_lite.data.datasets import ImageH5Dataset
+from repae_lite.checkpoints.released import ORGANISATION, RELEASED
+from repae_lite.commands.presets import Preset, preset_names, read_preset
+from repae_lite.data.datasets import SPLITS, ImageH5Dataset
 from repae_lite.networks.discriminator import PatchDiscriminator
 from repae_lite.networks.encoder_table import ENCODERS, EncoderSpec
 from repae_lite.networks.sit import SIT_PRESETS, SiT
 from repae_lite.networks.vae import VAE_PRESETS, AutoencoderKL
+from repae_lite.training.config import TrainConfig
 from repae_lite.utils.files import data_small_dir
 from repae_lite.utils.state_dicts import read_weights
 
-PACKAGES = (
-    "torch",
-    "torchvision",
-    "timm",
-    "lpips",
-    "accelerate",
-    "huggingface_hub",
-    "safetensors",
-    "h5py",
-    "diffusers",
-)
+PACKAGES = "torch torchvision timm lpips accelerate huggingface_hub safetensors h5py diffusers".split()
 NETWORKS = ("teacher", "perceptual", "evaluator", "vae")
 GIB = 2**30
-CHECKPOINTS = 3  # that a recipe's disk space is reckoned with
+CHECKPOINTS = 3  # that a preset's disk space is reckoned with
 
 
 def survey(folder: str | Path = ".", pretrained: str | Path = "pretrained") -> dict:
@@ -51,7 +44,7 @@ def survey(folder: str | Path = ".", pretrained: str | Path = "pretrained") -> d
         pretrained: where `repae download` puts released sets.
 
     Raises:
-        FileNotFoundError, ValueError: the embedded data is not there, or damaged.
+        FileNotFoundError, ValueError: the embedded data lacks a file, or is damaged.
     """
     found = {
         "repae_lite": __version__,
@@ -65,7 +58,8 @@ def survey(folder: str | Path = ".", pretrained: str | Path = "pretrained") -> d
         "embedded": _embedded(),
         "cached": _cached(Path(pretrained)),
     }
-    found["presets"] = {name: needs(recipe) | verdict(recipe, found) for name, recipe in RECIPES.items()}
+    presets = {name: read_preset(name) for name in preset_names()}
+    found["presets"] = {name: needs(preset) | verdict(preset, found) for name, preset in presets.items()}
     return found
 
 
@@ -81,17 +75,12 @@ def _version(name: str) -> str | None:
 
 def _memory() -> dict[str, int | None]:
     """Main memory: all of it, and what is free without swapping (None where the system does not say)."""
-    try:
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError, AttributeError):
-        total = None
-    available = None
-    if Path("/proc/meminfo").is_file():
-        lines = dict(
-            line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines() if ":" in line
-        )
-        available = int(lines["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in lines else None
-    return {"total": total, "available": available}
+    info = Path("/proc/meminfo")
+    available = re.search(r"MemAvailable: *(\d+) kB", info.read_text()) if info.is_file() else None
+    return {
+        "total": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "available": int(available[1]) * 1024 if available else None,
+    }
 
 
 def _devices() -> list[dict]:
@@ -100,150 +89,139 @@ def _devices() -> list[dict]:
         free, total = torch.cuda.mem_get_info(i)
         with torch.cuda.device(i):
             bf16 = torch.cuda.is_bf16_supported()
-        devices.append(
-            {
-                "name": f"cuda:{i}",
-                "kind": torch.cuda.get_device_name(i),
-                "memory": total,
-                "free": free,
-                "bf16": bf16,
-            }
-        )
+        kind = torch.cuda.get_device_name(i)
+        devices.append({"name": f"cuda:{i}", "kind": kind, "memory": total, "free": free, "bf16": bf16})
     return devices
 
 
 def _embedded() -> dict:
-    folder = data_small_dir()
-    splits = {split: ImageH5Dataset(folder / split / "images.h5") for split in ("train", "eval")}
+    """What the embedded data holds; `missing` says why it holds nothing."""
+    try:
+        folder = data_small_dir()
+    except FileNotFoundError as error:
+        return {"splits": {}, "networks": {}, "missing": [str(error)]}
+    splits = {split: ImageH5Dataset(folder / split / "images.h5") for split in SPLITS}
     networks = {name: read_weights(folder / f"{name}.safetensors")[0] for name in NETWORKS}
     return {
         "splits": {name: {"images": len(data), "classes": data.num_classes} for name, data in splits.items()},
-        "networks": {
-            name: sum(tensor.numel() for tensor in state.values()) for name, state in networks.items()
-        },
+        "networks": {name: sum(t.numel() for t in state.values()) for name, state in networks.items()},
     }
 
 
 def _cached(pretrained: Path) -> dict:
-    """Which weights are on this machine: encoders in timm's caches, released sets in the Hub's and in
-    `pretrained`.
-    """
+    """Which weights are here: encoders in timm's caches, released sets in the Hub's and in `pretrained`."""
     hub = Path(constants.HF_HUB_CACHE)
-    held = {entry.name for entry in hub.iterdir()} if hub.is_dir() else set()
-    weights = ("*.safetensors", "*.bin", "*.pt")
-
-    def has(repository: str) -> bool:
-        entry = f"models--{repository.replace('/', '--')}"
-        return entry in held and any(
-            path.exists() for pattern in weights for path in (hub / entry).glob(f"snapshots/**/{pattern}")
-        )
+    held = {
+        repository.repo_id
+        for repository in (scan_cache_dir(hub).repos if hub.is_dir() else ())
+        for revision in repository.revisions
+        if any(file.file_name.endswith((".safetensors", ".bin", ".pt")) for file in revision.files)
+    }
 
     def has_encoder(spec: EncoderSpec) -> bool:
-        source = (
-            timm.get_pretrained_cfg(spec.timm_name) if spec.tag else None
-        )  # which may be another network's repository
+        # It may name another network's repository.
+        source = timm.get_pretrained_cfg(spec.timm_name) if spec.tag else None
         if source is None:
             return False
-        if not source.hf_hub_id:
-            return (
-                bool(source.url)
-                and (
-                    Path(torch.hub.get_dir()) / "checkpoints" / Path(urlparse(source.url).path).name
-                ).is_file()
-            )
-        repository = source.hf_hub_id.split("@")[0]
-        return has(repository + spec.timm_name if repository.endswith("/") else repository)
+        if source.hf_hub_id:
+            repository = source.hf_hub_id.split("@")[0]
+            return repository + spec.timm_name * repository.endswith("/") in held
+        file = Path(urlparse(source.url or "").path).name
+        return bool(file) and (Path(torch.hub.get_dir()) / "checkpoints" / file).is_file()
 
     return {
         "hub": str(hub),
         "encoders": [name for name, spec in ENCODERS.items() if has_encoder(spec)] + ["tiny"],
-        "released": [name for name in RELEASED if has(f"{ORGANISATION}/{name}")],
+        "released": [name for name in RELEASED if f"{ORGANISATION}/{name}" in held],
         "pretrained": [
             name for name in RELEASED if any(path.is_file() for path in (pretrained / name).glob("[!.]*"))
         ],
     }
 
 
-# ---------------------------------------------------------------- what recipes need
+# ---------------------------------------------------------------- what presets need
 
 
 @cache
-def parameters(recipe: Recipe) -> dict[str, int]:
-    """Numbers of parameters of a recipe's networks, without building them."""
-    vae = VAE_PRESETS[recipe.vae]
+def parameters(config: TrainConfig) -> dict[str, int]:
+    """Numbers of parameters of a run's networks, without building them."""
+    vae, sit = VAE_PRESETS[config.vae], SIT_PRESETS[config.model]
     with torch.device("meta"):
         networks = {
             "sit": SiT.from_preset(
-                recipe.model, in_channels=vae.latent_channels, input_size=recipe.resolution // vae.downsampling,
-                target_dims=SIT_PRESETS[recipe.model].target_dims,
+                config.model,
+                in_channels=vae.latent_channels,
+                input_size=config.resolution // vae.downsampling,
+                target_dims=sit.target_dims,
             ),
             "vae": AutoencoderKL(vae),
             "discriminator": PatchDiscriminator(),
-        }  # fmt: skip
+        }
     return {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
 
 
-def needs(recipe: Recipe) -> dict:
-    """What a recipe needs, in bytes, activations apart.
+def needs(preset: Preset) -> dict:
+    """What a preset needs, in bytes, activations apart.
 
     `device_memory`: weights, gradients, AdamW's two moments (float32 each) and SiT's average; `disk`: images,
     latents where they are cached, and three checkpoints; `downloads`: released sets; `images`, `steps`,
     `batch`.
     """
-    count, vae = parameters(recipe), VAE_PRESETS[recipe.vae]
-    tuned = count["vae"] + (
-        0 if recipe.vae == "tiny" else count["discriminator"]
-    )  # the embedded scale has no adversarial term
-    trained = count["sit"] + (tuned if recipe.trains_vae else 0)
-    frozen = 0 if recipe.trains_vae else count["vae"]
-    state = 4 * (4 * trained + count["sit"] + frozen)  # weight, gradient, two moments; the average
-    checkpoint = 4 * (3 * trained + count["sit"])  # weights, two moments; the average
-    images = 0 if recipe.vae == "tiny" else recipe.images * 3 * recipe.resolution**2
-    latents = (
-        0
-        if recipe.trains_vae
-        else recipe.images * 8 * vae.latent_channels * (recipe.resolution // vae.downsampling) ** 2
-    )
+    config = preset.config
+    count, vae = parameters(config), VAE_PRESETS[config.vae]
+    side = config.resolution // vae.downsampling
+    tunes_vae, adversarial = config.command != "ldm", config.loss_cfg_path != "tiny"
+    sit = count["sit"] if config.command != "vae" else 0
+    trained = sit + tunes_vae * (count["vae"] + adversarial * count["discriminator"])
+    frozen = 0 if tunes_vae else count["vae"]
+    state = 4 * (4 * trained + sit + frozen)  # weight, gradient, two moments; the average
+    checkpoint = 4 * (3 * trained + sit)  # weights, two moments; the average
+    images = 0 if config.data_dir == "embedded" else preset.images * 3 * config.resolution**2
+    latents = 0 if tunes_vae else preset.images * 8 * vae.latent_channels * side**2
     return {
-        "command": recipe.command,
-        "vae": recipe.vae,
-        "model": recipe.model,
-        "encoder": recipe.encoder,
+        "command": f"train-{config.command}",
+        "vae": config.vae,
+        "model": config.model,
+        "encoder": config.encoders,
         "parameters": count,
         "device_memory": state,
         "disk": images + latents + CHECKPOINTS * checkpoint,
-        "downloads": list(recipe.sets),
-        "images": recipe.images,
-        "steps": recipe.steps,
-        "batch": recipe.batch,
+        "downloads": list(preset.released),
+        "images": preset.images,
+        "steps": config.max_train_steps,
+        "batch": config.batch_size,
     }
 
 
-def verdict(recipe: Recipe, found: dict) -> dict:
-    """Whether this machine can run a recipe: `possible`, `against` [why not] and `missing` [what is to be
-    fetched or made first].
+def verdict(preset: Preset, found: dict) -> dict:
+    """Whether this machine can run a preset.
+
+    Returns:
+        `possible`; `against`, the reasons why not; `missing`, what must be fetched or made first.
     """
-    wanted, against, missing = needs(recipe), [], []
-    if recipe.vae != "tiny":
+    config, wanted, against, missing = preset.config, needs(preset), [], []
+    if config.data_dir == "embedded":
+        against += found["embedded"].get("missing", [])
+    else:
+        missing.append("preprocessed images (repae preprocess)")
+    if config.vae != "tiny":
         largest = max((device["memory"] for device in found["devices"]), default=0)
         if not largest:
             against.append("there is no CUDA device")
         elif largest < wanted["device_memory"]:
             against.append(
                 f"weights and optimisers alone need {wanted['device_memory'] / GIB:.1f} GiB of a device, the "
-                "largest has "
-                f"{largest / GIB:.1f}"
+                f"largest has {largest / GIB:.1f}"
             )
-        missing.append("preprocessed images (repae preprocess)")
-        if recipe.command == "train-ldm":
-            missing.append("cached latents (repae cache-latents)")
-        if recipe.encoder not in found["cached"]["encoders"]:
-            missing.append(f"{recipe.encoder} (timm fetches it at the first run)")
-        missing += [
-            f"{name} (repae download {name})"
-            for name in recipe.sets
-            if name not in found["cached"]["pretrained"]
-        ]
+    if config.command == "ldm":
+        missing.append("cached latents (repae cache-latents)")
+    cached, encoders = found["cached"], (config.encoders or "tiny").split(",")
+    missing += [
+        f"{name} (timm fetches it at the first run)" for name in encoders if name not in cached["encoders"]
+    ]
+    missing += [
+        f"{name} (repae download {name})" for name in preset.released if name not in cached["pretrained"]
+    ]
     if found["disk"]["free"] < wanted["disk"]:
         against.append(
             f"{wanted['disk'] / 1e9:.0f} GB of disk are needed in all, {found['disk']['free'] / 1e9:.0f} are "
@@ -265,14 +243,12 @@ def report(found: dict) -> str:
         f"{cpu['cores']} CPU cores, torch uses {cpu['threads']} threads; memory {_gib(memory['total'])}, "
         f"{_gib(memory['available'])} available; disk {found['disk']['free'] / 1e9:.0f} GB free here",
     ]
-    for device in found["devices"]:
-        bf16 = "bf16" if device["bf16"] else "no bf16"
-        lines.append(
-            f"{device['name']}: {device['kind']}, {_gib(device['memory'])}, {_gib(device['free'])} free, "
-            f"{bf16}"
-        )
-    if not found["devices"]:
-        lines.append("no CUDA device: the embedded scale runs on the CPU, the full-scale recipes need a GPU")
+    lines += [
+        f"{device['name']}: {device['kind']}, {_gib(device['memory'])}, {_gib(device['free'])} free, "
+        f"{'bf16' if device['bf16'] else 'no bf16'}"
+        for device in found["devices"]
+    ] or ["no CUDA device: the embedded scale runs on the CPU, the full-scale presets need a GPU"]
+    lines += found["embedded"].get("missing", [])
     for split, size in found["embedded"]["splits"].items():
         lines.append(f"embedded {split} split: {size['images']} images, {size['classes']} classes")
     lines += [f"embedded {name}: {count:,} numbers" for name, count in found["embedded"]["networks"].items()]
@@ -285,17 +261,15 @@ def report(found: dict) -> str:
         "published):"
     )
     for name, preset in found["presets"].items():
-        sizes = f"{_gib(preset['device_memory'])} of device memory and more, {preset['disk'] / 1e9:.1f} GB of disk"
         lines.append(
-            f"  {name}: {preset['command']}, {preset['model']} on {preset['vae']}, "
-            f"{preset['steps']:,} steps of {preset['batch']} images; {sizes}"
+            f"  {name}: {preset['command']}, {preset['model']} on {preset['vae']}, {preset['steps']:,} steps "
+            f"of {preset['batch']} images; {_gib(preset['device_memory'])} of device memory and more, "
+            f"{preset['disk'] / 1e9:.1f} GB of disk"
         )
-        lines.append(
-            "    "
-            f"{'possible here' if preset['possible'] else 'not possible here: ' + '; '.join(preset['against'])}"
-        )
+        against = "; ".join(preset["against"])
+        lines.append(f"    not possible here: {against}" if against else "    possible here")
         if preset["missing"]:
-            lines.append(f"    to be had first: {'; '.join(preset['missing'])}")
+            lines.append(f"    needed first: {'; '.join(preset['missing'])}")
     return "\n".join(lines)
 
 

@@ -1,54 +1,88 @@
-"""The recipes of the paper and the embedded one: what each trains, and which released sets it starts from.
+"""Presets: options of a training command under a name, each a YAML file in reproduce/presets.
 
-Released sets are repositories of the REPA-E organisation on the Hugging Face Hub. Not all of their files'
-names are known beforehand; `repae download` lists them and picks by pattern.
+A file names its `command` and gives options as the command line does (`batch-size: 256`). Two more keys are
+for other commands, and training ignores them: `released`, the released sets that the run starts from, which
+`repae download all-for NAME` fetches; and `images`, how many images it is meant for (ImageNet's number
+where it is left out), from which `repae check` computes disk space.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-RELEASED = {  # set -> its kind
-    "sdvae": "vae", "invae": "vae", "vavae": "vae",
-    "e2e-sdvae": "vae", "e2e-invae": "vae", "e2e-vavae": "vae",
-    "e2e-sdvae-hf": "diffusers", "e2e-invae-hf": "diffusers", "e2e-vavae-hf": "diffusers",
-    "sit-repae-sdvae": "run", "sit-repae-invae": "run", "sit-repae-vavae": "run",
-    "sit-ldm-e2e-vavae": "run",
-}  # fmt: skip
-ORGANISATION = "REPA-E"
+from repae_lite.training.config import COMMANDS, OPTIONS, TrainConfig, value_type
+from repae_lite.utils.yaml_files import converted, read_yaml
+
 IMAGENET = 1_281_167  # training images
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """One way to train.
+class Preset:
+    """A way to train.
 
     Attributes:
-        command: of `repae`.
-        vae: preset of the VAE. trains_vae: it is tuned, and so are a discriminator and their optimisers.
-        model: preset of the SiT.
-        encoder: name of the vision encoder to align with.
-        sets: released sets that it starts from.
-        resolution: of the images in pixels. images: how many there are.
-        batch: of all processes together. steps: of the whole run.
+        command: "repae", "ldm" or "vae".
+        options: fields of `TrainConfig`.
+        released: released sets that it starts from.
+        images: how many images it is meant for.
     """
 
     command: str
-    vae: str
-    trains_vae: bool
-    model: str
-    encoder: str
-    sets: tuple[str, ...] = ()
-    resolution: int = 256
-    images: int = IMAGENET
-    batch: int = 256
-    steps: int = 400_000
+    options: dict[str, Any]
+    released: tuple[str, ...]
+    images: int
+
+    @property
+    def config(self) -> TrainConfig:
+        """Its options and the defaults of their scale; where the VAE's weights are may be left open."""
+        return TrainConfig.with_defaults(self.command, **self.options)
 
 
-RECIPES = {
-    "tiny": Recipe(
-        "train-repae", "tiny", True, "tiny", "tiny", resolution=32, images=6000, batch=32, steps=400
-    ),
-    "repae-sdvae": Recipe("train-repae", "f8d4", True, "SiT-XL/2", "dinov2-vit-b", ("sdvae",)),
-    "repae-invae": Recipe("train-repae", "f16d32", True, "SiT-XL/1", "dinov2-vit-b", ("invae",)),
-    "repae-vavae": Recipe("train-repae", "f16d32", True, "SiT-XL/1", "dinov2-vit-b", ("vavae",)),
-    "ldm-e2e-vavae": Recipe("train-ldm", "f16d32", False, "SiT-XL/1", "dinov2-vit-b", ("e2e-vavae",)),
-}
+def presets_dir() -> Path:
+    """Where presets are: in the installed package, or in reproduce/presets of a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    installed = package / "presets"
+    return installed if installed.is_dir() else package.parent / "reproduce" / "presets"
+
+
+def preset_names() -> list[str]:
+    """Names of all presets."""
+    return sorted(path.stem for path in presets_dir().glob("*.yaml"))
+
+
+def read_preset(name: str, command: str | None = None) -> Preset:
+    """A preset, by its name or as a file.
+
+    Args:
+        name: of a preset, or path of a YAML file.
+        command: "repae", "ldm" or "vae": what it must be for; a file without `command` is for this one.
+
+    Raises:
+        ValueError: it is for another command, names an option that the command does not have, or gives a
+            value of another type.
+        FileNotFoundError: no such preset.
+    """
+    path = Path(name) if Path(name).suffix in (".yaml", ".yml") else presets_dir() / f"{name}.yaml"
+    if not path.is_file():
+        known = ", ".join(preset_names()) or "none"
+        raise FileNotFoundError(f"there is no preset {name!r} ({path}): known are {known}")
+    content = {
+        str(key).lstrip("-").replace("-", "_"): value for key, value in read_yaml(path, "preset").items()
+    }
+    wanted = str(content.pop("command", f"train-{command}")).removeprefix("train-")
+    if wanted not in COMMANDS:
+        known = ", ".join(f"train-{each}" for each in COMMANDS)
+        raise ValueError(
+            f"the preset {path} does not say which command it is for: add command: with one of {known}"
+        )
+    if command not in (None, wanted):
+        raise ValueError(f"the preset {name} is for repae train-{wanted}, not for train-{command}")
+    released = tuple(map(str, content.pop("released", ())))
+    images = converted(content.pop("images", IMAGENET), int, f"images in the preset {path}")
+    for key, value in content.items():
+        if key not in OPTIONS or wanted not in OPTIONS[key].metadata["only"]:
+            raise ValueError(
+                f"the preset {path} sets {key!r}, which train-{wanted} does not have: take it out"
+            )
+        content[key] = converted(value, value_type(OPTIONS[key]), f"{key} in the preset {path}")
+    return Preset(wanted, content, released, images)

@@ -1,10 +1,8 @@
-"""Images on disk and in memory: the official HDF5 layout, image folders, and the embedded dataset that stands
-in for ImageNet.
+"""Images as data sets: HDF5 files, image folders, and the embedded images that stand in for ImageNet.
 
-Taught in `notebooks/00_map.ipynb`. The layout is that of the official REPA-E preprocessing: `images.h5` holds
-PNG bytes as "00000/img00000000.png" … and the labels as "dataset.json"; `images_h5.json` beside it lists the
-names. `open_dataset` takes whatever a user has: such a file, its folder, or a folder of images;
-`repae_lite.data.preprocessing` makes the one from the other.
+Taught in `notebooks/00_map.ipynb`. `open_dataset` takes whatever a user has: a file in the official layout
+(`repae_lite.data.hdf5`), its folder, or a folder of images; `repae_lite.data.preprocessing` makes the file
+from the folder.
 """
 
 import io
@@ -19,7 +17,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from repae_lite.data.hdf5 import _missing, stored
+from repae_lite.data.hdf5 import missing_names, stored
 from repae_lite.data.image_files import center_crop, failure, list_images, parse_labels, read_image
 from repae_lite.utils.files import data_small_dir
 
@@ -27,10 +25,11 @@ SPLITS = ("train", "eval")
 
 
 def load_embedded(split: str) -> tuple[Tensor, Tensor]:
-    """The embedded images (N, 3, 32, 32) uint8 and labels (N,) int64; split "train" (6,000) or "eval"
-    (2,000).
+    """The embedded images (N, 3, 32, 32) uint8 and labels (N,) int64.
 
-    Never tune anything on "eval": it is what results are measured on.
+    Args:
+        split: "train" (6,000 images) or "eval" (2,000). Never tune anything on "eval": results are measured
+            on it.
 
     Raises:
         ValueError: unknown split.
@@ -44,21 +43,23 @@ def load_embedded(split: str) -> tuple[Tensor, Tensor]:
 
 
 class H5Dataset(Dataset):
-    """Named bytes with labels in an HDF5 file of the official layout; `decode`, which subclasses define,
-    makes items of them.
+    """Named bytes with labels in an HDF5 file of the official layout.
 
-    The file is opened by each process at its first read, so the dataset survives fork, spawn and pickling.
+    Subclasses make items of them by `decode`. The file is opened by each process at its first read, so the
+    dataset survives fork, spawn and pickling.
 
     Args:
         path: the HDF5 file.
 
     Attributes:
-        names: of the items. labels: list of int. num_classes: largest label + 1.
+        names: of the items.
+        labels: class numbers of the items.
+        num_classes: largest label + 1.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not HDF5, truncated, without "dataset.json", that being a group, without labels, or with
-            labels of items that are not there.
+        ValueError: it is not HDF5, truncated, without labels in a "dataset.json", or lacks items that have
+            labels.
     """
 
     noun, maker = "image", "preprocessing a folder"
@@ -86,7 +87,7 @@ class H5Dataset(Dataset):
                         f"{self.path} has no labels: preprocess a folder with one subfolder per class, or "
                         "with a dataset.json"
                     )
-                missing = _missing(file, [name for name, _ in entries])
+                missing = missing_names(file, [name for name, _ in entries])
         except OSError as error:
             raise ValueError(f"{self.path} is not a whole HDF5 file ({error}): write it again") from None
         if missing:
@@ -105,8 +106,7 @@ class H5Dataset(Dataset):
         return self.decode(self.read(self.names[index]), self.names[index]), self.labels[index]
 
     def read(self, name: str) -> bytes:
-        """The bytes under a name, whichever way they are stored; a string's trailing zeros, which HDF5 drops,
-        are put back.
+        """The bytes under a name, however they are stored; trailing zeros, which HDF5 drops, are put back.
 
         Raises:
             ValueError: there are none.
@@ -130,15 +130,13 @@ class H5Dataset(Dataset):
 
 
 class ImageH5Dataset(H5Dataset):
-    """Images and labels of an `images.h5` in the official layout; item i is (uint8 (3, H, W), label). See
-    `H5Dataset`.
-    """
+    """Images and labels of an `images.h5`; item i is (uint8 (3, H, W), label). See `H5Dataset`."""
 
     def decode(self, data: bytes, name: str) -> Tensor:
         """Pixels of an encoded image.
 
         Raises:
-            ValueError: the bytes are none.
+            ValueError: the bytes are no image.
         """
         try:
             image = Image.open(io.BytesIO(data))
@@ -151,11 +149,10 @@ class ImageH5Dataset(H5Dataset):
 
 
 class ImageFolderDataset(Dataset):
-    """The images of a folder, cropped to squares as they are read; item i is (uint8 (3, resolution,
-    resolution), label).
+    """The images of a folder, cropped to squares as they are read.
 
-    The same labels, order and pixels as after `repae preprocess`, at the cost of decoding and cropping in
-    every epoch. Safe to fork, spawn and pickle.
+    Item i is (uint8 (3, resolution, resolution), label). The same labels, order and pixels as after
+    `repae preprocess`, at the cost of decoding and cropping in every epoch. Safe to fork, spawn and pickle.
 
     Args:
         folder: with one subfolder per class, or a dataset.json; see
@@ -163,7 +160,10 @@ class ImageFolderDataset(Dataset):
         resolution: side of the squares in pixels.
 
     Attributes:
-        names: paths below `root`. labels: list of int. num_classes: number of classes.
+        root: the folder that holds the classes.
+        names: paths below `root`.
+        labels: class numbers of the images.
+        num_classes: number of classes.
 
     Raises:
         FileNotFoundError: no such folder.
@@ -178,16 +178,10 @@ class ImageFolderDataset(Dataset):
         if found.missing:
             raise ValueError(
                 f"{found.root} lacks {len(found.missing)} images that dataset.json lists, {found.missing[0]} "
-                "first: "
-                "restore them, or take them out of it"
+                "first: restore them, or take them out of it"
             )
-        self.root, self.names, self.labels, self.num_classes = (
-            found.root,
-            found.names,
-            found.labels,
-            found.num_classes,
-        )
-        self.resolution = resolution
+        self.root, self.names, self.labels = found.root, found.names, found.labels
+        self.num_classes, self.resolution = found.num_classes, resolution
 
     def __len__(self) -> int:
         return len(self.names)
@@ -205,11 +199,10 @@ class ImageFolderDataset(Dataset):
 
 
 def open_dataset(path: str | Path, resolution: int | None = None) -> ImageH5Dataset | ImageFolderDataset:
-    """The dataset at a path: an HDF5 file in the official layout, a data folder with `images.h5`, or a folder
-    of images.
+    """The dataset at a path.
 
     Args:
-        path: the file or folder.
+        path: an HDF5 file in the official layout, a data folder with `images.h5`, or a folder of images.
         resolution: side of the images in pixels: what an image folder is cropped to, and an HDF5 file must
             have. None takes an HDF5 file as it is.
 
@@ -222,8 +215,8 @@ def open_dataset(path: str | Path, resolution: int | None = None) -> ImageH5Data
     if path.is_dir() and not (path / "images.h5").exists():
         if (path / "images.h5.partial").exists():
             raise ValueError(
-                f"the preprocessing into {path} has not finished: run the same command again, it goes on "
-                "where it was"
+                f"the preprocessing into {path} has not finished: run the same command again, it continues "
+                "where it stopped"
             )
         if resolution is None:
             raise ValueError(
@@ -239,15 +232,13 @@ def open_dataset(path: str | Path, resolution: int | None = None) -> ImageH5Data
     if resolution is not None and (height, width) != (resolution, resolution):
         raise ValueError(
             f"the images of {dataset.path} have {height} × {width} pixels and not {resolution} × "
-            f"{resolution}: "
-            f"preprocess with --resolution {resolution}, or train at another resolution"
+            f"{resolution}: preprocess with --resolution {resolution}, or train at another resolution"
         )
     return dataset
 
 
 def read_batches(loader: DataLoader) -> Iterator:
-    """A loader's batches; an error in one of its processes comes as its sentence alone, without that
-    process's traceback.
+    """A loader's batches; an error in one of its processes comes without that process's traceback.
 
     When the iteration ends, in whatever way, so do the loader's processes. Left to the garbage collector,
     those of a failed command may outlive it; and if they ignore SIGTERM, with which Python ends its children,

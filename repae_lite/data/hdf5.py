@@ -27,9 +27,7 @@ def image_name(index: int) -> str:
 
 
 def add_bytes(file: h5py.File, name: str, data: bytes) -> None:
-    """Stores bytes under a name as the official layout does, as one fixed-length string, without the overhead
-    of `create_dataset`.
-    """
+    """Stores bytes as the official layout does, as one fixed-length string; faster than `create_dataset`."""
     kind = h5t.C_S1.copy()
     kind.set_size(len(data))
     kind.set_strpad(h5t.STR_NULLPAD)
@@ -69,8 +67,8 @@ def write_names(path: str | Path, names: list[str]) -> None:
     write_text(path.with_name(path.stem + "_h5.json"), json.dumps(names))
 
 
-def _missing(file: h5py.File, names: list[str]) -> list[str]:
-    """Which names the file lacks; lists whole groups, which is forty times faster than looking each name up."""
+def missing_names(file: h5py.File, names: list[str]) -> list[str]:
+    """Which names the file lacks; listing whole groups is forty times faster than looking up each name."""
     groups = defaultdict(list)
     for name in names:
         groups[name.rpartition("/")[0]].append(name)
@@ -85,12 +83,12 @@ def _missing(file: h5py.File, names: list[str]) -> list[str]:
 def write_images_h5(
     path: str | Path, images: np.ndarray, labels: np.ndarray, *, compress: bool = True
 ) -> None:
-    """Writes images (N, 3, H, W) uint8 and labels (N,) in the official layout, atomically, with the list of
-    names beside.
+    """Writes images and labels in the official layout, atomically, with the list of names beside.
 
     Args:
         path: an `….h5`; the names go to `…_h5.json`.
-        images: pixels. labels: class numbers.
+        images: pixels (N, 3, H, W) uint8.
+        labels: class numbers (N,).
         compress: PNG compression; the official preprocessing stores without.
 
     Raises:

@@ -1,5 +1,4 @@
-"""Image files of any kind become square 8-bit RGB pixels: which files a folder holds, how they are read,
-cropped and stored.
+"""Image files of any kind become square 8-bit RGB pixels: how they are found, read, cropped and stored.
 
 The crop is the one of ADM (Dhariwal & Nichol, 2105.05233) that REPA-E's preprocessing uses;
 `repae_lite.data.preprocessing` runs it over a whole folder. No PyTorch here, so that worker processes start
@@ -25,17 +24,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-FORMATS = (
-    "JPEG",
-    "PNG",
-    "WEBP",
-    "GIF",
-    "BMP",
-    "TIFF",
-    "PPM",
-    "JPEG2000",
-    "AVIF",
-)  # reading any of these runs no other program
+FORMATS = "JPEG PNG WEBP GIF BMP TIFF PPM JPEG2000 AVIF".split()  # reading any of these runs no other program
 SUFFIXES = frozenset(
     ".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .tif .tiff .ppm .pgm .pbm .pnm .jp2 .j2k .avif".split()
 )
@@ -138,9 +127,7 @@ def list_images(folder: str | Path) -> ImageList:
 
 
 def _holds_classes(train: Path) -> bool:
-    """Whether `train` is the training split of a data set, not a class of that name (which holds images
-    directly).
-    """
+    """Whether `train` is a training split; a class of that name would hold images directly."""
     if not train.is_dir():
         return False
     entries = [entry for entry in train.iterdir() if not _hidden(entry.name)]
@@ -183,8 +170,7 @@ def _folder_labels(root: Path, names: list[str]) -> tuple[list[int], list[str]]:
     if len(class_names) == 1:  # the official code would silently drop all labels here
         raise ValueError(
             f"all {len(names)} images of {root} lie in one folder, so they have no classes: name a folder "
-            "with one subfolder per "
-            "class, or put a dataset.json into it"
+            "with one subfolder per class, or put a dataset.json into it"
         )
     if class_names[0] == "":
         alone = [name for name in names if "/" not in name]
@@ -196,8 +182,7 @@ def _folder_labels(root: Path, names: list[str]) -> tuple[list[int], list[str]]:
     if empty := [name for name in folders if name not in set(class_names)]:
         raise ValueError(
             f"the class folder {empty[0]} of {root} holds no images ({len(empty)} such folders): fill or "
-            "remove it, "
-            "since labels number the class folders in order"
+            "remove it, since labels number the class folders in order"
         )
     numbers = {name: i for i, name in enumerate(class_names)}
     return [numbers[top] for top in tops], class_names
@@ -207,7 +192,8 @@ def parse_labels(text: bytes | str, where: object) -> list[tuple[str, int]]:
     """The (name, class) pairs of a dataset.json, {"labels": [[name, class], …]}; none when it has no labels.
 
     Args:
-        text: its content. where: what to call it in errors.
+        text: its content.
+        where: what to call it in errors.
 
     Raises:
         ValueError: not such a file, a class that is no whole number from 0 up, or a name listed twice.
@@ -238,8 +224,8 @@ def read_image(path: str | Path) -> Image.Image:
 
     The first frame of animations; orientation as EXIF says; 16 bits scaled by 255/65535 and rounded (TIFF
     colours: their upper byte); transparency laid over white; CMYK, palettes and grey converted. Colour
-        profiles are not applied. The official preprocessing
-    differs in two points: it ignores orientation, and drops transparency.
+    profiles are not applied. The official preprocessing differs in two points: it ignores orientation, and
+    drops transparency.
 
     Raises:
         OSError, ValueError and whatever Pillow raises on damaged files; see `failure`.
@@ -317,8 +303,9 @@ def _over_white(image: Image.Image) -> Image.Image:
 def center_crop(image: Image.Image, size: int) -> Image.Image:
     """The central square of an image, its side scaled to `size` pixels, as ADM's evaluation data were made.
 
-    Halved by box filter while the shorter side is at least twice the size, then resized by bicubic filter,
-    then cropped; odd rests go right and below (guided-diffusion, `center_crop_arr`).
+    Halved by a box filter while the shorter side is at least twice the size, then resized by a bicubic
+    filter, then cropped; of an odd number of surplus pixels, right and bottom lose one more
+    (guided-diffusion, `center_crop_arr`).
 
     Raises:
         ValueError: so long and thin that the resized image would not fit in memory.
@@ -334,9 +321,7 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
 
 
 def encode_png(pixels: np.ndarray) -> bytes:
-    """Pixels (H, W, 3) uint8 as PNG without compression: its length depends on H and W alone, and it is read
-    fastest.
-    """
+    """Pixels (H, W, 3) uint8 as PNG without compression: fastest to read; H and W alone decide its length."""
     height, width, _ = pixels.shape
     rows = np.zeros((height, 1 + 3 * width), np.uint8)  # each row starts with its filter: 0, none
     rows[:, 1:] = pixels.reshape(height, 3 * width)

@@ -1,5 +1,4 @@
-"""An HDF5 file that grows by steps, each of which is there whole or not at all, whenever the process is
-killed.
+"""An HDF5 file that grows by steps; each is there whole or not at all, whenever the process is killed.
 
 HDF5 alone cannot promise that: a file whose writer was killed is often unreadable. Here a journal says how
 far the file is valid. New bytes go to the end of the file, where a later start cuts them off if the journal
@@ -9,21 +8,53 @@ harm. As every step starts from the same bytes, killed or not, the finished file
 """
 
 import errno
+import hashlib
+import io
 import json
+import logging
 import os
 import shutil
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import h5py
 
-from repae_lite.data.hdf5 import LIBVER, add_bytes
+from repae_lite.data.hdf5 import LIBVER, add_bytes, labels_json, write_names
 from repae_lite.utils.files import write_text
 from repae_lite.utils.locks import writing
 
 PAGE = 4096  # bytes; changes are kept in pieces of this size
+logger = logging.getLogger(__name__)
+
+
+def fingerprint(head: str, names: Sequence[str], labels: Sequence[int], *more: bytes) -> str:
+    """A name for what a file is made of; an unfinished run goes on only if this is the same.
+
+    Args:
+        head: everything but the items.
+        names: of the items, in their order.
+        labels: of the items.
+        more: samples of their content.
+    """
+    digest = hashlib.sha256(head.encode())
+    for name, label in zip(names, labels, strict=True):
+        digest.update(f"{label} {name}\n".encode(errors="surrogateescape"))
+    for data in more:
+        digest.update(data)
+    return digest.hexdigest()
+
+
+def check_count(file: h5py.File, state: dict) -> None:
+    """Whether an unfinished file holds as many items as its journal says: `done`, but for the `unreadable`.
+
+    Raises:
+        ValueError: it does not.
+    """
+    held = sum(len(file[name]) for name in file if isinstance(file[name], h5py.Group))
+    expected = state["done"] - len(state.get("unreadable", ()))
+    if held != expected or ("dataset.json" in file) != state["labelled"]:
+        raise ValueError(f"{held} items instead of {expected}")
 
 
 class ResumableH5:
@@ -76,7 +107,7 @@ class ResumableH5:
         except (OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
             if getattr(error, "errno", None) not in (None, errno.ENOENT):
                 raise  # the disk's refusal says nothing about the file
-            print(f"the unfinished run in {self.folder} is damaged ({error}): starting over", file=sys.stderr)
+            logger.warning(f"the unfinished run in {self.folder} is damaged ({error}): starting over")
             return False
         if other and not discard:
             raise ValueError(
@@ -102,7 +133,7 @@ class ResumableH5:
         try:
             yield step
         finally:
-            step.close()
+            step.stop()
 
     def commit(self, step: "Step", **state) -> None:
         """Makes a step's additions and these changes of the state valid together.
@@ -111,12 +142,31 @@ class ResumableH5:
             OSError: something could not be written; the step is forgotten.
         """
         with writing(self.folder.parent):
-            entry = {"fingerprint": self.fingerprint, "state": self.state | state, **step.close()}
+            entry = {"fingerprint": self.fingerprint, "state": self.state | state, **step.stop()}
             if step.error is not None:
                 raise step.error
             write_text(self.journal, json.dumps(entry))  # from here on the step counts
             self.state, self.size = entry["state"], entry["size"]
             self._lay_over(entry["size"], entry["patches"])
+
+    def finish_labelled(self, path: Path, entries: list[tuple[str, int]], *more: tuple[str, bytes]) -> None:
+        """Adds the labels, unless an earlier start did, writes the list of names, and finishes.
+
+        The state must have `labelled`, False until the labels are in.
+
+        Args:
+            path: the finished file.
+            entries: name and label of each item.
+            more: name and bytes of what else is added.
+        """
+        if not self.state["labelled"]:
+            with self.step() as last:
+                for name, data in (("dataset.json", labels_json(entries)), *more):
+                    last.add(name, data)
+                self.commit(last, labelled=True)
+        with writing(path.parent):
+            write_names(path, [name for name, _ in entries])
+        self.finish(path)  # last of all, so that it is there only when everything is
 
     def finish(self, path: Path) -> None:
         """Puts the file in its place and removes the rest."""
@@ -127,7 +177,7 @@ class ResumableH5:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-class Step:
+class Step(io.RawIOBase):
     """What a step adds; to HDF5 it looks like the file.
 
     HDF5 never learns of a write that failed or was interrupted, since it could not even close its file then:
@@ -155,9 +205,11 @@ class Step:
             if self.error is not None:
                 raise self.error
 
-    def close(self) -> dict:
-        """Ends the writing; what the journal has to know: `size`, `written` (bytes on the disk) and `patches`
-        [[offset, hex], …].
+    def stop(self) -> dict:
+        """Ends the writing.
+
+        Returns:
+            What the journal records: `size`, `written` (bytes on the disk) and `patches` [[offset, hex], …].
         """
         if self.hdf5:
             self.hdf5.close()
@@ -174,19 +226,11 @@ class Step:
         ]
         return {"size": self.end, "written": self.written, "patches": patches}
 
-    # What HDF5 calls.
+    # What HDF5 calls; flushing has nothing to do, since nothing waits that may be written yet.
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         self.position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.end}[whence]
         return self.position
-
-    def tell(self) -> int:
-        return self.position
-
-    def read(self, count: int) -> bytes:
-        buffer = bytearray(count)
-        self.readinto(buffer)
-        return bytes(buffer)
 
     def readinto(self, buffer: bytearray) -> int:
         view = memoryview(buffer)
@@ -221,13 +265,8 @@ class Step:
         self.end = size
         return size
 
-    def flush(self) -> None:
-        """Nothing waits here that may be written yet."""
-
     def _pages(self, length: int) -> Iterator[tuple[int, int, int]]:
-        """The pages that `length` bytes from the position touch, each with the first and the end of those
-        bytes.
-        """
+        """The pages that `length` bytes from the position touch, and where in each they start and end."""
         end = self.position + length
         for page in range(self.position // PAGE, -(-end // PAGE)) if length > 0 else ():
             yield page, max(self.position, page * PAGE), min(end, (page + 1) * PAGE)

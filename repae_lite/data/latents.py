@@ -3,14 +3,12 @@
 The command is `repae cache-latents`; taught in `notebooks/06_drop_in_vae.ipynb`. The layout is the official
 one: `NAME.h5` holds "00000/img-mean-std-00000000.npy" …, each a float32 .npy of (2C, h, w), the posterior's
 mean above its std, and "dataset.json"; `NAME_h5.json` lists the names. Of our own making are "vae.json" in
-it, which says of which VAE the latents are, and `NAME-latents-stats.pt` beside it.
+it, which names the VAE that the latents are of, and `NAME-latents-stats.pt` beside it.
 """
 
 import hashlib
 import io
 import json
-import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import closing
 from functools import partial
@@ -22,17 +20,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from repae_lite.checkpoints.layouts import STATS
 from repae_lite.data.datasets import H5Dataset, ImageFolderDataset, ImageH5Dataset, read_batches
-from repae_lite.data.hdf5 import labels_json, stored, write_names
-from repae_lite.data.journal import ResumableH5
+from repae_lite.data.hdf5 import stored
+from repae_lite.data.journal import ResumableH5, check_count, fingerprint
 from repae_lite.networks.vae import AutoencoderKL
 from repae_lite.utils.files import atomic_path
-from repae_lite.utils.locks import locked, writing
+from repae_lite.utils.locks import check_space, locked, writing
 from repae_lite.utils.pixels import to_unit_range
 from repae_lite.utils.processes import from_first_process, process_count, process_rank
+from repae_lite.utils.progress import progress_bar
 
 STEP = 1000  # images that a killed run has to do again, about
 ABOUT = "vae.json"
@@ -92,14 +90,12 @@ class CachedLatentsDataset(H5Dataset):
             expected = "an even number of channels" if not self.shape else str(self.shape)
             raise ValueError(
                 f"{name} in {self.path} is {moments.dtype} of shape {moments.shape} instead of float32 (2C, "
-                f"h, w) with {expected}: "
-                "cache the latents again"
+                f"h, w) with {expected}: cache the latents again"
             )
         return torch.from_numpy(moments)
 
     def check_vae(self, vae: AutoencoderKL) -> None:
-        """Refuses a VAE that the latents are not of; a file that does not say is checked for its channels
-        only.
+        """Refuses a VAE that the latents are not of; of a file that does not say, only channels are checked.
 
         Raises:
             ValueError: another VAE.
@@ -131,8 +127,7 @@ def cache_latents(
     progress: bool = False,
     step: int = STEP,
 ) -> tuple[Tensor, Tensor]:
-    """Encodes every image, in the dataset's order, and writes `NAME.h5`, `NAME_h5.json` and
-    `NAME-latents-stats.pt`.
+    """Encodes every image in order; writes `NAME.h5`, `NAME_h5.json` and `NAME-latents-stats.pt`.
 
     Float32, except that PyTorch lets convolutions on a GPU use TF32 unless told otherwise. An unfinished run
     of the same images and VAE is continued; on a CPU the file is then the same to the byte. Where
@@ -180,21 +175,16 @@ def cache_latents(
     about = {"fingerprint": vae_fingerprint(vae), "downsampling": vae.config.downsampling}
     state = {"done": 0, "labelled": False, "count": 0, "mean": [], "square": []}
     with locked(path.with_name(path.name + ".partial")) as folder:
-        file = ResumableH5(folder, _fingerprint(dataset, about), state, _check_unfinished, discard=overwrite)
-        _check_space(path, (len(dataset) - file.state["done"]) * (8 * first.numel() + 200))
+        file = ResumableH5(folder, _source_print(dataset, about), state, check_count, discard=overwrite)
+        left = len(dataset) - file.state["done"]
+        check_space(path.parent, left * (8 * first.numel() + 200), "the latents need")
         done = from_first_process(torch.tensor([file.state["done"]], device=device))
         _encode_all(file, moments(int(done)), len(dataset), max(1, step // batch_size) * batch_size, progress)
-        names = [latent_name(i) for i in range(len(dataset))]
-        if not file.state["labelled"]:
-            with file.step() as last:
-                last.add("dataset.json", labels_json(list(zip(names, map(int, dataset.labels), strict=True))))
-                last.add(ABOUT, json.dumps(about).encode())
-                file.commit(last, labelled=True)
         scale, bias = _stats(file.state)
         with writing(path.parent):
             save_stats(path.with_name(path.stem + STATS), scale, bias)
-            write_names(path, names)
-        file.finish(path)  # last of all, so that it is there only when everything is
+        entries = [(latent_name(i), int(label)) for i, label in enumerate(dataset.labels)]
+        file.finish_labelled(path, entries, (ABOUT, json.dumps(about).encode()))
     from_first_process(torch.stack([scale, bias]).to(device))
     return scale, bias
 
@@ -211,10 +201,7 @@ def save_stats(path: Path, scale: Tensor, bias: Tensor) -> None:
 
 def _encode_all(file: ResumableH5, batches: Iterator[Tensor], total: int, step: int, progress: bool) -> None:
     """Brings the file up to all images, in steps of whole batches."""
-    every = 0.5 if sys.stderr.isatty() else 60  # seconds; a log file needs no more
-    with tqdm(
-        total=total, initial=file.state["done"], unit=" images", mininterval=every, disable=not progress
-    ) as bar:
+    with progress_bar(total, file.state["done"], show=progress) as bar:
         while file.state["done"] < total:
             at, end = file.state["done"], min(total, file.state["done"] + step)
             sums = {key: np.array(file.state[key] or 0.0) for key in ("mean", "square")}
@@ -246,8 +233,7 @@ def _moments(
     device: torch.device,
     done: int,
 ) -> Iterator[Tensor]:
-    """Posterior means above stds (B, 2C, h, w) of all images from number `done` on, a batch at a time,
-    float32 on the CPU.
+    """Posterior means above stds of all images from number `done` on: (B, 2C, h, w), float32, on the CPU.
 
     Of N processes each encodes every N-th batch; all yield all of them.
     """
@@ -269,9 +255,8 @@ def _moments(
             if processes > 1:
                 gathered = [torch.empty_like(moments) for _ in range(processes)]
                 dist.all_gather(gathered, moments)
-            for images, found in zip(
-                batches[first : first + processes], gathered, strict=False
-            ):  # the last round may be short
+            # The last round may be short.
+            for images, found in zip(batches[first : first + processes], gathered, strict=False):
                 yield found[: len(images)].cpu()
 
 
@@ -293,39 +278,10 @@ def _stats(state: dict) -> tuple[Tensor, Tensor]:
 # ---------------------------------------------------------------- what is refused
 
 
-def _fingerprint(dataset: ImageH5Dataset | ImageFolderDataset, about: dict) -> str:
-    digest = hashlib.sha256(json.dumps(["latents 1", about]).encode())
-    for name, label in zip(dataset.names, dataset.labels, strict=True):
-        digest.update(f"{label} {name}\n".encode(errors="surrogateescape"))
-    for i in (0, len(dataset) - 1):  # not all pixels, but enough to tell two resolutions or data sets apart
-        digest.update(dataset[i][0].numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _check_unfinished(file: h5py.File, state: dict) -> None:
-    """Whether an unfinished file holds as many latents as its journal says.
-
-    Raises:
-        ValueError: it does not.
-    """
-    held = sum(len(file[name]) for name in file if isinstance(file[name], h5py.Group))
-    if held != state["done"] or ("dataset.json" in file) != state["labelled"]:
-        raise ValueError(f"{held} latents instead of {state['done']}")
-
-
-def _check_space(path: Path, needed: int) -> None:
-    """Refuses at once what would fill the disk in hours.
-
-    Raises:
-        OSError: fewer bytes are free than needed.
-    """
-    free = shutil.disk_usage(path.parent).free
-    if needed > free:
-        raise OSError(
-            f"the latents need {needed / 1e9:.1f} GB more in {path.parent}, where {free / 1e9:.1f} GB are "
-            "free: "
-            "free space, or choose another output folder"
-        )
+def _source_print(dataset: ImageH5Dataset | ImageFolderDataset, about: dict) -> str:
+    # Not all pixels, but enough to tell two resolutions or data sets apart.
+    ends = [dataset[i][0].numpy().tobytes() for i in (0, len(dataset) - 1)]
+    return fingerprint(json.dumps(["latents 1", about]), dataset.names, dataset.labels, *ends)
 
 
 def _check_finite(moments: Tensor, at: int) -> None:

@@ -1,16 +1,14 @@
-"""A folder of images becomes `images.h5` in the official layout: in parallel, resumable, with the same bytes
-every time.
+"""A folder of images becomes `images.h5` in the official layout: parallel, resumable, always the same bytes.
 
 The command is `repae preprocess`. `repae_lite.data.image_files` says what happens to one image,
 `repae_lite.data.journal` why a run may be killed at any moment; while it lasts, everything is in
 `images.h5.partial` beside the result.
 """
 
-import hashlib
 import json
+import logging
 import os
 import shutil
-import sys
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -24,16 +22,18 @@ from pathlib import Path
 import h5py
 from tqdm import tqdm
 
-from repae_lite.data.hdf5 import image_name, labels_json, write_names
+from repae_lite.data.hdf5 import image_name
 from repae_lite.data.image_files import ImageList, list_images, square_pngs, start_worker
-from repae_lite.data.journal import ResumableH5
+from repae_lite.data.journal import ResumableH5, check_count, fingerprint
 from repae_lite.utils.files import write_text
-from repae_lite.utils.locks import locked, writing
+from repae_lite.utils.locks import check_space, locked, writing
+from repae_lite.utils.progress import progress_bar
 
 ON_ERROR = ("refuse", "skip")
 REPORT = "preprocess_report.json"
 STEP = 1000  # images that a killed run has to do again at most
 BATCH_BYTES = 4_000_000  # what a worker hands over at once
+logger = logging.getLogger(__name__)
 
 
 def preprocess(
@@ -63,7 +63,7 @@ def preprocess(
             report lists them.
         overwrite: replace a finished result, and discard an unfinished one of other images or resolution.
         max_images: take only the first so many of the sorted list.
-        progress: tell on stderr what was found, and show a bar.
+        progress: show a bar.
         step: images between two entries of the journal.
 
     Returns:
@@ -79,60 +79,36 @@ def preprocess(
     """
     _check(resolution, workers, on_error, max_images, step)
     output = Path(output)
-    images = _first(list_images(source), max_images)
+    images = list_images(source)
+    images = replace(images, names=images.names[:max_images], labels=images.labels[:max_images])
     if output.resolve().is_relative_to(images.root.resolve()):
         raise ValueError(
             f"the output folder {output} lies in the image folder {images.root}: choose one outside of it"
         )
-    if progress:
-        print(
-            f"{images.root}: {len(images.names):,} images in {images.num_classes:,} classes", file=sys.stderr
-        )
+    logger.info(f"{images.root}: {len(images.names):,} images in {images.num_classes:,} classes")
     result = output / "images.h5"
     if result.exists() and not overwrite:
         raise ValueError(f"{result} exists: choose another output folder, or replace it with --overwrite")
     with locked(output / "images.h5.partial") as folder:
-        state = {
-            "done": 0,
-            "unreadable": {},
-            "labelled": False,
-        }  # JSON makes the positions of the unreadable images strings
-        file = ResumableH5(
-            folder, _fingerprint(images, resolution), state, _check_unfinished, discard=overwrite
-        )
-        _check_space(output, (len(images.names) - file.state["done"]) * (3 * resolution + 1) * resolution)
+        # JSON makes the positions of the unreadable images strings.
+        state = {"done": 0, "unreadable": {}, "labelled": False}
+        source_print = fingerprint(f"1 {resolution}\n", images.names, images.labels)
+        file = ResumableH5(folder, source_print, state, _check_unfinished, discard=overwrite)
+        left = len(images.names) - file.state["done"]
+        check_space(output, left * (3 * resolution + 1) * resolution, "the images need")
         _encode_all(file, images, resolution, workers or _cores(), step, progress)
         report = _report(file.state, images, resolution)
         with writing(output):
             write_text(output / REPORT, json.dumps(report, indent=1))
         if not report["images"]:
             shutil.rmtree(folder, ignore_errors=True)  # nothing worth keeping
-        _judge(report, on_error, output / REPORT)
-        written = _written(file.state)
-        if not file.state["labelled"]:
-            with file.step() as last:
-                last.add("dataset.json", labels_json([(image_name(i), images.labels[i]) for i in written]))
-                file.commit(last, labelled=True)
-        with writing(output):
-            write_names(result, [image_name(i) for i in written])
-        file.finish(result)  # last of all, so that images.h5 is there only when everything is
+        _refuse_unreadable(report, on_error, output / REPORT)
+        file.finish_labelled(result, [(image_name(i), images.labels[i]) for i in _written(file.state)])
     return report
 
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _first(images: ImageList, count: int | None) -> ImageList:
-    """The first `count` images, with the labels they have among all."""
-    return replace(images, names=images.names[:count], labels=images.labels[:count])
-
-
-def _fingerprint(images: ImageList, resolution: int) -> str:
-    digest = hashlib.sha256(f"1 {resolution}\n".encode())
-    for name, label in zip(images.names, images.labels, strict=True):
-        digest.update(f"{label} {name}\n".encode(errors="surrogateescape"))
-    return digest.hexdigest()
 
 
 # ---------------------------------------------------------------- what is refused
@@ -162,31 +138,15 @@ def _check_unfinished(file: h5py.File, state: dict) -> None:
     Raises:
         ValueError: it does not.
     """
-    groups = [file[name] for name in file if name != "dataset.json"]
-    held, expected = sum(map(len, groups)), state["done"] - len(state["unreadable"])
-    if held != expected or ("dataset.json" in file) != state["labelled"]:
-        raise ValueError(f"{held} images instead of {expected}")
-    last = groups[-1][max(groups[-1])]
+    check_count(file, state)
+    group = max(name for name in file if name != "dataset.json")
+    last = file[group][max(file[group])]
     if not bytes(last[()]).endswith(b"IEND\xaeB`\x82"):
         raise ValueError(f"{last.name} is not a whole PNG")
 
 
-def _check_space(output: Path, needed: int) -> None:
-    """Refuses at once what would fill the disk in hours.
-
-    Raises:
-        OSError: fewer bytes are free than needed.
-    """
-    free = shutil.disk_usage(output).free
-    if needed > free:
-        raise OSError(
-            f"the images need {needed / 1e9:.1f} GB more in {output}, where {free / 1e9:.1f} GB are free: "
-            "free space, or choose another output folder"
-        )
-
-
-def _judge(report: dict, on_error: str, path: Path) -> None:
-    """Refuses a result that is empty, or not to be had whole.
+def _refuse_unreadable(report: dict, on_error: str, path: Path) -> None:
+    """Refuses a result that is empty, or that lacks images although none may be skipped.
 
     Raises:
         ValueError: the report is of that kind.
@@ -200,8 +160,7 @@ def _judge(report: dict, on_error: str, path: Path) -> None:
     if on_error == "refuse":
         raise ValueError(
             f"{count} of {total} images cannot be read, {first}, all listed in {path}: repair them and run "
-            "again, or leave them out "
-            "with --on-error skip (the others are done and kept)"
+            "again, or leave them out with --on-error skip (the others are done and kept)"
         )
 
 
@@ -218,15 +177,9 @@ def _encode_all(
     if file.state["labelled"] or not blocks:
         return
     done = file.state["done"] - len(again)
-    every = 0.5 if sys.stderr.isatty() else 60  # seconds; a log file needs no more
     names = [images.names[i] for i in again + rest]
     results = _squares(str(images.root), names, resolution, workers)
-    with (
-        closing(results),
-        tqdm(
-            total=len(images.names), initial=done, unit=" images", mininterval=every, disable=not progress
-        ) as bar,
-    ):
+    with closing(results), progress_bar(len(images.names), done, show=progress) as bar:
         for block in blocks:
             _encode_block(file, block, results, bar)
 
@@ -269,8 +222,7 @@ def _squares(root: str, names: list[str], resolution: int, workers: int) -> Iter
     except BrokenProcessPool:
         raise OSError(
             "a worker process died, perhaps for want of memory: run the same command again with fewer "
-            "--num-workers, "
-            "it goes on where it was"
+            "--num-workers, it continues where it stopped"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)

@@ -7,16 +7,15 @@ from torch.utils.data import Dataset
 
 
 class TrainingData(Dataset):
-    """Images, cached latents or both; item i is a dict with "label" and, as far as there are, "image" and
-    "latent".
+    """Images, cached latents or both; item i is a dict of "label" and what there is of "image" and "latent".
 
     Args:
         images: items (uint8 (3, H, W), label), or None.
         latents: items (mean and std of the posterior (2C, h, w), label), or None.
 
     Attributes:
-        num_classes: of the labels. fingerprint: changes with names, labels, pixels (of three images) and the
-            latents' VAE.
+        num_classes: of the labels.
+        fingerprint: changes with names, labels, pixels (of three images) and the latents' VAE.
 
     Raises:
         ValueError: images and latents are not of the same list.

@@ -9,25 +9,23 @@ embeddings are resampled to that grid (bicubic, antialiased) when the weights ar
 
 What differs from the official code (sihyun-yu/REPA and End2End-Diffusion/REPA-E):
 
-    encoder     official                                           here
-    all         encoders run inside the run's autocast             the same; tokens are returned in float32
-    not dinov2  256 pixels only                                    the same rule at 512 and every other
-    multiple of 16 dinov2      network and weights by torch.hub, which runs       timm's network and its copy
-                of the weights; the same downloaded code                                    resampling of the
-                position embedding
-    dinov1      its network's file is not in the repository        DINO's final norm is applied and the class
-    token dropped mocov3      ./ckpts/mocov3_vit*.pth                            weights=FILE, the same file;
-    timm has no copy clip        the `clip` package, in float32                     timm's copy of the
-    weights, in float32 jepa, mae   left in train mode by oversight                    eval mode; neither
-    network has dropout, so nothing changes dinov3      not there
-    ImageNet statistics; no resize (its patches are of 16 pixels) timm:NAME   not there
-                                                                                     timm's own mean, std and
-                                                                                     interpolation, resized
-                                                                                     with antialiasing as
-                                                                                     timm's transforms do; no
-                                                                                     centre crop. (Of
-                                                                   networks that norm after pooling, tokens
-                                                                   without a norm)
+    encoder     official                                      here
+    all         encoders run inside the run's autocast        the same; tokens are returned in float32
+    not dinov2  256 pixels only                               the same rule at every multiple of 16, as at 512
+    dinov2      network and weights by torch.hub, which runs  timm's network and its copy of the weights; the
+                downloaded code                               same resampling of the position embedding
+    dinov1      its network's file is not in the repository   DINO's final norm is applied, the class token
+                                                              dropped
+    mocov3      ./ckpts/mocov3_vit*.pth                       weights=FILE, the same file; timm has no copy
+    clip        the `clip` package, in float32                timm's copy of the weights, in float32
+    jepa, mae   left in train mode by oversight               eval mode; neither network has dropout, so
+                                                              nothing changes
+    dinov3      not there                                     ImageNet statistics; no resize (its patches are
+                                                              of 16 pixels)
+    timm:NAME   not there                                     timm's own mean, std and interpolation, resized
+                                                              with antialiasing as timm's transforms do; no
+                                                              centre crop; tokens without a norm where the
+                                                              network norms after pooling
 
 Resizing before or after normalising, which `ENCODERS` keeps as the official code has it, changes rounding
 only: bicubic weights sum to one. The networks, the file layouts and the preprocessing are tested offline,
@@ -57,14 +55,15 @@ class EncoderSpec:
         model: timm's name of the architecture.
         tag: timm's name of the pretrained weights; None where timm has none.
         patch_size: pixels per token, of the resized image.
-        mean, std: statistics that pixels in [0, 1] are normalised by, one number per channel.
+        mean: of pixels in [0, 1], by which they are normalised, one number per channel.
+        std: likewise.
         prefix_tokens: class and register tokens, which are dropped.
         final_norm: the tokens pass the network's last norm.
         resize_first: resize, then normalise; the other way round otherwise.
         interpolation: "bicubic" or "bilinear".
         antialias: low-pass before resizing.
-        get: where the weights are, if timm has none. since: the first timm version with the architecture, if
-            that is above ours.
+        get: where the weights are, if timm has none.
+        since: the first timm version with the architecture, if that is above ours.
         timm_args: changes to timm's architecture.
     """
 
@@ -95,7 +94,10 @@ _RCG = "timm has none of it; the README of github.com/LTH14/rcg links the file, 
 _DINO_SIZES = {"s": "small", "b": "base", "l": "large", "g": "giant"}
 
 ENCODERS = {
-    **{f"dinov2-vit-{s}": EncoderSpec(f"vit_{size}_patch14_dinov2", **_DINOV2) for s, size in _DINO_SIZES.items()},
+    **{
+        f"dinov2-vit-{s}": EncoderSpec(f"vit_{size}_patch14_dinov2", **_DINOV2)
+        for s, size in _DINO_SIZES.items()
+    },
     **{
         f"dinov2-vit-{s}-reg": EncoderSpec(f"vit_{size}_patch14_reg4_dinov2", prefix_tokens=5, **_DINOV2)
         for s, size in _DINO_SIZES.items()
@@ -159,9 +161,8 @@ def _timm_spec(model_name: str) -> EncoderSpec:
         )
     with torch.random.fork_rng(devices=[]):
         try:
-            probe = timm.create_model(
-                model_name, depth=1, num_classes=0
-            )  # one block says all that is asked here
+            # One block says all that is asked here.
+            probe = timm.create_model(model_name, depth=1, num_classes=0)
         except (AssertionError, IndexError, TypeError, ValueError):  # its blocks are no uniform stack
             raise ValueError(
                 f"timm's {model_name} is not a plain stack of blocks: choose another vision transformer"

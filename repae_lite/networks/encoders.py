@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from repae_lite.networks.encoder_table import ENCODERS, PIXELS_PER_TOKEN, EncoderSpec, find_spec
+from repae_lite.networks.vae import VAE_PRESETS
 from repae_lite.utils.files import data_small_dir
 from repae_lite.utils.pickles import read_pickle
 from repae_lite.utils.pixels import CLASS_NAMES, to_unit_range
@@ -77,9 +78,10 @@ class VisionEncoder(nn.Module):
     Args:
         network: maps preprocessed images to tokens (B, N, D).
         name: how users call it.
-        embed_dim: D. grid_size: tokens along each side. resolution: height and width of the images, in
-            pixels.
-        preprocess: maps uint8 images to what the network eats.
+        embed_dim: D.
+        grid_size: tokens along each side.
+        resolution: height and width of the images, in pixels.
+        preprocess: maps uint8 images to the network's input.
         stand_in: the weights are random numbers.
     """
 
@@ -115,8 +117,8 @@ class VisionEncoder(nn.Module):
 
         Raises:
             ValueError: unknown name, or a resolution or weights that do not fit.
-            FileNotFoundError: no such file of weights. ConnectionError: the weights are not cached and cannot
-                be downloaded.
+            FileNotFoundError: no such file of weights.
+            ConnectionError: the weights are not cached and cannot be downloaded.
         """
         if "," in name:
             raise ValueError(f"{name!r} names several encoders: use load_encoders, which returns a list")
@@ -158,10 +160,13 @@ class VisionEncoder(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """Patch tokens (B, N, D), float32, row by row, of uint8 images (B, 3, H, W) with H = W =
-        `resolution`.
+        """Patch tokens of images, row by row; the network follows the caller's autocast.
 
-        The network follows the caller's autocast.
+        Args:
+            images: (B, 3, H, W) uint8, H = W = `resolution`.
+
+        Returns:
+            (B, N, D), float32.
 
         Raises:
             ValueError: images of another dtype or size.
@@ -170,22 +175,26 @@ class VisionEncoder(nn.Module):
         if images.dtype != torch.uint8 or images.ndim != 4 or tuple(images.shape[1:]) != (3, side, side):
             raise ValueError(
                 f"images are {images.dtype} of shape {tuple(images.shape)}: {self.name} takes uint8 (B, 3, "
-                f"{side}, {side}) with values "
-                "from 0 to 255; build it with another resolution for other sizes"
+                f"{side}, {side}) with values from 0 to 255; build it with another resolution for other sizes"
             )
         return self.network(self.preprocess(images)).float()
 
     def extra_repr(self) -> str:
         """Shown by print(encoder)."""
+        tokens = f"{self.grid_size}x{self.grid_size} tokens of width {self.embed_dim}"
         weights = ", random weights: a stand-in" if self.stand_in else ""
-        return f"{self.name}, {self.resolution} pixels, {self.grid_size}x{self.grid_size} tokens of width {self.embed_dim}{weights}"
+        return f"{self.name}, {self.resolution} pixels, {tokens}{weights}"
 
 
 def load_encoders(
     names: str, resolution: int | None = None, *, weights: str | Path | Sequence[str | Path] = "pretrained"
 ) -> list[VisionEncoder]:
-    """Loads one or several encoders: "a" or "a,b". One entry of `weights` is for all, several are one for
-    each.
+    """Loads one or several encoders.
+
+    Args:
+        names: "a" or "a,b".
+        resolution: height and width of the images, in pixels; see `VisionEncoder.from_name`.
+        weights: for all, or one for each.
 
     Raises:
         ValueError, FileNotFoundError, ConnectionError: see `VisionEncoder.from_name`; ValueError too for
@@ -200,10 +209,7 @@ def load_encoders(
     return [VisionEncoder.from_name(name, resolution, weights=w) for name, w in zip(split, each, strict=True)]
 
 
-_DOWNSAMPLING = {"f8d4": 8, "f16d32": 16, "tiny": 4}  # of the VAE presets
-
-
-def check_fits(
+def check_token_grid(
     encoders: VisionEncoder | Sequence[VisionEncoder], *, downsampling: int, patch_size: int
 ) -> None:
     """Refuses encoders whose token grid is not that of a SiT on a VAE's latents.
@@ -219,19 +225,18 @@ def check_fits(
     for encoder in [encoders] if isinstance(encoders, VisionEncoder) else encoders:
         stride = encoder.resolution // encoder.grid_size  # image pixels per token
         if stride != downsampling * patch_size:
-            fitting = [
-                f"{vae} with SiT patch {stride // f}" for vae, f in _DOWNSAMPLING.items() if stride % f == 0
-            ]
+            factors = {name: vae.downsampling for name, vae in VAE_PRESETS.items()}
+            fitting = [f"{vae} with SiT patch {stride // f}" for vae, f in factors.items() if stride % f == 0]
+            side = downsampling * patch_size
             raise ValueError(
                 f"{encoder.name} gives a token per {stride}x{stride} pixels, but a VAE that reduces "
-                f"{downsampling}x and SiT patch "
-                f"{patch_size} make one per {downsampling * patch_size}x{downsampling * patch_size}: "
-                f"VAE factor times patch must be {stride}, as in {', '.join(fitting)}"
+                f"{downsampling}x and SiT patch {patch_size} make one per {side}x{side}: VAE factor times "
+                f"patch must be {stride}, as in {', '.join(fitting)}"
             )
 
 
 class Preprocess(nn.Module):
-    """uint8 images (B, 3, R, R) to what an encoder eats: float32 (B, 3, S, S), normalised."""
+    """uint8 images (B, 3, R, R) to an encoder's input: float32 (B, 3, S, S), normalised."""
 
     def __init__(self, spec: EncoderSpec, resolution: int):
         super().__init__()
@@ -284,7 +289,8 @@ def build_network(
 
     Raises:
         ValueError: a resolution that does not fit; weights that do not fit or that timm does not have.
-        FileNotFoundError: no such file. ConnectionError: the weights are not cached and cannot be downloaded.
+        FileNotFoundError: no such file.
+        ConnectionError: the weights are not cached and cannot be downloaded.
     """
     if resolution < PIXELS_PER_TOKEN or resolution % PIXELS_PER_TOKEN:
         raise ValueError(
@@ -308,8 +314,8 @@ def build_network(
     if tuple(vit.patch_embed.grid_size) != (grid, grid) or vit.num_prefix_tokens != spec.prefix_tokens:
         raise ValueError(
             f"timm {timm.__version__} builds {name} with {vit.patch_embed.grid_size} patches and "
-            f"{vit.num_prefix_tokens} other tokens "
-            f"instead of {(grid, grid)} and {spec.prefix_tokens}: use another timm version"
+            f"{vit.num_prefix_tokens} other tokens instead of {(grid, grid)} and {spec.prefix_tokens}: use "
+            "another timm version"
         )
     if weights not in ("pretrained", "random"):
         _fill(vit, Path(weights))
@@ -326,10 +332,10 @@ def _pretrained(name: str, spec: EncoderSpec, arguments: dict[str, Any]) -> nn.M
         ) from error
     # timm has no such weights, no huggingface_hub that it understands, or gets another network's file
     except RuntimeError as error:
+        reason = str(error).splitlines()[0]
         raise ValueError(
             f"timm {timm.__version__} cannot load {name} ({spec.timm_name}): update timm, or pass "
-            "weights=FILE "
-            f"({str(error).splitlines()[0]})"
+            f"weights=FILE ({reason})"
         ) from error
 
 
@@ -337,8 +343,7 @@ def _pretrained(name: str, spec: EncoderSpec, arguments: dict[str, Any]) -> nn.M
 
 
 def _fill(vit: nn.Module, path: Path) -> None:
-    """Loads a file in timm's layout, in the authors' (DINO, DINOv2, DINOv3, MAE, I-JEPA) or in MoCo v3's: all
-    of it or nothing.
+    """Loads a file, all of it or nothing: in timm's layout, the authors' or MoCo v3's.
 
     Raises:
         FileNotFoundError: no such file.
@@ -349,11 +354,9 @@ def _fill(vit: nn.Module, path: Path) -> None:
             f'the weights {path} do not exist: give "pretrained", "random" or an existing file'
         )
     state = read_weights(path)[0] if path.suffix == ".safetensors" else read_pickle(path)
-    convert = importlib.import_module(
-        type(vit).__module__
-    ).checkpoint_filter_fn  # timm's own, for the authors' layouts
+    module = importlib.import_module(type(vit).__module__)  # of timm, which knows the authors' layouts
     try:
-        state = convert(from_moco(state), vit)
+        state = module.checkpoint_filter_fn(from_moco(state), vit)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} holds no weights of {type(vit).__name__} that timm can convert: {error}"
@@ -377,8 +380,7 @@ _MOCO_SLIPS = (  # misnamed in published files
 
 
 def from_moco(state: dict) -> dict:
-    """The encoder's own weights of a MoCo v3 training checkpoint, in timm's names; any other state dict comes
-    back as it is.
+    """The encoder's weights of a MoCo v3 training checkpoint, in timm's names; others come back as they are.
 
     Momentum encoder, predictor and projection head are left out, and four misnamed layers of published files
     are named rightly.

@@ -18,12 +18,12 @@ from repae_lite.data.training_data import TrainingData
 from repae_lite.method.losses import LPIPSLoss, TinyPerceptualLoss, VAELossConfig
 from repae_lite.method.steps import StepConfig, TrainState, make_ema
 from repae_lite.networks.discriminator import PatchDiscriminator
-from repae_lite.networks.encoders import VisionEncoder, check_fits, load_encoders
+from repae_lite.networks.encoders import VisionEncoder, check_token_grid, load_encoders
 from repae_lite.networks.layers import set_gradient_checkpointing
 from repae_lite.networks.sit import SIT_PRESETS, SiT
 from repae_lite.networks.vae import VAE_PRESETS, AutoencoderKL
 from repae_lite.training.config import NONE, TrainConfig
-from repae_lite.training.option_files import read_loss_config
+from repae_lite.training.loss_config import read_loss_config
 from repae_lite.utils.files import data_small_dir
 from repae_lite.utils.pixels import to_unit_range
 
@@ -167,7 +167,7 @@ def _encoders(config: TrainConfig) -> list[VisionEncoder]:
 def _new_sit(config: TrainConfig, num_classes: int, vae: AutoencoderKL, encoders: list[VisionEncoder]) -> SiT:
     if config.model not in SIT_PRESETS:
         raise ValueError(f"unknown --model {config.model!r}: choose one of {', '.join(SIT_PRESETS)}")
-    check_fits(
+    check_token_grid(
         encoders, downsampling=vae.config.downsampling, patch_size=SIT_PRESETS[config.model].patch_size
     )
     return SiT.from_preset(

@@ -1,5 +1,4 @@
-"""What a run tells while it runs: metrics.jsonl, a tracker, a progress bar, and manifest.json, which says how
-it was made.
+"""What a run tells while it runs: metrics.jsonl, a tracker, a progress bar; manifest.json: how it was made.
 
 Times and memory are in the manifest and the bar only: metrics.jsonl holds nothing that differs between two
 runs of one seed.
@@ -7,8 +6,10 @@ runs of one seed.
 
 import importlib.util
 import json
+import logging
 import os
 import platform
+import resource
 import subprocess
 import sys
 import time
@@ -22,14 +23,16 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
+from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from repae_lite import __version__
 from repae_lite.training.config import TrainConfig, values
 from repae_lite.training.run_folder import RunFolder
 from repae_lite.utils.files import atomic_path, write_text
+from repae_lite.utils.progress import QUIET
 
-QUIET = 60  # seconds between two lines where there is no terminal
+logger = logging.getLogger(__name__)
 SHOWN = ("sit_total", "sit_align", "vae_total", "reconstruction", "disc")  # losses on the bar
 
 
@@ -59,9 +62,13 @@ class RunLog:
     """Reports of one start of a run, from the first process; a context.
 
     Args:
-        config: options. accelerator: processes and tracker. folder: where to write.
-        parameters: numbers that train, by network. precision: "no", "fp16" or "bf16".
-        first, last: finished steps at the start and at the end.
+        config: options.
+        accelerator: processes and tracker.
+        folder: where to write.
+        parameters: numbers that train, by network.
+        precision: "no", "fp16" or "bf16".
+        first: finished steps at the start.
+        last: finished steps at the end.
 
     Attributes:
         ended: why it ended, for the manifest.
@@ -108,9 +115,8 @@ class RunLog:
             plain = {
                 k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in values(config).items()
             }
-            project = (
-                config.exp_name if config.report_to == "tensorboard" else "repae_lite"
-            )  # there it is the run's folder
+            # To tensorboard the project is the run's folder.
+            project = config.exp_name if config.report_to == "tensorboard" else "repae_lite"
             self.accelerator.init_trackers(
                 project, plain, _tracker_options(config, self.accelerator.logging_dir, self.main)
             )
@@ -123,14 +129,12 @@ class RunLog:
             accumulated = f" × {config.gradient_accumulation_steps} accumulated" * (
                 config.gradient_accumulation_steps > 1
             )
-            print(
+            processes = f"{batch['processes']} process{'es' * (batch['processes'] > 1)}"
+            logger.info(
                 f"{self.folder.path}: a step is {batch['images_per_step']} images (--batch-size "
-                f"{config.batch_size}{accumulated}), "
-                f"{batch['images_per_process']} on each of {batch['processes']} "
-                f"process{'es' * (batch['processes'] > 1)}; "
-                f"{self.accelerator.device}, "
-                f"precision {self.manifest['precision']}; step {self.step} of {self.last}",
-                file=sys.stderr,
+                f"{config.batch_size}{accumulated}), {batch['images_per_process']} on each of {processes}; "
+                f"{self.accelerator.device}, precision {self.manifest['precision']}; step {self.step} of "
+                f"{self.last}"
             )
         self.bar = tqdm(
             total=self.last,
@@ -159,11 +163,7 @@ class RunLog:
         if self.main and self.bar.disable and (now - self.last_line > QUIET or step == self.last):
             self.last_line = now
             losses = ", ".join(f"{name} {value}" for name, value in shown.items())
-            print(
-                f"step {step} of {self.last}, {self._speed():.3g} steps/s, {losses}",
-                file=sys.stderr,
-                flush=True,
-            )
+            logger.info(f"step {step} of {self.last}, {self._speed():.3g} steps/s, {losses}")
 
     def back_to(self, step: int) -> None:
         """The run was rolled back."""
@@ -181,14 +181,11 @@ class RunLog:
             self.ended = self.ended or (f"{kind.__name__}: {error}" if kind else "finished")
             with (
                 suppress(OSError) if kind else nullcontext()
-            ):  # a full disk has been said already, and better
+            ):  # a full disk has been told already, and better
                 self._write_manifest()
             if kind is None:
-                memory = self.session["peak_memory_gib"]
-                print(
-                    f"{self.folder.path}: {self.ended} at step {self.step}, peak memory {memory:.2f} GiB",
-                    file=sys.stderr,
-                )
+                memory = f"{self.session['peak_memory_gib']:.2f} GiB"
+                logger.info(f"{self.folder.path}: {self.ended} at step {self.step}, peak memory {memory}")
         if self.config.report_to != "none":
             self.accelerator.end_training()
 
@@ -219,13 +216,9 @@ def _tracker_options(config: TrainConfig, folder: str, main: bool) -> dict:
 
 
 def peak_memory(device: torch.device) -> float:
-    """GiB at the most so far: of the GPU, or of this process on a CPU (NaN where the system does not tell)."""
+    """The most so far, in GiB: of the GPU, or of this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    try:
-        import resource  # not on Windows
-    except ImportError:
-        return float("nan")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**30 if sys.platform == "darwin" else 2**20)
 
@@ -246,6 +239,8 @@ def hardware(accelerator: Accelerator) -> dict:
 def commit() -> str | None:
     """The checkout's commit, "+" if it has changes; None outside of one."""
     root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():  # installed, perhaps into another project's checkout
+        return None
     try:
         found = [
             subprocess.run(
@@ -260,12 +255,6 @@ def commit() -> str | None:
 
 def save_grid(path: Path, images: Tensor) -> None:
     """Writes images (N, 3, H, W) uint8 as one PNG, eight in a row."""
-    count, _, height, width = images.shape
-    columns = min(8, count)
-    rows = -(-count // columns)
-    canvas = torch.full((3, rows * height, columns * width), 255, dtype=torch.uint8)
-    for i, image in enumerate(images):
-        top, left = i // columns * height, i % columns * width
-        canvas[:, top : top + height, left : left + width] = image
+    canvas = make_grid(images, nrow=8, padding=0, pad_value=255)
     with atomic_path(path) as partial:
         Image.fromarray(canvas.permute(1, 2, 0).numpy()).save(partial, "PNG")

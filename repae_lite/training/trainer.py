@@ -7,9 +7,9 @@ Taught in `notebooks/05_end_to_end.ipynb`: this is its loop, with a folder aroun
 """
 
 import json
+import logging
 import shutil
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
@@ -50,7 +50,8 @@ from repae_lite.utils.seeding import generator
 ROLLBACKS = 3
 SAMPLE_STEPS = 25
 STOPPING = ("SIGTERM", "SIGUSR1", "SIGINT")
-HALTED = 3  # exit code of the collapse guard; others in repae_lite.training.config.EXIT_CODES
+HALTED = 3  # exit code of the collapse guard; others in repae_lite.commands.train_flags.EXIT_CODES
+logger = logging.getLogger(__name__)
 
 
 def train(config: TrainConfig) -> None:
@@ -468,7 +469,7 @@ class Trainer:
                 "history": list(self.guard.history),
             }
             report = self.folder.report(self.state.step, content)
-            print(f"{sentence}; {action}; see {report}", file=sys.stderr, flush=True)
+            logger.warning(f"{sentence}; {action}; see {report}")
             if can:
                 self.folder.roll_back(step)
         self.accelerator.wait_for_everyone()
@@ -544,9 +545,8 @@ def _compile(state, device: torch.device) -> None:
         probe(torch.randn(2, 4, device=device)).sum().backward()
     except Exception as error:  # of many kinds: no C++ compiler, no Triton, a new Python
         reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
-        print(
-            f"torch.compile does not work here ({type(error).__name__}: {reason}): training without it",
-            file=sys.stderr,
+        logger.warning(
+            f"torch.compile does not work here ({type(error).__name__}: {reason}): training without it"
         )
         return
     for module in (

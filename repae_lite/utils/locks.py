@@ -1,13 +1,16 @@
-"""One writer to a folder, and the system's refusals to write in a sentence."""
+"""One writer to a folder, enough space in it, and the system's refusals to write in a sentence."""
 
 import errno
 import fcntl
+import logging
 import os
-import sys
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -28,10 +31,28 @@ def writing(output: Path) -> Iterator[None]:
         raise OSError(f"cannot write in {output} ({error.strerror}): {remedy}") from None
 
 
+def check_space(folder: Path, needed: int, what: str) -> None:
+    """Refuses at once what would fill the disk in hours.
+
+    Args:
+        folder: to write to.
+        needed: bytes.
+        what: the sentence's subject, as in "the images need".
+
+    Raises:
+        OSError: fewer bytes are free than needed.
+    """
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise OSError(
+            f"{what} {needed / 1e9:.1f} GB more in {folder}, where {free / 1e9:.1f} GB are free: free space, "
+            "or choose another output folder"
+        )
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[Path]:
-    """Makes a `.partial` folder and holds it against other runs; the system releases it when this process
-    ends, however it ends.
+    """Makes a `.partial` folder and holds it against other runs, until this process ends in whatever way.
 
     Processes forked from this one let go of it at once: a loader's processes outlive a killed run by seconds,
     and the next start should not have to wait for them.
@@ -52,10 +73,8 @@ def locked(folder: Path) -> Iterator[Path]:
                 "folder"
             ) from None
         except OSError as error:
-            print(
-                f"{folder} cannot be locked ({error.strerror}): make sure that no other run writes there",
-                file=sys.stderr,
-            )
+            reason = error.strerror
+            logger.warning(f"{folder} cannot be locked ({reason}): make sure that no other run writes there")
         _held.add(lock)
         try:
             yield folder

@@ -1,6 +1,4 @@
-"""Pixels as they are stored, uint8 from 0 to 255, and as networks take them, float in [-1, 1]; the embedded
-classes.
-"""
+"""Pixels as stored (uint8, 0 to 255) and as networks take them (float in [-1, 1]); the embedded classes."""
 
 import torch
 from torch import Tensor
@@ -9,7 +7,7 @@ CLASS_NAMES = ("fish", "house", "tree", "mushroom", "sailboat", "flower", "cat",
 
 
 def to_unit_range(images: Tensor) -> Tensor:
-    """Pixels to what networks eat: uint8 (…) in 0 … 255 to float32 in [-1, 1].
+    """Pixels to the networks' range: uint8 (…) in 0 … 255 to float32 in [-1, 1].
 
     Raises:
         ValueError: images are not uint8.

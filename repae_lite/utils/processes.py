@@ -1,8 +1,15 @@
 """Am I one of several processes, and what do the others have: the collectives that this project needs."""
 
+import os
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+
+def local_process_count() -> int:
+    """How many processes work together on this machine; 1 for a process alone."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def process_count() -> int:
@@ -28,7 +35,7 @@ def sum_over_processes(values: Tensor) -> Tensor:
 
 
 class _Sum(torch.autograd.Function):
-    """Sum over processes. The gradient sums as well: every process's loss depends on every process's input."""
+    """Sum over processes. The gradient sums too: every process's loss depends on every process's input."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:

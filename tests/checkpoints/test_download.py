@@ -27,8 +27,9 @@ from repae_lite.checkpoints.models import (
     save_sit,
     save_vae,
 )
+from repae_lite.checkpoints.released import RELEASED
 from repae_lite.commands.main import main
-from repae_lite.commands.presets import RECIPES, RELEASED
+from repae_lite.commands.presets import preset_names, read_preset
 from repae_lite.networks.discriminator import PatchDiscriminator
 from repae_lite.networks.sit import SiT
 from repae_lite.networks.vae import AutoencoderKL
@@ -114,7 +115,7 @@ def visible(folder):
 
 
 def test_released_names_and_presets_agree():
-    assert {name for recipe in RECIPES.values() for name in recipe.sets} <= set(RELEASED)
+    assert {name for preset in preset_names() for name in read_preset(preset).released} <= set(RELEASED)
 
 
 def test_sets_are_picked_and_laid_out(stand_in, repositories, tmp_path, capsys):

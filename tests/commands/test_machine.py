@@ -1,15 +1,13 @@
 """`repae check`: what it says of a machine, and that its arithmetic is that of the networks."""
 
 import json
-from pathlib import Path
+import re
 
 import pytest
 
 from repae_lite.commands import machine
 from repae_lite.commands.main import main
-from repae_lite.commands.presets import RECIPES
-
-PRESETS = Path(__file__).resolve().parents[2] / "reproduce" / "presets"
+from repae_lite.commands.presets import Preset, preset_names, read_preset
 
 
 @pytest.fixture(scope="module")
@@ -31,25 +29,25 @@ def test_the_survey_is_json_and_becomes_text(found):
 def test_the_command_prints_json(capsys):
     assert main(["check", "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
-    assert set(printed["presets"]) == set(RECIPES) and printed["presets"]["tiny"]["possible"]
+    assert list(printed["presets"]) == preset_names() and printed["presets"]["tiny"]["possible"]
 
 
 def test_parameters_are_those_of_the_published_networks():
-    count = machine.parameters(RECIPES["repae-sdvae"])
+    count = machine.parameters(read_preset("repae-sdvae").config)
     assert 83e6 < count["vae"] < 84e6  # SD-VAE's 83.7 M
     assert 675e6 < count["sit"] < 690e6  # SiT-XL/2's 675 M and one projector
     assert 2.7e6 < count["discriminator"] < 2.8e6
 
 
 def test_needs_are_counted_by_hand():
-    recipe = RECIPES["ldm-e2e-vavae"]
-    count, needs = machine.parameters(recipe), machine.needs(recipe)
+    preset = read_preset("ldm-e2e-vavae")
+    count, needs = machine.parameters(preset.config), machine.needs(preset)
     assert needs["device_memory"] == 4 * (
         5 * count["sit"] + count["vae"]
     )  # weight, gradient, two moments, average; frozen VAE
     images, latents = 1_281_167 * 256 * 256 * 3, 1_281_167 * 2 * 32 * 16 * 16 * 4
     assert needs["disk"] == images + latents + 3 * 4 * 4 * count["sit"]
-    tuned = machine.needs(RECIPES["repae-invae"])
+    tuned = machine.needs(read_preset("repae-invae"))
     assert tuned["device_memory"] > needs["device_memory"] and tuned["downloads"] == ["invae"]
 
 
@@ -64,23 +62,23 @@ def machine_with(found, *, memory, free=10**13):
 
 
 def test_verdicts(found):
-    recipe = RECIPES["repae-sdvae"]
-    assert machine.verdict(recipe, machine_with(found, memory=0))["against"] == ["there is no CUDA device"]
-    large = machine.verdict(recipe, machine_with(found, memory=80 * 2**30))
+    preset = read_preset("repae-sdvae")
+    assert machine.verdict(preset, machine_with(found, memory=0))["against"] == ["there is no CUDA device"]
+    large = machine.verdict(preset, machine_with(found, memory=80 * 2**30))
     assert large == {"possible": True, "against": [], "missing": ["preprocessed images (repae preprocess)"]}
     assert (
         "weights and optimisers alone need"
-        in machine.verdict(recipe, machine_with(found, memory=4 * 2**30))["against"][0]
+        in machine.verdict(preset, machine_with(found, memory=4 * 2**30))["against"][0]
     )
     assert (
         "GB of disk are needed"
-        in machine.verdict(recipe, machine_with(found, memory=80 * 2**30, free=10**9))["against"][0]
+        in machine.verdict(preset, machine_with(found, memory=80 * 2**30, free=10**9))["against"][0]
     )
     assert (
         "invae (repae download invae)"
-        in machine.verdict(RECIPES["repae-invae"], machine_with(found, memory=0))["missing"]
+        in machine.verdict(read_preset("repae-invae"), machine_with(found, memory=0))["missing"]
     )
-    assert machine.verdict(RECIPES["tiny"], machine_with(found, memory=0, free=10**9))["possible"]
+    assert machine.verdict(read_preset("tiny"), machine_with(found, memory=0, free=10**9))["possible"]
 
 
 def test_a_gpu_shows_in_the_text(found):
@@ -122,25 +120,32 @@ def test_encoders_are_looked_for_where_timm_puts_them(tmp_path, monkeypatch):
     assert machine._cached(tmp_path)["encoders"] == ["clip-vit-L", "jepa-vit-h", "tiny"]
 
 
-@pytest.mark.skipif(not PRESETS.is_dir(), reason="the presets of the trainer are not here")
-def test_recipes_are_the_presets():
-    yaml = pytest.importorskip("yaml")
-    options = {
-        "command": "command",
-        "model": "model",
-        "vae": "vae",
-        "enc-type": "encoder",
-        "batch-size": "batch",
-    }
-    options |= {"max-train-steps": "steps", "resolution": "resolution"}
-    presets = {
-        path.stem: yaml.safe_load(path.read_text())
-        for path in PRESETS.glob("*.yaml")
-        if "command" in path.read_text()
-    }
-    assert set(presets) == set(RECIPES)
-    for name, preset in presets.items():
-        for option, field in options.items():
-            assert option not in preset or preset[option] == getattr(RECIPES[name], field), (
-                f"{name}: {option}"
-            )
+def test_a_vae_alone_needs_no_sit():
+    preset = Preset("vae", {"vae": "f8d4", "batch_size": 64}, released=(), images=1000)
+    count, needs = machine.parameters(preset.config), machine.needs(preset)
+    trained = count["vae"] + count["discriminator"]
+    assert needs["command"] == "train-vae" and needs["batch"] == 64 and needs["encoder"] is None
+    assert needs["device_memory"] == 4 * 4 * trained
+    assert needs["disk"] == 1000 * 3 * 256 * 256 + 3 * 4 * 3 * trained
+    assert needs["images"] == 1000 and needs["steps"] == 400_000
+
+
+def test_without_the_embedded_data_the_rest_is_told(found, tmp_path, monkeypatch):
+    monkeypatch.setenv("REPAE_DATA_SMALL", str(tmp_path / "gone"))
+    without = found | {"embedded": machine._embedded()}
+    sentence = "the embedded data folder .*gone does not exist: .* set REPAE_DATA_SMALL"
+    assert re.search(sentence, machine.report(without))
+    tiny = machine.verdict(read_preset("tiny"), without)
+    assert not tiny["possible"] and re.match(sentence, tiny["against"][0])
+    there = machine.verdict(read_preset("repae-sdvae"), machine_with(without, memory=80 * 2**30))
+    assert there["possible"]
+
+
+def test_several_encoders_and_none_are_looked_for(found):
+    def missing(enc_type):
+        options = {"vae": "f8d4", "enc_type": enc_type, "vae_align_proj_coeff": 0.0}
+        preset = Preset("repae", options, released=(), images=1)
+        return machine.verdict(preset, machine_with(found, memory=80 * 2**30))["missing"]
+
+    assert missing("none") == ["preprocessed images (repae preprocess)"]
+    assert missing("dinov2-vit-b,mae-vit-l")[1:] == ["mae-vit-l (timm fetches it at the first run)"]

@@ -12,8 +12,9 @@ import sys
 import h5py
 import pytest
 
-from repae_lite.data import journal as resumable_h5
+from repae_lite.data import journal
 from repae_lite.data.journal import ResumableH5
+from repae_lite.utils import locks
 from repae_lite.utils.locks import locked
 
 STEPS = 6
@@ -65,9 +66,9 @@ def dies_at_call(monkeypatch, owner, name, number, *, before=True):
 
 
 MOMENTS = [
-    *((resumable_h5, "add_bytes", number, True) for number in (1, 2, 3, 8, 12)),  # in a step
+    *((journal, "add_bytes", number, True) for number in (1, 2, 3, 8, 12)),  # in a step
     *(
-        (resumable_h5, "write_text", number, before) for number in (1, 2, 6) for before in (True, False)
+        (journal, "write_text", number, before) for number in (1, 2, 6) for before in (True, False)
     ),  # around the commit
     *((ResumableH5, "_lay_over", number, before) for number in (1, 4, 6) for before in (True, False)),
     *((os, "pwrite", number, before) for number in (1, 5, 20) for before in (True, False)),
@@ -85,8 +86,8 @@ def test_a_run_killed_at_any_moment_ends_like_any_other(
         with pytest.raises(Killed):
             work(folder)
     assert not (tmp_path / "data.h5").exists()
-    journal = folder / "journal.json"
-    done = json.loads(journal.read_text())["state"]["steps"] if journal.exists() else 0
+    entry = folder / "journal.json"
+    done = json.loads(entry.read_text())["state"]["steps"] if entry.exists() else 0
     with open(folder / "data.h5", "ab") as file:
         file.write(b"what the last step left behind")
     assert work(folder) == STEPS - done
@@ -160,10 +161,10 @@ def damage_all(folder):
 
 
 @pytest.mark.parametrize("damage", [damage_journal, damage_tail, damage_head, damage_all])
-def test_a_damaged_run_starts_over_and_says_so(tmp_path, monkeypatch, capsys, whole, damage):
+def test_a_damaged_run_starts_over_and_says_so(tmp_path, monkeypatch, caplog, whole, damage):
     folder = tmp_path / "data.h5.partial"
     with monkeypatch.context() as patched:
-        dies_at_call(patched, resumable_h5, "add_bytes", 9)
+        dies_at_call(patched, journal, "add_bytes", 9)
         with pytest.raises(Killed):
             work(folder)
     entry = json.loads((folder / "journal.json").read_text())
@@ -172,14 +173,14 @@ def test_a_damaged_run_starts_over_and_says_so(tmp_path, monkeypatch, capsys, wh
         (folder / "journal.json").write_text(json.dumps(entry))
     damage(folder)
     assert work(folder) == STEPS
-    assert "is damaged" in capsys.readouterr().err
+    assert "is damaged" in caplog.text
     assert (tmp_path / "data.h5").read_bytes() == whole
 
 
 def test_a_disk_that_cannot_be_read_is_no_reason_to_start_over(tmp_path, monkeypatch):
     folder = tmp_path / "data.h5.partial"
     with monkeypatch.context() as patched:
-        dies_at_call(patched, resumable_h5, "add_bytes", 9)
+        dies_at_call(patched, journal, "add_bytes", 9)
         with pytest.raises(Killed):
             work(folder)
 
@@ -196,7 +197,7 @@ def test_a_disk_that_cannot_be_read_is_no_reason_to_start_over(tmp_path, monkeyp
 def test_another_run_is_refused_or_discarded(tmp_path, monkeypatch):
     folder = tmp_path / "data.h5.partial"
     with monkeypatch.context() as patched:
-        dies_at_call(patched, resumable_h5, "add_bytes", 9)
+        dies_at_call(patched, journal, "add_bytes", 9)
         with pytest.raises(Killed):
             work(folder)
     with pytest.raises(
@@ -214,13 +215,13 @@ def test_two_runs_at_once_are_refused(tmp_path):
     work(tmp_path / "data.h5.partial")
 
 
-def test_a_file_system_without_locks_is_mentioned(tmp_path, monkeypatch, capsys):
+def test_a_file_system_without_locks_is_mentioned(tmp_path, monkeypatch, caplog):
     def refuse(*_):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr(resumable_h5.fcntl, "flock", refuse)
+    monkeypatch.setattr(locks.fcntl, "flock", refuse)
     work(tmp_path / "data.h5.partial")
-    assert "cannot be locked" in capsys.readouterr().err
+    assert "cannot be locked (No locks available): make sure that no other run" in caplog.text
     assert (tmp_path / "data.h5").exists()
 
 

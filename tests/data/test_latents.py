@@ -18,10 +18,10 @@ from torch.utils.data import DataLoader
 
 from repae_lite.checkpoints.models import load_latent_stats, load_vae, save_vae
 from repae_lite.commands.main import main
-from repae_lite.data import latents
+from repae_lite.data import journal
 from repae_lite.data.datasets import ImageH5Dataset
 from repae_lite.data.hdf5 import add_bytes, labels_json, write_images_h5
-from repae_lite.data.latents import CachedLatentsDataset, cache_latents, vae_fingerprint
+from repae_lite.data.latents import CachedLatentsDataset, cache_latents, latent_name, vae_fingerprint
 from repae_lite.networks.vae import AutoencoderKL
 from repae_lite.training.build import open_data
 from repae_lite.training.config import TrainConfig
@@ -90,7 +90,7 @@ def test_the_official_layout(cached, images, vae):
         "e2e.h5",
         "e2e_h5.json",
     ]
-    assert latents.latent_name(1281166) == "01281/img-mean-std-01281166.npy"
+    assert latent_name(1281166) == "01281/img-mean-std-01281166.npy"
 
 
 def test_the_dataset(cached, vae):
@@ -147,7 +147,7 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(cached, images, vae, tmp_p
 
 def test_a_run_interrupted_at_the_very_end_only_ends(cached, images, vae, tmp_path, monkeypatch):
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(latents, "write_names", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(journal, "write_names", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         cache_latents(vae, ImageH5Dataset(images), tmp_path / "e2e.h5", batch_size=4, step=8)
     cache_latents(vae, ImageH5Dataset(images), tmp_path / "e2e.h5", batch_size=4, step=8)
     assert (tmp_path / "e2e.h5").read_bytes() == cached[0].read_bytes()
@@ -228,8 +228,8 @@ def refused(capsys, *arguments):
 
 
 def options(weights, images, output, name="e2e"):
-    return ("--vae-ckpt-path", weights, "--vae-latents-name", name, "--data-dir", images.parent, "--output-dir", output,
-            "--pproc-batch-size", 4, "--device", "cpu")  # fmt: skip
+    what = ("--vae-ckpt-path", weights, "--vae-latents-name", name, "--data-dir", images.parent)
+    return (*what, "--output-dir", output, "--pproc-batch-size", 4, "--device", "cpu")
 
 
 def test_the_command_by_its_official_flags(cached, weights, images, tmp_path, capsys):
@@ -296,7 +296,7 @@ def test_images_that_do_not_fit_and_latents_that_are_not_finite(tmp_path, images
 def test_a_disk_that_is_too_small_or_fills_up(images, vae, cached, tmp_path, monkeypatch):
     dataset = ImageH5Dataset(images)
     with monkeypatch.context() as patched, pytest.raises(OSError, match="the latents need"):
-        patched.setattr(latents.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 9))
+        patched.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 9))
         cache_latents(vae, dataset, tmp_path / "e2e.h5", batch_size=4, step=8)
     original, written = os.pwrite, []
 
@@ -356,10 +356,8 @@ def test_the_images_themselves_are_not_overwritten(images, vae, tmp_path, capsys
         *["--overwrite"] * overwrite,
     ]
     for output in ([], ["--output-dir", tmp_path / "out"]):  # elsewhere it would be taken for images
-        sentence = refused(capsys, *words, *output)
-        assert (
-            sentence
-            == "--vae-latents-name is 'images', and images.h5 holds the images themselves: choose another name"
+        assert refused(capsys, *words, *output) == (
+            "--vae-latents-name is 'images', and images.h5 holds the images themselves: choose another name"
         )
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["images.h5", "link", "photos.h5"]
     assert (tmp_path / "images.h5").read_bytes() == before and (tmp_path / "photos.h5").read_bytes() == before

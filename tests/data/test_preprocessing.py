@@ -20,8 +20,7 @@ import pytest
 from PIL import Image
 
 from repae_lite.commands.main import main
-from repae_lite.data import journal as resumable_h5
-from repae_lite.data import preprocessing
+from repae_lite.data import journal, preprocessing
 from repae_lite.data.datasets import ImageFolderDataset, ImageH5Dataset
 from repae_lite.data.hdf5 import image_name
 from repae_lite.data.image_files import center_crop, read_image
@@ -344,7 +343,7 @@ def test_a_killed_run_leaves_no_process_and_ends_like_any_other(tmp_path):
 def test_a_run_killed_at_the_very_end_only_ends(images, tmp_path, monkeypatch, whole, moment):
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(
-            *{"write_names": (preprocessing, moment), "finish": (resumable_h5.ResumableH5, moment)}[moment],
+            *{"write_names": (journal, moment), "finish": (journal.ResumableH5, moment)}[moment],
             interrupt,
         )
         preprocess(images, tmp_path, resolution=16, workers=1, step=5)
@@ -370,7 +369,7 @@ def test_an_unfinished_run_of_something_else_is_kept_unless_overwritten(
     assert ImageH5Dataset(tmp_path / "images.h5")[0][0].shape == (3, 8, 8)
 
 
-def test_a_damaged_unfinished_run_starts_over(images, tmp_path, monkeypatch, capsys, whole):
+def test_a_damaged_unfinished_run_starts_over(images, tmp_path, monkeypatch, caplog, whole):
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(preprocessing, "square_pngs", interrupted_at(13))
         preprocess(images, tmp_path, resolution=16, workers=1, step=5)
@@ -383,7 +382,7 @@ def test_a_damaged_unfinished_run_starts_over(images, tmp_path, monkeypatch, cap
     data[end : end + 4] = bytes(4)
     partial.write_bytes(data)
     preprocess(images, tmp_path, resolution=16, workers=1, step=5)
-    assert "is damaged" in capsys.readouterr().err
+    assert "is damaged" in caplog.text
     assert (tmp_path / "images.h5").read_bytes() == whole
 
 
@@ -447,7 +446,7 @@ def test_an_output_that_cannot_be_written_is_refused(images, tmp_path, capsys):
 
 
 def test_a_disk_that_is_too_small_is_refused_at_once(images, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(preprocessing.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 9))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 9))
     assert "the images need" in refused(
         capsys, "--imagenet-path", images, "--output-path", tmp_path, "--workers", 1
     )

@@ -61,13 +61,15 @@ def test_from_a_folder_of_pictures_to_a_sit_on_a_tuned_vae(tmp_path, pictures):
     assert len(images) == 21 and images.num_classes == 3
 
     common = (
-        '--max-train-steps=3 --report-to="none" --allow-tf32 --mixed-precision="no" --seed=0 --data-dir="{data}" --output-dir="{exps}" '
-        '--batch-size=6 --path-type="linear" --prediction="v" --weighting="uniform" --model="tiny" --checkpointing-steps=3 '
+        '--max-train-steps=3 --report-to="none" --allow-tf32 --mixed-precision="no" --seed=0 '
+        '--data-dir="{data}" --output-dir="{exps}" --batch-size=6 --path-type="linear" --prediction="v" '
+        '--weighting="uniform" --model="tiny" --checkpointing-steps=3 '
         '--vae="tiny" --enc-type="tiny" --proj-coeff=0.5 --encoder-depth=2 --sampling-steps=0 '
     )
     give("train-repae " + common + "--vae-align-proj-coeff=1.5 --bn-momentum=0.1 --exp-name=tuned", **home)
     give(
-        'export-vae --repae-ckpt "{exps}/tuned/checkpoints/0000003" --vae-name e2e-tiny --save-dir "{pretrained}"',
+        'export-vae --repae-ckpt "{exps}/tuned/checkpoints/0000003" --vae-name e2e-tiny '
+        '--save-dir "{pretrained}"',
         **home,
     )
     released = home["pretrained"] / "e2e-tiny" / "e2e-tiny.pt"
@@ -76,8 +78,8 @@ def test_from_a_folder_of_pictures_to_a_sit_on_a_tuned_vae(tmp_path, pictures):
     assert not torch.equal(tuned.decoder.conv_out.weight, shipped.decoder.conv_out.weight)
 
     give(
-        'cache-latents --vae-arch tiny --vae-ckpt-path "{pretrained}/e2e-tiny/e2e-tiny.pt" --data-dir "{data}" '
-        "--vae-latents-name e2e-tiny --pproc-batch-size=8",
+        'cache-latents --vae-arch tiny --vae-ckpt-path "{pretrained}/e2e-tiny/e2e-tiny.pt" '
+        '--data-dir "{data}" --vae-latents-name e2e-tiny --pproc-batch-size=8',
         **home,
     )
     cached = CachedLatentsDataset(home["data"] / "e2e-tiny.h5")
@@ -118,8 +120,7 @@ def test_an_official_run_folder_goes_through_the_same_commands(tmp_path, picture
     give("preprocess --imagenet-path={pictures} --output-path={data} --resolution=32 --max-images=12", **home)
     give(
         "train-repae --vae tiny --data-dir {data} --max-train-steps 2 --batch-size 4 --sampling-steps 0 "
-        "--checkpointing-steps 2 "
-        "--checkpoint-format official --output-dir {exps} --exp-name official",
+        "--checkpointing-steps 2 --checkpoint-format official --output-dir {exps} --exp-name official",
         **home,
     )
     file = home["exps"] / "official" / "checkpoints" / "0000002.pt"
@@ -135,8 +136,7 @@ def test_an_official_run_folder_goes_through_the_same_commands(tmp_path, picture
     assert len(CachedLatentsDataset(home["data"] / "again.h5")) == 12
     give(
         "train-repae --vae tiny --data-dir {data} --max-train-steps 3 --batch-size 4 --sampling-steps 0 "
-        "--output-dir {exps} "
-        "--exp-name on --resume {exps}/official/checkpoints/0000002.pt",
+        "--output-dir {exps} --exp-name on --resume {exps}/official/checkpoints/0000002.pt",
         **home,
     )
     assert (home["exps"] / "on" / "checkpoints" / "0000003").is_dir()

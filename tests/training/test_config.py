@@ -1,46 +1,42 @@
 """Options of the training commands: every official flag, one place of validation, nothing ignored."""
 
-import argparse
+import math
+from dataclasses import replace
 
 import pytest
 
-from repae_lite.commands.main import main
+from repae_lite.commands.main import main, make_parser
+from repae_lite.commands.presets import preset_names, presets_dir, read_preset
+from repae_lite.commands.train_flags import config_from
 from repae_lite.method.losses import VAELossConfig
 from repae_lite.training.config import (
     COMMANDS,
-    TINY,
+    OPTIONS,
     TrainConfig,
-    add_training_command,
-    config_of,
     differences,
     flag,
-    options,
-    presets_dir,
+    value_type,
     values,
 )
-from repae_lite.training.option_files import read_loss_config
+from repae_lite.training.loss_config import read_loss_config
 
 OFFICIAL = {  # the flags of the official README's training commands
-    "repae": "--max-train-steps=400000 --report-to=none --allow-tf32 --mixed-precision=fp16 --seed=0 --data-dir=data --output-dir=exps "
-    "--batch-size=256 --path-type=linear --prediction=v --weighting=uniform --model=SiT-XL/2 "
-    "--checkpointing-steps=50000 "
-    "--loss-cfg-path=configs/l1_lpips_kl_gan.yaml --vae=f8d4 --vae-ckpt=pretrained/sdvae/sdvae-f8d4.pt "
-    "--disc-pretrained-ckpt=pretrained/sdvae/disc.pt --enc-type=dinov2-vit-b --proj-coeff=0.5 "
-    "--encoder-depth=8 "
-    "--vae-align-proj-coeff=1.5 --bn-momentum=0.1 --exp-name=sit-xl --resume-step=0",
-    "ldm": "--max-train-steps=4000000 --report-to=none --allow-tf32 --mixed-precision=fp16 --seed=0 --data-dir=data --batch-size=256 "
-    "--path-type=linear --prediction=v --weighting=uniform --model=SiT-XL/1 --checkpointing-steps=50000 "
-    "--vae=f16d32 "
-    "--vae-ckpt=pretrained/e2e-vavae/e2e-vavae-400k.pt --vae-latents-name=e2e-vavae --learning-rate=1e-4 "
-    "--enc-type=dinov2-vit-b "
-    "--proj-coeff=0.5 --encoder-depth=8 --output-dir=exps --exp-name=sit-xl-ldm",
+    "repae": "--max-train-steps=400000 --report-to=none --allow-tf32 --mixed-precision=fp16 --seed=0 "
+    "--data-dir=data --output-dir=exps --batch-size=256 --path-type=linear --prediction=v "
+    "--weighting=uniform --model=SiT-XL/2 --checkpointing-steps=50000 --loss-cfg-path=configs/l1_lpips_kl_gan.yaml --vae=f8d4 "
+    "--vae-ckpt=pretrained/sdvae/sdvae-f8d4.pt --disc-pretrained-ckpt=pretrained/sdvae/disc.pt "
+    "--enc-type=dinov2-vit-b --proj-coeff=0.5 --encoder-depth=8 --vae-align-proj-coeff=1.5 --bn-momentum=0.1 "
+    "--exp-name=sit-xl --resume-step=0",
+    "ldm": "--max-train-steps=4000000 --report-to=none --allow-tf32 --mixed-precision=fp16 --seed=0 "
+    "--data-dir=data --batch-size=256 --path-type=linear --prediction=v --weighting=uniform --model=SiT-XL/1 "
+    "--checkpointing-steps=50000 --vae=f16d32 --vae-ckpt=pretrained/e2e-vavae/e2e-vavae-400k.pt "
+    "--vae-latents-name=e2e-vavae --learning-rate=1e-4 --enc-type=dinov2-vit-b --proj-coeff=0.5 "
+    "--encoder-depth=8 --output-dir=exps --exp-name=sit-xl-ldm",
 }
 
 
 def parse(command: str, *words: str) -> TrainConfig:
-    parser = argparse.ArgumentParser()
-    add_training_command(parser.add_subparsers(), command)
-    return config_of(parser.parse_args([f"train-{command}", *words]))
+    return config_from(make_parser().parse_args([f"train-{command}", *words]))
 
 
 @pytest.mark.parametrize("command", OFFICIAL)
@@ -58,8 +54,8 @@ def test_help_groups_and_explains_every_flag(command, capsys):
         main([f"train-{command}", "--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    for option in options():
-        assert (flag(option.name) + " " in text) == (command in option.metadata["only"]), option.name
+    for name, option in OPTIONS.items():
+        assert (flag(name) + " " in text) == (command in option.metadata["only"]), name
     assert "exit codes" in text and "143" in text and "the collapse guard:" in text
 
 
@@ -68,7 +64,6 @@ def test_tiny_changes_defaults_and_explicit_options_win():
     assert (config.model, config.enc_type, config.resolution, config.batch_size) == ("tiny", "tiny", 32, 8)
     assert config.data_dir == "embedded" and config.vae_ckpt == "tiny"
     assert parse("vae", "--vae", "tiny").vae_ckpt == "none"
-    assert set(TINY) <= {option.name for option in options()}
 
 
 @pytest.mark.parametrize(
@@ -109,6 +104,67 @@ def test_tiny_changes_defaults_and_explicit_options_win():
 def test_refusals(command, given, message):
     with pytest.raises(ValueError, match=message.replace("(", r"\(")):
         TrainConfig.build(command, **{"vae": "tiny"} | given)
+
+
+INSIDE, OUTSIDE = "inside", "outside"
+RANGES = {  # values at the edges, of every option that has a range
+    "resolution num_classes encoder_depth max_train_steps epochs batch_size gradient_accumulation_steps "
+    "micro_batches logging_steps sample_images checkpointing_steps keep_last divergence_patience "
+    "divergence_falls": {INSIDE: (1, 10**9), OUTSIDE: (0, -1)},
+    "learning_rate vae_learning_rate disc_learning_rate adam_epsilon max_grad_norm": {
+        INSIDE: (1e-30, 1e30),
+        OUTSIDE: (0.0, -1e-30, math.inf, math.nan),
+    },
+    "seed num_workers lr_warmup_steps sampling_steps milestone_steps resume_step": {
+        INSIDE: (0, 10**9),
+        OUTSIDE: (-1,),
+    },
+    "proj_coeff vae_align_proj_coeff vae_diffusion_coeff adam_weight_decay": {
+        INSIDE: (0.0, 1e30),
+        OUTSIDE: (-1e-30, math.inf, math.nan),
+    },
+    "cfg_prob adam_beta1 adam_beta2 ema_decay divergence_variance": {
+        INSIDE: (0.0, 0.999999),
+        OUTSIDE: (-1e-30, 1.0, math.nan),
+    },
+    "spatial_norm": {INSIDE: (0.0, 1.0), OUTSIDE: (-1e-30, 1.000001, math.nan)},
+    "bn_momentum": {INSIDE: (1e-30, 1.0), OUTSIDE: (0.0, 1.000001, math.nan)},
+    "exp_name": {INSIDE: ("a", "...", "a b"), OUTSIDE: ("", ".", "..", "a/b", "a\\b")},
+}
+
+
+def test_every_option_with_a_range_is_held_to_it():
+    named = " ".join(RANGES).split()
+    assert sorted(named) == sorted(name for name, option in OPTIONS.items() if "within" in option.metadata)
+    numbers = {name for name, option in OPTIONS.items() if value_type(option) in (int, float)}
+    assert numbers <= set(named), "every number has a range"
+    for names, values_of in RANGES.items():
+        for name in names.split():
+            command = OPTIONS[name].metadata["only"][0]
+            for value in values_of[INSIDE]:
+                assert getattr(TrainConfig(command=command, **{name: value}), name) == value
+            for value in values_of[OUTSIDE]:
+                with pytest.raises(ValueError, match=rf"^{flag(name)} is .*: it "):
+                    TrainConfig(command=command, **{name: value})
+
+
+TINY = {  # the embedded scale, as chapter 05 trains it
+    "data_dir": "embedded", "resolution": 32, "num_workers": 0, "vae_ckpt": "tiny", "loss_cfg_path": "tiny",
+    "perceptual": "tiny", "model": "tiny", "enc_type": "tiny", "max_train_steps": 400, "batch_size": 32,
+    "learning_rate": 1e-3, "vae_learning_rate": 2e-4, "lr_warmup_steps": 50, "ema_decay": 0.98,
+    "logging_steps": 1, "sampling_steps": 200, "checkpointing_steps": 100,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_what_the_tiny_scale_changes(command):
+    config, large = TrainConfig.build(command, vae="tiny"), TrainConfig(command=command)
+    expected = {name: value for name, value in TINY.items() if command in OPTIONS[name].metadata["only"]}
+    if command == "vae":
+        expected["vae_ckpt"] = "none"
+    changed = {name for name in OPTIONS if getattr(config, name) != getattr(large, name)}
+    assert changed == {"vae", *expected}
+    assert all(getattr(config, name) == value for name, value in expected.items())
 
 
 def test_full_scale_must_say_where_the_vae_is():
@@ -157,7 +213,14 @@ def test_presets_fill_in_and_explicit_flags_win(tmp_path):
         ("colour: red", "'colour', which train-repae does not have"),
         ("vae-latents-name: x", "'vae_latents_name', which train-repae does not have"),
         ("batch-size: many", "must be of type int"),
-        ("command: train-ldm", "is for repae train-ldm"),
+        ("batch-size: 8.5", "must be of type int"),
+        ("batch-size: true", "must be of type int"),
+        ("compile: 1", "must be of type bool"),
+        ("vae-ckpt:", "vae_ckpt in the preset .* is None: it must be of type str"),
+        ("enc-type: [a, b]", "must be of type str"),
+        ("images: many", "images in the preset .* must be of type int"),
+        ("command: train-ldm", "is for repae train-ldm, not for train-repae"),
+        ("command: preprocess", "does not say which command it is for"),
         ("- a", "holds a list"),
         ("a: [", "is not YAML"),
     ],
@@ -166,27 +229,38 @@ def test_presets_that_do_not_fit_are_refused(tmp_path, text, message):
     path = tmp_path / "bad.yaml"
     path.write_text(text)
     with pytest.raises(ValueError, match=message):
-        TrainConfig.build("repae", preset=str(path))
+        parse("repae", "--preset", str(path))
 
 
-@pytest.mark.parametrize("path", sorted(presets_dir().glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_preset_is_valid_and_names_its_run(path):
-    command = next(
-        line.split("train-")[1] for line in path.read_text().splitlines() if line.startswith("command:")
-    )
-    config = TrainConfig.build(
-        command, preset=path.stem, **{} if "vae-ckpt:" in path.read_text() else {"vae_ckpt": "none"}
-    )
-    assert config.exp_name == path.stem
+@pytest.mark.parametrize("name", preset_names())
+def test_every_preset_is_valid_and_names_its_run(name):
+    preset = read_preset(name)
+    config = TrainConfig.build(preset.command, **{"vae_ckpt": "none"} | preset.options)
+    assert config.exp_name == name
+    assert replace(preset.config, vae_ckpt=config.vae_ckpt) == config
     if config.vae != "tiny":  # what claims to be the official run has its two slips as well
-        assert config.train_pos_embed and config.lpips_range == (
-            "official" if command == "repae" else "corrected"
-        )
+        official = "official" if preset.command == "repae" else "corrected"
+        assert config.train_pos_embed and config.lpips_range == official
+        assert len(preset.released) == 1 and preset.images == 1_281_167  # ImageNet's training images
+    else:
+        assert not preset.released and preset.images == 6000
+
+
+def test_a_preset_without_a_command_is_for_any(tmp_path):
+    path = tmp_path / "any.yaml"
+    path.write_text("vae: tiny\nreleased: [sdvae, invae]\nimages: 9\n")
+    preset = read_preset(str(path), "vae")
+    assert (preset.command, preset.released, preset.images) == ("vae", ("sdvae", "invae"), 9)
+    with pytest.raises(
+        ValueError, match="does not say which command it is for: add command: with one of train-repae"
+    ):
+        read_preset(str(path))
 
 
 def test_unknown_presets_are_named():
-    with pytest.raises(FileNotFoundError, match="there is no preset 'nowhere'"):
-        TrainConfig.build("repae", preset="nowhere")
+    known = ", ".join(sorted(path.stem for path in presets_dir().glob("*.yaml")))
+    with pytest.raises(FileNotFoundError, match=f"there is no preset 'nowhere' .*: known are {known}$"):
+        parse("repae", "--preset", "nowhere")
 
 
 OFFICIAL_LOSSES = """# names and values of the official configs/l1_lpips_kl_gan.yaml

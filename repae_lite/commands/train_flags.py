@@ -1,0 +1,75 @@
+"""What train-repae, train-ldm and train-vae have in common: flags made from the fields of `TrainConfig`."""
+
+import argparse
+from dataclasses import Field
+from typing import Any
+
+from repae_lite.commands.presets import read_preset
+from repae_lite.training.config import NONE, OPTIONS, TrainConfig, flag, value_type
+
+HEADINGS = {
+    "run": "the run and its folder, OUTPUT_DIR/EXP_NAME",
+    "data": "data",
+    "vae": "the VAE",
+    "sit": "the SiT",
+    "method": "the method",
+    "optimisation": "optimisation",
+    "machine": "precision, memory and speed",
+    "log": "what is shown while it runs",
+    "checkpoint": "checkpoints and resuming",
+    "guard": "the collapse guard",
+}
+METAVARS = {int: "N", float: "X", str: "NAME"}
+EXIT_CODES = """exit codes: 0 finished; 2 a mistake in the command, the data or the disk, told in one
+sentence; 3 halted by the collapse guard; 143 stopped by SIGTERM or SIGUSR1 and 130 by Ctrl-C, in both cases
+after the running step and with a checkpoint: the same command with --resume latest continues, on a CPU to the
+bit, as if nothing had happened. A killed run (SIGKILL, power) continues from its last checkpoint in the same
+way."""
+
+
+def train_flags(command: str) -> dict[str, dict[str, dict]]:
+    """The flags of `train-<command>`; the parsed namespace has only those that were given."""
+    preset = "options from reproduce/presets/NAME.yaml or a file like it; explicit flags win"
+    flags = {heading: {} for heading in HEADINGS.values()}
+    flags[HEADINGS["run"]]["--preset"] = {"metavar": "NAME", "help": preset, "default": argparse.SUPPRESS}
+    for name, option in OPTIONS.items():
+        if command in option.metadata["only"]:
+            flags[HEADINGS[option.metadata["group"]]][flag(name)] = _arguments(option, command)
+    return flags
+
+
+def _arguments(option: Field, command: str) -> dict[str, Any]:
+    """What argparse wants to know of an option."""
+    meta, kind, text = option.metadata, value_type(option), option.metadata["help"]
+    default = NONE if command == "vae" and option.name == "vae_ckpt" else option.default
+    if default is not None and default is not False:
+        shown = f"{default:g}" if isinstance(default, float) else default
+        tiny = f"; tiny: {meta['tiny']:g}" if isinstance(meta.get("tiny"), float | int) else ""
+        text = f"{text} (default: {shown}{tiny})"
+    arguments = {"help": text.replace("%", "%%"), "default": argparse.SUPPRESS}
+    if kind is bool:
+        return arguments | {"action": argparse.BooleanOptionalAction}
+    if "choices" in meta:
+        return arguments | {"type": kind, "choices": meta["choices"]}
+    return arguments | {"type": kind, "metavar": meta.get("metavar", METAVARS[kind])}
+
+
+def config_from(args: argparse.Namespace) -> TrainConfig:
+    """The config of a parsed command line: its flags, then those of its preset, then the defaults.
+
+    Raises:
+        ValueError, FileNotFoundError: see `TrainConfig.build` and `read_preset`.
+    """
+    command = args.command.removeprefix("train-")
+    given = {name: value for name, value in vars(args).items() if name in OPTIONS}
+    if "preset" in args:
+        given = read_preset(args.preset, command).options | given
+    return TrainConfig.build(command, **given)
+
+
+def train(args: argparse.Namespace) -> None:
+    """Trains with the options of a training command."""
+    config = config_from(args)
+    from repae_lite.training.trainer import train
+
+    train(config)
