@@ -1,53 +1,36 @@
-"""`repae download`: the released sets, into pretrained/NAME/, the layout that the official commands expect."""
+"""`repae download`: the released sets, into pretrained/NAME/, where the official commands look for them."""
 
 import fnmatch
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
+from repae_lite.checkpoints.find import OPTIONS, choose
 from repae_lite.checkpoints.hub import Repository, download, look_up
-from repae_lite.checkpoints.layouts import (
-    DIFFUSERS_CONFIG,
-    DIFFUSERS_WEIGHTS,
-    OPTIONS,
-    checkpoints,
-    files_of,
-    is_diffusers,
-    pick_checkpoint,
-    pick_weights,
-)
-from repae_lite.commands.presets import ORGANISATION, RECIPES, RELEASED
-
-EVERYTHING_FOR = "all-for"
+from repae_lite.checkpoints.released import ORGANISATION, RELEASED
 
 
-def expand(names: list[str], *, step: int | None = None) -> list[str]:
-    """The sets that a command line names: NAME[@REVISION] …, or "all-for PRESET".
+def check_sets(names: Sequence[str], *, step: int | None = None) -> None:
+    """Refuses names of sets that are not released.
 
     Args:
-        names: as given. step: of the checkpoint that is wanted, if one is.
+        names: NAME[@REVISION] of each set.
+        step: of the checkpoint that is wanted, if one is.
 
     Raises:
-        ValueError: an unknown name, a preset without released sets, or a step of a set that is no run.
+        ValueError: an unknown name, or a step of a set that is no run.
     """
-    if names[:1] == [EVERYTHING_FOR]:
-        if len(names) != 2 or names[1] not in RECIPES:
-            raise ValueError(
-                f"{' '.join(names)!r} names no preset: give {EVERYTHING_FOR} and one of {', '.join(RECIPES)}"
-            )
-        if not RECIPES[names[1]].sets:
-            raise ValueError(f"{names[1]} starts from nothing released: its networks ship with the project")
-        names = list(RECIPES[names[1]].sets)
     for name in names:
-        if name.split("@")[0] not in RELEASED:
+        kind = RELEASED.get(name.split("@")[0])
+        if kind is None:
             raise ValueError(
-                f"unknown released set {name!r}: choose among {', '.join(RELEASED)}, or {EVERYTHING_FOR} "
-                "PRESET"
+                f"unknown released set {name!r}: choose among {', '.join(RELEASED)}, or all-for PRESET"
             )
-        if step is not None and RELEASED[name.split("@")[0]] != "run":
+        if step is not None and kind != "run":
             raise ValueError(
                 f"--train-steps is {step}, but {name} is no run and has no checkpoints to choose from: leave "
                 "it out"
             )
-    return names
 
 
 def choose_files(
@@ -59,41 +42,25 @@ def choose_files(
         repository: as the Hub lists it.
         kind: "vae" (weights, latent statistics and discriminator, as far as they are there), "diffusers" or
             "run" (args.json and a checkpoint).
-        include: a pattern as in "*400k*", that the names of weights must match; it decides where several
+        include: a pattern as in "*400k*" that the names of weights must match; it decides where several
             could be meant.
         step: of a run's checkpoints; the last one for None.
 
     Raises:
-        FileNotFoundError: there is no such file. ValueError: several could be meant.
+        FileNotFoundError: there is no such file.
+        ValueError: several could be meant.
     """
-    names, where = list(repository.sizes), f"{repository.name} on the Hub"
+    names, held = list(repository.sizes), ", ".join(sorted(repository.sizes)[:5]) or "nothing"
+    given = {"step": step, "remedy": "choose by --include PATTERN, as in --include '*400k*', or see --list"}
     if include:
         names = [name for name in names if fnmatch.fnmatch(name, include) or name == OPTIONS]
-    if kind == "run":
-        chosen = (
-            [*files_of(names, pick_checkpoint(names, step, where)), *files_of(names, OPTIONS)]
-            if checkpoints(names)
-            else []
-        )
-    elif kind == "diffusers":
-        chosen = [DIFFUSERS_CONFIG, DIFFUSERS_WEIGHTS] if is_diffusers(names) else []
-    else:
-        top = [name for name in names if "/" not in name]
-        try:
-            picked = [pick_weights(top, part, where) for part in ("vae", "stats", "discriminator")]
-        except ValueError as error:
-            raise ValueError(
-                f"{str(error).split(':')[0]}: choose by --include PATTERN, as in --include '*400k*'"
-            ) from None
-        chosen = [name for name in picked if name] if picked[0] else []
-    if not chosen:
-        held = ", ".join(sorted(repository.sizes)[:5]) or "nothing"
-        matching = f" that match --include {include!r}" if include else ""
-        remedy = "give another pattern" if include else "choose by --include PATTERN"
-        raise FileNotFoundError(
-            f"{where} has no files of a {kind} set{matching} (it has {held}): see --list, or {remedy}"
-        )
-    return chosen
+        given["remedy"] = f"give another pattern than --include {include!r}, or see --list"
+    where = f"{repository.name} on the Hub (it has {held})"
+    files = choose(names, kind, where, **given)
+    for extra in ("stats", "discriminator") if kind == "vae" else ():
+        with suppress(FileNotFoundError):
+            files += choose(names, extra, where, **given)
+    return list(dict.fromkeys(files))
 
 
 def download_set(
@@ -104,8 +71,7 @@ def download_set(
     step: int | None = None,
     revision: str | None = None,
 ) -> tuple[Path, Repository, list[str]]:
-    """Fetches one released set, NAME[@REVISION], into OUTPUT/NAME/; finished files that have not changed are
-    kept.
+    """Fetches one released set, NAME[@REVISION], into OUTPUT/NAME/; whole, unchanged files are kept.
 
     Returns:
         The folder, what the Hub says about the repository, and the files that were chosen.

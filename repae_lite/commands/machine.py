@@ -18,7 +18,8 @@ import torch
 from huggingface_hub import constants
 
 from repae_lite import __version__
-from repae_lite.commands.presets import ORGANISATION, RECIPES, RELEASED, Recipe
+from repae_lite.checkpoints.released import ORGANISATION, RELEASED
+from repae_lite.commands.presets import RECIPES, Recipe
 from repae_lite.data.datasets import ImageH5Dataset
 from repae_lite.networks.discriminator import PatchDiscriminator
 from repae_lite.networks.encoder_table import ENCODERS, EncoderSpec

@@ -126,7 +126,7 @@ def cache_latents(args: argparse.Namespace) -> None:
             if device == "cpu"
             else min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         )
-    scale, _ = cache_latents(
+    stats = cache_latents(
         vae,
         dataset,
         path,
@@ -139,7 +139,7 @@ def cache_latents(args: argparse.Namespace) -> None:
     if not main:
         return
     channels, *sides = CachedLatentsDataset(path).shape
-    stds = ", ".join(f"{1 / value:.3f}" for value in scale[:4].tolist()) + (" …" if len(scale) > 4 else "")
+    stds = ", ".join(f"{std:.3f}" for std in stats.std[:4].tolist()) + (" …" if channels > 8 else "")
     print(f"{path}: {len(dataset):,} latents of shape {(channels // 2, *sides)}, std per channel {stds}")
 
 
@@ -240,7 +240,8 @@ def export_vae(args: argparse.Namespace) -> None:
 
 def add_download(commands: argparse._SubParsersAction) -> None:
     """The options of `repae download`."""
-    from repae_lite.commands.presets import RECIPES, RELEASED
+    from repae_lite.checkpoints.released import RELEASED
+    from repae_lite.commands.presets import RECIPES
 
     parser = commands.add_parser(
         "download",
@@ -281,11 +282,22 @@ def add_download(commands: argparse._SubParsersAction) -> None:
 
 def download(args: argparse.Namespace) -> None:
     """Fetches the sets one after another and says where they are."""
-    from repae_lite.checkpoints.download import download_set, expand
+    from repae_lite.checkpoints.download import check_sets, download_set
     from repae_lite.checkpoints.hub import look_up
-    from repae_lite.commands.presets import ORGANISATION
+    from repae_lite.checkpoints.released import ORGANISATION
+    from repae_lite.commands.presets import RECIPES
 
-    for name in expand(args.names, step=args.train_steps):
+    names = args.names
+    if names[0] == "all-for":
+        if len(names) != 2 or names[1] not in RECIPES:
+            raise ValueError(
+                f"{' '.join(names)!r} names no preset: give all-for and one of {', '.join(RECIPES)}"
+            )
+        if not RECIPES[names[1]].sets:
+            raise ValueError(f"{names[1]} starts from nothing released: its networks ship with the project")
+        names = RECIPES[names[1]].sets
+    check_sets(names, step=args.train_steps)
+    for name in names:
         if args.list:
             plain, _, pinned = name.partition("@")
             repository = look_up(f"{ORGANISATION}/{plain}", pinned or args.revision)

@@ -1,19 +1,7 @@
-"""The recipes of the paper and the embedded one: what each trains, and which released sets it starts from.
-
-Released sets are repositories of the REPA-E organisation on the Hugging Face Hub. Not all of their files'
-names are known beforehand; `repae download` lists them and picks by pattern.
-"""
+"""The recipes of the paper and the embedded one: what each trains, and which released sets it starts from."""
 
 from dataclasses import dataclass
 
-RELEASED = {  # set -> its kind
-    "sdvae": "vae", "invae": "vae", "vavae": "vae",
-    "e2e-sdvae": "vae", "e2e-invae": "vae", "e2e-vavae": "vae",
-    "e2e-sdvae-hf": "diffusers", "e2e-invae-hf": "diffusers", "e2e-vavae-hf": "diffusers",
-    "sit-repae-sdvae": "run", "sit-repae-invae": "run", "sit-repae-vavae": "run",
-    "sit-ldm-e2e-vavae": "run",
-}  # fmt: skip
-ORGANISATION = "REPA-E"
 IMAGENET = 1_281_167  # training images
 
 
