@@ -131,7 +131,7 @@ def choose(
     for form in forms.get(which, (which,)):
         if found := _released(names - ours, form, where, remedy):
             return found
-    if OPTIONS in names:
+    if OPTIONS in names and remedy is None:
         pick_checkpoint(names, step, where)  # there is none, and it says so
     hint = _ELSEWHERE.get(which) if ours else "give a file, a run folder or the folder of a released model"
     raise FileNotFoundError(f"{where} holds no {_NOUNS[which]}: {remedy or hint}")
