@@ -1,4 +1,4 @@
-"""A Hub of our own on this machine: the answers of the Hub's API that a download needs, and faults on demand."""
+"""A Hub of our own on this machine: answers of its API that a download needs, and faults on demand."""
 
 import hashlib
 import json

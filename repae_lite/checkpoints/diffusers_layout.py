@@ -1,6 +1,4 @@
-"""The VAE as diffusers' `AutoencoderKL` writes it: its configuration and its names for the weights, both
-ways, without diffusers.
-"""
+"""The VAE as diffusers' `AutoencoderKL` writes it, both ways and without diffusers: sizes and names."""
 
 import re
 from collections.abc import Iterable
@@ -131,9 +129,7 @@ def to_diffusers(state: dict[str, Tensor], levels: int) -> dict[str, Tensor]:
 
 
 def from_diffusers(state: dict[str, Tensor], levels: int) -> dict[str, Tensor]:
-    """A diffusers state dict in our names; names without one of ours stay, so that nothing is dropped in
-    silence.
-    """
+    """A diffusers state dict in our names; names that are none of its own stay, so nothing gets lost."""
     back = [*_OLD_NAMES, *((theirs, ours) for ours, theirs in reversed(_NAMES))]
     named = {_renamed(name, back, levels): tensor for name, tensor in state.items()}
     return {
@@ -143,9 +139,7 @@ def from_diffusers(state: dict[str, Tensor], levels: int) -> dict[str, Tensor]:
 
 
 def _renamed(name: str, pairs: Iterable[tuple[str, str]], levels: int) -> str:
-    """A name with every left part of the pairs replaced by its right; decoders count levels from opposite
-    ends.
-    """
+    """A name with the left of every pair replaced by its right; decoders count levels from opposite ends."""
     for old, new in pairs:
         name = re.sub(re.escape(old).replace(r"\#", r"(\d+)"), new.replace("#", r"\1"), name)
     return re.sub(r"(\.up(?:_blocks)?\.)(\d+)", lambda up: f"{up[1]}{levels - 1 - int(up[2])}", name)

@@ -1,5 +1,4 @@
-"""A run's VAE as others want it: the official three files, safetensors, a diffusers folder and a model card,
-all in one folder.
+"""A run's VAE as others want it: official files, safetensors, diffusers and a model card, in one folder.
 
 The command is `repae export-vae`; taught in `notebooks/06_drop_in_vae.ipynb`.
 """
@@ -48,12 +47,12 @@ def export_vae(
     ema: bool = True,
     overwrite: bool = False,
 ) -> dict:
-    """Writes SAVE_DIR/NAME/ with NAME.pt, NAME-latents-stats.pt, NAME-discriminator-ckpt.pt,
-    NAME.safetensors, the two files of a diffusers model and README.md, the model card.
+    """Writes a run's VAE into SAVE_DIR/NAME/, in every layout, with a model card.
 
-    Latents are normalised by the running statistics of the run's SiT, as the official export does. Everything
-    is read and made before the first file is written or removed, and NAME.pt is there only when all the
-    others are.
+    The files are NAME.pt, NAME-latents-stats.pt, NAME-discriminator-ckpt.pt, NAME.safetensors, the two of a
+    diffusers model, and README.md. Latents are normalised by the running statistics of the run's SiT, as the
+    official export does. Everything is read and made before the first file is written or removed, and NAME.pt
+    is there only when all the others are.
 
     Args:
         source: a run folder or a checkpoint in it, official or ours.
@@ -71,12 +70,8 @@ def export_vae(
             have, for files that are in the way and for a folder that holds a run.
         OSError: the folder cannot be written.
     """
-    weights, stats_file, safe, adversary = (
-        f"{name}.pt",
-        name + STATS,
-        f"{name}.safetensors",
-        name + DISCRIMINATOR,
-    )
+    weights, safe = f"{name}.pt", f"{name}.safetensors"
+    stats_file, adversary = name + STATS, name + DISCRIMINATOR
     check_name(name, "--vae-name")
     if name.startswith(DIFFUSERS_STEM) or weights.endswith((STATS, DISCRIMINATOR)):
         raise ValueError(
@@ -85,8 +80,8 @@ def export_vae(
     folder = Path(save_dir) / name
     if (folder / "checkpoints").exists() or (folder / OPTIONS).exists():
         raise ValueError(f"{folder} holds a run: choose another --vae-name, or another --save-dir")
-    possible = [folder / file for file in (weights, stats_file, safe, adversary, *DIFFUSERS, "README.md")]
-    there = [file for file in possible if file.exists()]
+    possible = (weights, stats_file, safe, adversary, *DIFFUSERS, "README.md")
+    there = [folder / file for file in possible if (folder / file).exists()]
     if there and not overwrite:
         raise ValueError(f"{there[0]} exists: choose another --vae-name, or replace it with --overwrite")
     vae, found = load_vae(source, step=step), read_model(source, "vae", step=step)
@@ -111,7 +106,7 @@ def export_vae(
     card = model_card(name, vae, stats, found, diffusers=diffusers)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        for file in there:  # NAME.pt first, so that it never lies beside parts of another export
+        for file in there:  # NAME.pt first: it must never lie beside parts of another export
             file.unlink()
         save_vae(folder / safe, vae, stats)
         save_stats(folder / stats_file, stats)
@@ -133,12 +128,10 @@ def model_card(
         name: of the files.
         vae: for its sizes.
         stats: of its latents.
-        found: the file it was read from; the options of its run and what lies around it in its run folder are
-            quoted.
+        found: the file it was read from, which leads to its run's options and metrics.
         diffusers: whether a diffusers folder was written.
     """
-    c, millions = vae.config, sum(p.numel() for p in vae.parameters()) / 1e6
-    metrics = _last_metrics(found.path)
+    c, metrics = vae.config, _last_metrics(found.path)
     rows = enumerate(zip(stats.mean.tolist(), stats.std.tolist(), strict=True))
     channels = [(i, f"{mean:.4f}", f"{std:.4f}") for i, (mean, std) in rows]
     shown = [(key, _shown(key, value)) for key, value in sorted(found.options.items()) if value is not None]
@@ -148,8 +141,8 @@ def model_card(
         "tags:\n- vae\n- repa-e\n---\n",
         f"# {name}\n",
         f"A VAE of latent diffusion, {c.downsampling}-fold reduction, {c.latent_channels} latent channels, "
-        f"{millions:.1f} M parameters. Exported by repae_lite {__version__}; the method is REPA-E "
-        "(https://arxiv.org/abs/2504.10483).\n",
+        f"{sum(p.numel() for p in vae.parameters()) / 1e6:.1f} M parameters. Exported by repae_lite "
+        f"{__version__}; the method is REPA-E (https://arxiv.org/abs/2504.10483).\n",
         f"Fingerprint of the weights: `{vae_fingerprint(vae)[:16]}`.\n",
         _HOW_TO_LOAD.format(name=name),
         *([_WITH_DIFFUSERS] if diffusers else []),
@@ -207,8 +200,9 @@ def _table(*titles: str, rows: Iterable[tuple]) -> str:
 
 
 def _last_metrics(checkpoint: Path) -> dict:
-    """The last line of the run's metrics.jsonl up to the checkpoint's step; empty without one. A killed run
-    may leave a cut line.
+    """The last line of the run's metrics.jsonl up to the checkpoint's step; empty without one.
+
+    A killed run may leave a cut line.
     """
     names = (checkpoint.stem, checkpoint.parent.name)
     last = next((int(name) for name in names if name.isdecimal()), float("inf"))
@@ -222,9 +216,7 @@ def _last_metrics(checkpoint: Path) -> dict:
 
 
 def _shown(key: str, value: object) -> str:
-    """An option's value, fit for a table; of a path only its last part, since the rest is about someone's
-    machine.
-    """
+    """An option's value, fit for a table; of a path only the end: the rest is about someone's machine."""
     if (
         isinstance(value, str)
         and "/" in value

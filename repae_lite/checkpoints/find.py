@@ -1,5 +1,4 @@
-"""From what a user names to tensors: files, run folders, released sets, diffusers folders and repositories on
-the Hub.
+"""From what a user names to tensors: files, run folders, released sets, diffusers models, Hub ids.
 
 `choose` says which names in a list make up what is asked for. Folders and the Hub differ only in how their
 names are listed and their files fetched. A run folder holds args.json and checkpoints/0400000.pt (official)
@@ -33,9 +32,8 @@ DIFFUSERS_STEM = "diffusion_pytorch_model"  # diffusers splits large weights ove
 DIFFUSERS = DIFFUSERS_WEIGHTS, DIFFUSERS_CONFIG = f"{DIFFUSERS_STEM}.safetensors", "config.json"
 WEIGHTS = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")  # endings of files with weights, the safest first
 
-_CHECKPOINT = re.compile(
-    r"(checkpoints/(\d+))(\.pt|/[^/]+\.safetensors)"
-)  # officially seven digits; any are read
+# Written with seven digits, officially and here; any number of them is read.
+_CHECKPOINT = re.compile(r"(checkpoints/(\d+))(\.pt|/[^/]+\.safetensors)")
 _NOUNS = {
     "sit": "SiT",
     "vae": "VAE",
@@ -121,7 +119,7 @@ def choose(
         if picked in names:  # an official file has everything
             return [picked, *options]
         inside = sorted(name.removeprefix(prefix) for name in names if name.startswith(prefix))
-        chosen = inside if which == "run" else choose(inside, which, f"{where}/{picked}", ema=ema)
+        chosen = inside if which == "run" else choose(inside, which, f"{picked} of {where}", ema=ema)
         return [*(prefix + name for name in chosen), *options]
     ours, sit = names & {f"{network}.safetensors" for network in NETWORKS}, "ema" if ema else "sit"
     for network in {"sit": (sit,), "stats": (sit, "vae")}.get(which, (which,)):

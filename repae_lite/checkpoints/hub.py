@@ -69,7 +69,7 @@ def look_up(name: str, revision: str | None = None) -> Repository:
     """
     with _one_sentence(name, revision):
         info = _api().model_info(name, revision=revision, files_metadata=True)
-    # a backslash separates folders on some systems, so such a file's place would depend on the machine
+    # A backslash separates folders on some systems: such a file's place would depend on the machine.
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or () if "\\" not in file.rfilename}
     return Repository(name, info.sha, sizes)
 
@@ -109,7 +109,7 @@ def fetch(name: str, revision: str | None, choose: Callable[[list[str]], list[st
         folder = Path(snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=[]))
         names = choose([file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()])
     except FileNotFoundError:
-        raise ConnectionError(f"{where} is not in the cache, or lacks what is asked for; {missing}") from None
+        raise ConnectionError(f"{where} is not in the cache, or not all of it; {missing}") from None
     if not constants.HF_HUB_OFFLINE:
         warnings.warn(f"the Hub does not answer, so {where} is taken from the cache", stacklevel=2)
     return folder / names[0]

@@ -1,7 +1,6 @@
 """A network's configuration from what travels with its weights: a header, its run's options, or the shapes.
 
-Heads of attention and groups of norms leave no trace in shapes: they are those of the preset with these
-sizes.
+Heads of attention and groups of norms leave no trace in shapes; they are those of the preset of that size.
 """
 
 from dataclasses import asdict, replace
@@ -38,8 +37,7 @@ def vae_config(found: ModelFile) -> VAEConfig:
 
 
 def sit_config(found: ModelFile) -> SiTConfig:
-    """From the header; else from the shapes, with the heads of the preset that the run's options or the
-    shapes name.
+    """From the header; else from the shapes and the preset that the run's options or the shapes name.
 
     Raises:
         ValueError: not a SiT, of no known size, or not of a run with these options.
@@ -98,8 +96,9 @@ def vae_fields(state: dict[str, Tensor], where: object) -> dict:
 
 
 def sit_fields(state: dict[str, Tensor], where: object) -> dict:
-    """The fields of a `SiTConfig` that shapes tell: all sizes but `heads`. A row of the label table is the
-    null class's.
+    """The fields of a `SiTConfig` that shapes tell: all sizes but `heads`.
+
+    A row of the label table is the null class's.
 
     Raises:
         ValueError: not a SiT.

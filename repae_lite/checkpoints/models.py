@@ -39,8 +39,7 @@ def save_sit(path: str | Path, sit: SiT) -> None:
 
 
 def export_diffusers(folder: str | Path, vae: AutoencoderKL, stats: LatentStats) -> Path:
-    """Writes a VAE as a folder that `diffusers.AutoencoderKL.from_pretrained` loads; diffusers itself is not
-    needed.
+    """Writes a VAE as a folder that `diffusers.AutoencoderKL.from_pretrained` loads, without diffusers.
 
     The statistics go into its configuration as `latents_mean` and `latents_std`, one number per channel, and
     `scaling_factor` is 1: normalise latents by the former.
@@ -84,8 +83,8 @@ def load_vae(
     Raises:
         FileNotFoundError: nothing there, or a run without a VAE of its own.
         ConnectionError: not in the Hub's cache, and no connection.
-        ValueError: no VAE, a pickle that wants to run code, or weights that do not fit (the first three, with
-            shapes).
+        ValueError: no VAE, a pickle that wants to run code, or weights that do not fit: the first three, with
+            their shapes.
     """
     found = read_model(source, "vae", step=step)
     config, state = config or vae_config(found), found.state
@@ -110,8 +109,9 @@ def load_sit(
 
 
 def load_discriminator(source: str | Path, *, step: int | None = None) -> PatchDiscriminator:
-    """Loads a discriminator in eval mode: a released `NAME-discriminator-ckpt.pt`, or that of a run; errors
-    as for `load_vae`.
+    """Loads a discriminator in eval mode: a released `NAME-discriminator-ckpt.pt`, or that of a run.
+
+    Sources and errors as for `load_vae`.
     """
     found = read_model(source, "discriminator", step=step)
     network = PatchDiscriminator(**discriminator_fields(found.state, found.path))
@@ -122,7 +122,7 @@ def load_latent_stats(source: str | Path, *, ema: bool = True, step: int | None 
     """Mean and standard deviation of a VAE's latents.
 
     They are what `save_vae` or diffusers recorded, the `NAME-latents-stats.pt` beside a released `NAME.pt`,
-    or the running statistics of a run's SiT (the averaged one if `ema`). Sources and errors as for
+    or the running statistics of a run's SiT (the averaged one if `ema`). For sources and errors see
     `load_vae`.
     """
     found = read_model(source, "stats", ema=ema, step=step)

@@ -337,8 +337,7 @@ def fill(modules: dict[str, nn.Module], checkpoint: Checkpoint) -> None:
     """Fills networks from a checkpoint, all or none; each stays in its mode.
 
     Raises:
-        ValueError: a network is missing, or another architecture: the first three mismatches with their
-            shapes.
+        ValueError: a network is missing or of another architecture (the first three mismatches, with shapes).
     """
     for name in modules:
         if name not in checkpoint.networks:

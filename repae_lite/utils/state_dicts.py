@@ -28,8 +28,11 @@ def save_state(path: str | Path, state: dict[str, Tensor], header: dict[str, str
 
 
 def _in_order(data: memoryview) -> tuple[bytes, memoryview]:
-    """Header and numbers of a safetensors file, its metadata sorted: the library writes it in an order that
-    changes from one process to the next, and equal weights should make equal files."""
+    """Header and numbers of a safetensors file, its metadata sorted.
+
+    The library writes it in an order that changes from one process to the next, and equal weights should make
+    equal files.
+    """
     start = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(bytes(data[8:start]))
     if "__metadata__" in header:

@@ -355,7 +355,7 @@ def test_models_load_by_their_hub_id_and_later_offline(stand_in, networks, monke
         assert torch.equal(loaded.quant_conv.weight, networks[0].quant_conv.weight)
     assert not stand_in.requests
     with pytest.raises(
-        ConnectionError, match="REPA-E/never-seen is not in the cache, .*; the Hub cannot be reached"
+        ConnectionError, match=r"REPA-E/never-seen is not in the cache, .*; the Hub cannot be reached"
     ):
         load_vae("REPA-E/never-seen")
 
@@ -393,7 +393,7 @@ def test_offline_a_file_that_is_not_cached_is_not_said_to_be_missing(stand_in, m
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(
         ConnectionError,
-        match="REPA-E/e2e-vavae is not in the cache, or lacks what is asked for; the Hub cannot",
+        match="REPA-E/e2e-vavae is not in the cache, or not all of it; the Hub cannot",
     ):
         load_discriminator("REPA-E/e2e-vavae")
 
@@ -416,7 +416,7 @@ def test_a_run_of_ours_loads_by_its_hub_id(stand_in, networks, tmp_path, monkeyp
     assert load_sit("me/run").config == sit.config
     with pytest.raises(
         FileNotFoundError,
-        match=r"me/run on the Hub/checkpoints/0000010 holds no discriminator: a run with",
+        match="checkpoints/0000010 of me/run on the Hub holds no discriminator: a run with",
     ):
         load_discriminator("me/run")
     assert all("/checkpoints/0000010/" in path for _, path, _ in stand_in.requests if "/resolve/" in path)

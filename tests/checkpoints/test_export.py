@@ -180,10 +180,7 @@ def test_mistakes_are_one_sentence(run, tmp_path, capsys):
 def test_a_file_where_the_folder_should_be(run, tmp_path, capsys):
     (tmp_path / "taken").write_text("")
     sentence = refused(capsys, "--exp-path", run[0], "--vae-name", "taken", "--save-dir", tmp_path)
-    assert (
-        sentence
-        == f"cannot write in {tmp_path / 'taken'} (File exists): choose another output folder"
-    )
+    assert sentence == f"cannot write in {tmp_path / 'taken'} (File exists): choose another output folder"
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "a\\b", "a\nb", "a\x7f"])

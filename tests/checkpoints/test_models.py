@@ -1,4 +1,4 @@
-"""Models come back the same from every layout, or are refused whole; diffusers reads what is exported for it."""
+"""Models come back the same from every layout, or are refused whole; diffusers reads its exports."""
 
 import argparse
 import json
@@ -222,7 +222,7 @@ def test_our_run_gives_all_its_parts(official, tmp_path):
         (folder / f"{name}.safetensors").unlink()
     assert load_latent_stats(folder).std.tolist() == [1.0] * 4
     (folder / "vae.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"0000500 holds no VAE: a run with a frozen VAE keeps none"):
+    with pytest.raises(FileNotFoundError, match=r"0000500 of .* holds no VAE: a run with a frozen VAE keeps"):
         load_vae(tmp_path / "ours")
 
 
@@ -339,9 +339,7 @@ def test_official_shapes_tell_the_vae(name):
 def test_official_shapes_tell_the_sit(name, vae):
     channels, size = {"f8d4": (4, 32), "f16d32": (32, 16)}[vae]
     preset = replace(SIT_PRESETS[name], in_channels=channels, input_size=size, target_dims=(768,))
-    assert (
-        replace(preset, **infer.sit_fields(shapes(f"{name.replace('/', '_')}.{vae}"), "it")) == preset
-    )
+    assert replace(preset, **infer.sit_fields(shapes(f"{name.replace('/', '_')}.{vae}"), "it")) == preset
 
 
 def test_official_shapes_tell_the_discriminator():

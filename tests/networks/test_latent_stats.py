@@ -16,7 +16,8 @@ def random_stats(channels=1000):
 def test_files_and_sit_give_them_back_to_the_bit():
     stats = random_stats()
     official = official_stats(stats)
-    assert official["latents_scale"].shape == (1, 1000, 1, 1) and official["latents_bias"].dtype == torch.float32
+    assert official["latents_scale"].shape == (1, 1000, 1, 1)
+    assert official["latents_bias"].dtype == torch.float32
     sit = SiT.from_preset("tiny", in_channels=1000, depth=2)
     sit.set_latent_stats(stats)
     for back in (
