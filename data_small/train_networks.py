@@ -33,6 +33,7 @@ from repae_lite.evaluation.evaluation_net import EvaluationNet
 from repae_lite.evaluation.metrics import psnr
 from repae_lite.method.losses import TinyPerceptualLoss, VAELossConfig, vae_regularization_loss
 from repae_lite.networks.encoders import TinyViT
+from repae_lite.networks.latent_stats import LatentStats
 from repae_lite.networks.vae import AutoencoderKL
 from repae_lite.teaching.small_scale import SmallScale
 from repae_lite.utils.files import write_text
@@ -219,10 +220,10 @@ def tune_vae(method: str, steps: int) -> tuple[AutoencoderKL, dict]:
 
 
 @torch.no_grad()
-def latent_statistics(vae: AutoencoderKL, x: Tensor) -> tuple[Tensor, Tensor]:
-    """(scale = 1 / std, bias = mean) per channel of sampled latents."""
+def latent_statistics(vae: AutoencoderKL, x: Tensor) -> LatentStats:
+    """Of sampled latents."""
     z = torch.cat([vae.encode(batch).sample() for batch in x.split(500)])
-    return 1 / z.std((0, 2, 3)), z.mean((0, 2, 3))
+    return LatentStats(z.mean((0, 2, 3)), z.std((0, 2, 3)))
 
 
 TRAINERS = {
@@ -253,8 +254,7 @@ def main() -> None:
     net, log = trainer(steps)
     path = args.out / f"{args.network}.safetensors"
     if isinstance(net, AutoencoderKL):
-        scale, bias = latent_statistics(net, to_unit_range(load_embedded("train")[0]))
-        save_vae(path, net, scale=scale, bias=bias)
+        save_vae(path, net, latent_statistics(net, to_unit_range(load_embedded("train")[0])))
     else:
         save_weights(path, net)
     log = {

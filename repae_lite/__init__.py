@@ -26,6 +26,7 @@ ROOMS = (
 _HOMES = {  # where the public names live
     "networks.vae": "AutoencoderKL VAEConfig",
     "networks.sit": "SiT SiTConfig",
+    "networks.latent_stats": "LatentStats",
     "networks.discriminator": "PatchDiscriminator",
     "networks.encoders": "VisionEncoder load_encoders",
     "method.losses": "VAELossConfig LPIPSLoss",

@@ -1,6 +1,4 @@
-"""A Hub of our own on this machine: the few answers of the Hugging Face Hub's API that a download needs, and
-faults on demand.
-"""
+"""A Hub of our own on this machine: answers of its API that a download needs, and faults on demand."""
 
 import hashlib
 import json
@@ -28,14 +26,8 @@ class HubStandIn(ThreadingHTTPServer):
 
     def __init__(self, repositories):
         super().__init__(("127.0.0.1", 0), Answer)
-        self.repositories, self.requests, self.breaks, self.stalls, self.gated = (
-            repositories,
-            [],
-            {},
-            set(),
-            set(),
-        )
-        self.sizes, self.down = {}, set()
+        self.repositories, self.requests, self.breaks, self.sizes = repositories, [], {}, {}
+        self.stalls, self.gated, self.down = set(), set(), set()
         self.closing = threading.Event()
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
 
@@ -75,7 +67,7 @@ class Answer(BaseHTTPRequestHandler):
             self.close_connection = True
             return None
         hub.requests.append((self.command, path, self.headers.get("Range")))
-        api = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", path)
+        api = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(?:revision|tree)/(.+))?", path)
         file = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
         match = api or file
         if not match or match[1] not in hub.repositories:
@@ -93,15 +85,13 @@ class Answer(BaseHTTPRequestHandler):
                 {"rfilename": name, "size": sizes[name], "blobId": digest(data)}
                 for name, data in files.items()
             ]
-            info = {
-                "id": match[1],
-                "modelId": match[1],
-                "sha": commit,
-                "private": False,
-                "tags": [],
-                "siblings": siblings,
-            }
-            return self.reply(200, json.dumps(info).encode(), {"Content-Type": "application/json"}, body)
+            tree = [
+                {"type": "file", "path": name, "size": sizes[name], "oid": digest(data)}
+                for name, data in files.items()
+            ]
+            info = {"id": match[1], "modelId": match[1], "sha": commit, "private": False, "tags": []}
+            answer = tree if "/tree/" in path else info | {"siblings": siblings}
+            return self.reply(200, json.dumps(answer).encode(), {"Content-Type": "application/json"}, body)
         if file[3] in hub.down:
             return self.reply(500, b"{}", {}, body)
         if file[3] not in files:

@@ -1,20 +1,12 @@
-"""`repae download`: the released sets, into pretrained/NAME/, the layout that the official commands expect."""
+"""`repae download`: the released sets, into pretrained/NAME/, where the official commands look for them."""
 
 import fnmatch
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
+from repae_lite.checkpoints.find import OPTIONS, choose
 from repae_lite.checkpoints.hub import Repository, download, look_up
-from repae_lite.checkpoints.layouts import (
-    DIFFUSERS_CONFIG,
-    DIFFUSERS_WEIGHTS,
-    OPTIONS,
-    checkpoints,
-    files_of,
-    is_diffusers,
-    pick_checkpoint,
-    pick_weights,
-)
 from repae_lite.checkpoints.released import ORGANISATION, RELEASED
 
 
@@ -50,41 +42,25 @@ def choose_files(
         repository: as the Hub lists it.
         kind: "vae" (weights, latent statistics and discriminator, as far as they are there), "diffusers" or
             "run" (args.json and a checkpoint).
-        include: a pattern as in "*400k*", that the names of weights must match; it decides where several
+        include: a pattern as in "*400k*" that the names of weights must match; it decides where several
             could be meant.
         step: of a run's checkpoints; the last one for None.
 
     Raises:
-        FileNotFoundError: there is no such file. ValueError: several could be meant.
+        FileNotFoundError: there is no such file.
+        ValueError: several could be meant.
     """
-    names, where = list(repository.sizes), f"{repository.name} on the Hub"
+    names, held = list(repository.sizes), ", ".join(sorted(repository.sizes)[:5]) or "nothing"
+    given = {"step": step, "remedy": "choose by --include PATTERN, as in --include '*400k*', or see --list"}
     if include:
         names = [name for name in names if fnmatch.fnmatch(name, include) or name == OPTIONS]
-    if kind == "run":
-        chosen = (
-            [*files_of(names, pick_checkpoint(names, step, where)), *files_of(names, OPTIONS)]
-            if checkpoints(names)
-            else []
-        )
-    elif kind == "diffusers":
-        chosen = [DIFFUSERS_CONFIG, DIFFUSERS_WEIGHTS] if is_diffusers(names) else []
-    else:
-        top = [name for name in names if "/" not in name]
-        try:
-            picked = [pick_weights(top, part, where) for part in ("vae", "stats", "discriminator")]
-        except ValueError as error:
-            raise ValueError(
-                f"{str(error).split(':')[0]}: choose by --include PATTERN, as in --include '*400k*'"
-            ) from None
-        chosen = [name for name in picked if name] if picked[0] else []
-    if not chosen:
-        held = ", ".join(sorted(repository.sizes)[:5]) or "nothing"
-        matching = f" that match --include {include!r}" if include else ""
-        remedy = "give another pattern" if include else "choose by --include PATTERN"
-        raise FileNotFoundError(
-            f"{where} has no files of a {kind} set{matching} (it has {held}): see --list, or {remedy}"
-        )
-    return chosen
+        given["remedy"] = f"give another pattern than --include {include!r}, or see --list"
+    where = f"{repository.name} on the Hub (it has {held})"
+    files = choose(names, kind, where, **given)
+    for extra in ("stats", "discriminator") if kind == "vae" else ():
+        with suppress(FileNotFoundError):
+            files += choose(names, extra, where, **given)
+    return list(dict.fromkeys(files))
 
 
 def download_set(
@@ -95,8 +71,7 @@ def download_set(
     step: int | None = None,
     revision: str | None = None,
 ) -> tuple[Path, Repository, list[str]]:
-    """Fetches one released set, NAME[@REVISION], into OUTPUT/NAME/; finished files that have not changed are
-    kept.
+    """Fetches one released set, NAME[@REVISION], into OUTPUT/NAME/; whole, unchanged files are kept.
 
     Returns:
         The folder, what the Hub says about the repository, and the files that were chosen.

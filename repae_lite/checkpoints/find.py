@@ -1,44 +1,193 @@
-"""From what a user names to tensors: files, run folders, released sets, diffusers folders and repositories on
-the Hub.
+"""From what a user names to tensors: files, run folders, released sets, diffusers models, Hub ids.
 
-Nothing that is read here can run code: safetensors holds tensors only, and pickles are read by
-`repae_lite.utils.pickles`.
+`choose` says which names in a list make up what is asked for. Folders and the Hub differ only in how their
+names are listed and their files fetched. A run folder holds args.json and checkpoints/0400000.pt (official)
+or checkpoints/0400000/ (ours). A released VAE is NAME.pt, beside it NAME-latents-stats.pt and
+NAME-discriminator-ckpt.pt; not every NAME is known beforehand, so files are picked by their endings, and an
+ambiguous choice is refused. Nothing that is read here can run code.
 """
 
-import argparse
+import glob
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
 from repae_lite.checkpoints.hub import fetch, parse_hub_id
-from repae_lite.checkpoints.layouts import (
-    DIFFUSERS_CONFIG,
-    DIFFUSERS_WEIGHTS,
-    OPTIONS,
-    WEIGHTS,
-    checkpoints,
-    is_diffusers,
-    pick_checkpoint,
-    pick_weights,
-)
-from repae_lite.utils.files import read_json
-from repae_lite.utils.pickles import read_pickle
-from repae_lite.utils.state_dicts import read_weights
+from repae_lite.checkpoints.official import ALONE, NETWORKS, read_official
+from repae_lite.data.latents import STATS
+from repae_lite.utils.files import data_small_dir, read_json
+from repae_lite.utils.state_dicts import plain_state, read_weights
 
-OUR_FILES = ("sit", "ema", "vae", "discriminator")  # of a checkpoint folder, each .safetensors
+SHIPPED = {
+    "tiny": "vae.safetensors",
+    "tiny-e2e": "vae_e2e.safetensors",
+    "tiny-vae-only": "vae_only.safetensors",
+}
+OPTIONS = "args.json"
+DISCRIMINATOR = "-discriminator-ckpt.pt"
+DIFFUSERS_STEM = "diffusion_pytorch_model"  # diffusers splits large weights over several files that begin so
+DIFFUSERS = DIFFUSERS_WEIGHTS, DIFFUSERS_CONFIG = f"{DIFFUSERS_STEM}.safetensors", "config.json"
+WEIGHTS = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")  # endings of files with weights, the safest first
+
+# Written with seven digits, officially and here; any number of them is read.
+_CHECKPOINT = re.compile(r"(checkpoints/(\d+))(\.pt|/[^/]+\.safetensors)")
+_NOUNS = {
+    "sit": "SiT",
+    "vae": "VAE",
+    "discriminator": "discriminator",
+    "stats": "latent statistics",
+    "run": "run",
+    "diffusers": "diffusers model",
+}
+_ELSEWHERE = {
+    "vae": "a run with a frozen VAE keeps none, so give the VAE that it was trained on",
+    "discriminator": "a run with a frozen VAE has none, nor has one without adversarial loss",
+    "sit": "give another checkpoint",
+    "stats": "give another checkpoint",
+}
+
+
+# ---------------------------------------------------------------- names
+
+
+def files_in(folder: Path) -> list[str]:
+    """The files of a folder, and of the checkpoints in it if it is a run's, by their names relative to it."""
+    patterns = ("*", "checkpoints/*", "checkpoints/*/*")
+    names = (name for pattern in patterns for name in glob.glob(pattern, root_dir=folder))
+    return [name for name in names if (folder / name).is_file()]
+
+
+def checkpoints_in(names: Iterable[str]) -> dict[int, str]:
+    """Step -> name of the checkpoints among a run folder's names, first to last.
+
+    A checkpoint is "checkpoints/0400000.pt", or "checkpoints/0400000", the folder of safetensors files; of
+    one step in both kinds the folder is taken.
+    """
+    matches = filter(None, map(_CHECKPOINT.fullmatch, sorted(names)))  # the folder after its .pt, so it wins
+    found = {int(match[2]): match[0] if match[3] == ".pt" else match[1] for match in matches}
+    return dict(sorted(found.items()))
+
+
+def pick_checkpoint(names: Iterable[str], step: int | None, where: object) -> str:
+    """The name of a run's checkpoint at a step, the last one for None.
+
+    Raises:
+        FileNotFoundError: the run has no checkpoint, or none at this step.
+    """
+    found = checkpoints_in(names)
+    if not found:
+        raise FileNotFoundError(
+            f"{where} has no checkpoints yet: give the folder of a run that has saved one"
+        )
+    if step is not None and step not in found:
+        raise FileNotFoundError(
+            f"{where} has no checkpoint at step {step}: choose one of {', '.join(map(str, found))}"
+        )
+    return found[max(found) if step is None else step]
+
+
+def choose(
+    names: Iterable[str],
+    which: str,
+    where: object,
+    *,
+    ema: bool = True,
+    step: int | None = None,
+    remedy: str | None = None,
+) -> list[str]:
+    """The names that make up what is asked for, the file with its weights first.
+
+    Args:
+        names: of files, relative to a folder or a repository.
+        which: "sit", "vae", "discriminator" or "stats" (latent statistics, or what holds them: a run's SiT);
+            "run" for a whole checkpoint, "diffusers" for a diffusers model.
+        where: what to call the place in errors.
+        ema: of a run's two SiTs the averaged one.
+        step: of a run's checkpoints; the last one for None.
+        remedy: what to do when it is not there, or several files could be meant.
+
+    Raises:
+        FileNotFoundError: it is not there. ValueError: several files could be meant.
+    """
+    names = set(names)
+    if checkpoints_in(names):
+        picked = pick_checkpoint(names, step, where)
+        prefix, options = f"{picked}/", sorted(names & {OPTIONS})
+        if picked in names:  # an official file has everything
+            return [picked, *options]
+        inside = sorted(name.removeprefix(prefix) for name in names if name.startswith(prefix))
+        chosen = inside if which == "run" else choose(inside, which, f"{picked} of {where}", ema=ema)
+        return [*(prefix + name for name in chosen), *options]
+    ours, sit = names & {f"{network}.safetensors" for network in NETWORKS}, "ema" if ema else "sit"
+    for network in {"sit": (sit,), "stats": (sit, "vae")}.get(which, (which,)):
+        if f"{network}.safetensors" in ours:
+            return [f"{network}.safetensors"]
+    forms = {"vae": ("vae", "diffusers"), "stats": ("stats", "diffusers", "vae"), "run": ()}
+    for form in forms.get(which, (which,)):
+        if found := _released(names - ours, form, where, remedy):
+            return found
+    if OPTIONS in names and remedy is None:
+        pick_checkpoint(names, step, where)  # there is none, and it says so
+    hint = _ELSEWHERE.get(which) if ours else "give a file, a run folder or the folder of a released model"
+    raise FileNotFoundError(f"{where} holds no {_NOUNS[which]}: {remedy or hint}")
+
+
+def _released(names: set[str], form: str, where: object, remedy: str | None) -> list[str]:
+    """The files of a diffusers model; or the file with a discriminator, statistics or other weights."""
+    if form == "diffusers":
+        return [*DIFFUSERS] if names.issuperset(DIFFUSERS) else []
+    ending = {"discriminator": DISCRIMINATOR, "stats": STATS}.get(form)
+    found = [
+        name
+        for name in sorted(names)
+        if name.endswith(ending or WEIGHTS)
+        and (ending or not name.endswith((STATS, DISCRIMINATOR)))
+        and not name.startswith(DIFFUSERS_STEM)
+        and "/" not in name
+    ]
+    if len({Path(name).stem for name in found}) > 1:
+        raise ValueError(
+            f"{where} holds several files that could be meant ({', '.join(found[:4])}): "
+            f"{remedy or 'name one of them'}"
+        )
+    return sorted(found, key=lambda name: WEIGHTS.index(Path(name).suffix))[:1]
+
+
+# ---------------------------------------------------------------- files
+
+
+def resolve(source: str | Path, which: str, *, ema: bool = True, step: int | None = None) -> Path:
+    """The file with the weights that a user means, fetched from the Hub if need be.
+
+    Arguments and errors as for `read_model`.
+    """
+    if str(source) in SHIPPED:
+        return data_small_dir() / SHIPPED[str(source)]
+    path = Path(source)
+    if path.is_dir():
+        return path / choose(files_in(path), which, path, ema=ema, step=step)[0]
+    if path.exists():
+        return path
+    hub_id = None if isinstance(source, Path) or source.endswith(WEIGHTS) else parse_hub_id(source)
+    if hub_id is None or path.parent.exists():
+        raise FileNotFoundError(
+            f"the weights {source} do not exist: check the path, or give a Hub id as in REPA-E/e2e-vavae"
+        )
+    return fetch(*hub_id, lambda names: choose(names, which, f"{source} on the Hub", ema=ema, step=step))
 
 
 @dataclass(frozen=True)
 class ModelFile:
-    """A model's weights as they were found.
+    """A network's weights as they were found.
 
     Attributes:
-        path: the file, or the diffusers folder.
+        path: the file.
         state: names and tensors.
-        header: what travels with them: the metadata of a safetensors file, or a diffusers config.json as
-            "diffusers".
-        options: the options of the run that made them; empty outside of runs.
+        header: the metadata of a safetensors file, or the config.json of a diffusers model.
+        options: those of the run that made them, such as "path_type"; empty outside of runs.
     """
 
     path: Path
@@ -47,168 +196,39 @@ class ModelFile:
     options: dict
 
 
-def read_model(source: str | Path, part: str, *, ema: bool = True, step: int | None = None) -> ModelFile:
-    """Finds and reads one part of what a source holds.
+def read_model(source: str | Path, which: str, *, ema: bool = True, step: int | None = None) -> ModelFile:
+    """Finds and reads one network of what a source holds.
 
     Args:
         source: a file, a run folder, a folder with a released set or a diffusers VAE, or a Hub id
             "owner/name[@revision]".
-        part: "sit", "vae", "discriminator" or "stats" (latent statistics, or what holds them: a run's SiT).
+        which: "sit", "vae", "discriminator" or "stats" (latent statistics, or what holds them: a run's SiT).
         ema: of a run's two SiTs the averaged one.
         step: of a run's checkpoints; the last one for None.
 
     Raises:
-        FileNotFoundError: nothing there. ConnectionError: a Hub id that is not cached, without a connection.
-        ValueError: not weights, more than weights, several files that could be meant, or a run without this
-            part.
+        FileNotFoundError: nothing there, or a run without this network.
+        ConnectionError: a Hub id that is not cached, without a connection.
+        ValueError: not weights, more than weights, several files that could be meant, or an official run
+            without this network.
     """
-    path = find(source, part, ema=ema, step=step)
-    if path.is_dir():
-        return ModelFile(
-            path,
-            read_weights(path / DIFFUSERS_WEIGHTS)[0],
-            {"diffusers": read_json(path / DIFFUSERS_CONFIG)},
-            {},
-        )
+    path = resolve(source, which, ema=ema, step=step)
     if path.suffix == ".safetensors":
         state, header = read_weights(path)
-        return ModelFile(path, _plain(state), header, run_options(path))
-    content = read_pickle(path)
-    if not {"model", "ema", "vae"} & content.keys():
-        state = content["state_dict"] if isinstance(content.get("state_dict"), dict) else content
-        return ModelFile(path, _tensors(state, path), {}, {})
-    key = ("ema" if ema else "model") if part in ("sit", "stats") else part
-    if not isinstance(content.get(key), dict):
-        held = ", ".join(sorted(name for name, value in content.items() if isinstance(value, dict)))
-        raise ValueError(
-            f"{path} has no {key} (it has {held}): {_ELSEWHERE.get(part, 'choose another file')}"
-        )
-    return ModelFile(
-        path, _tensors(content[key], path), {}, _as_dict(content.get("args")) or run_options(path)
-    )
+        config = path.with_name(DIFFUSERS_CONFIG)
+        if path.name == DIFFUSERS_WEIGHTS and config.is_file():
+            header = read_json(config)
+        return ModelFile(path, plain_state(state, path), header, _run_options(path))
+    networks, content = read_official(path)
+    network = which if which in ("vae", "discriminator") else "ema" if ema else "sit"
+    state = networks.get(ALONE) or networks.get(network)
+    if state is None:
+        held = ", ".join(sorted(NETWORKS[name] for name in networks)) or "none"
+        raise ValueError(f"{path} has no {NETWORKS[network]} (it has {held}): {_ELSEWHERE[which]}")
+    return ModelFile(path, state, {}, content.get("args") or _run_options(path))
 
 
-_ELSEWHERE = {
-    "vae": "a run with a frozen VAE keeps none, so give the VAE that it was trained on",
-    "discriminator": "a run with a frozen VAE has none, and one without adversarial loss neither",
-}
-
-
-def find(source: str | Path, part: str, *, ema: bool = True, step: int | None = None) -> Path:
-    """The file, or the diffusers folder, that `read_model` reads. Arguments and errors as there."""
-    path = _local(source, part, step)
-    if path.is_file():
-        return path
-    if (path / "checkpoints").is_dir():
-        entries = (path / "checkpoints").iterdir()
-        names = [f"checkpoints/{entry.name}" for entry in entries if entry.is_file() or any(entry.iterdir())]
-        path = path / pick_checkpoint(names, step, path)
-        if path.is_file():
-            return path
-    if any((path / f"{name}.safetensors").is_file() for name in OUR_FILES):
-        name = ("ema" if ema else "sit") if part in ("sit", "stats") else part
-        if part == "stats" and not any((path / f"{sit}.safetensors").is_file() for sit in ("ema", "sit")):
-            name = "vae"  # a run that trained a VAE alone: the statistics are in its header
-        if not (path / f"{name}.safetensors").is_file():
-            raise ValueError(
-                f"{path} has no {name}.safetensors: {_ELSEWHERE.get(part, 'choose another checkpoint')}"
-            )
-        return path / f"{name}.safetensors"
-    names = [entry.name for entry in path.iterdir() if entry.is_file()]
-    picked = pick_weights(names, part, path)
-    if picked is None and part == "stats":
-        if is_diffusers(names):
-            return path
-        picked = pick_weights(names, "vae", path)
-    if picked is None and part == "vae" and is_diffusers(names):
-        return path
-    if picked is None:
-        raise FileNotFoundError(
-            f"{path} holds no {_NOUNS[part]}: give a file, a run folder or the folder of a released model"
-        )
-    return path / picked
-
-
-_NOUNS = {"sit": "SiT", "vae": "VAE", "discriminator": "discriminator", "stats": "latent statistics"}
-
-
-def run_options(path: Path) -> dict:
+def _run_options(path: Path) -> dict:
     """The options of the run that a checkpoint lies in, from its args.json; empty if it lies in none."""
-    for folder in path.parents[:2]:
-        if folder.name == "checkpoints" and (folder.parent / OPTIONS).is_file():
-            return read_json(folder.parent / OPTIONS)
-    return {}
-
-
-def _local(source: str | Path, part: str, step: int | None) -> Path:
-    """The file or folder on this machine, fetched from the Hub if need be."""
-    path = Path(source)
-    if path.exists():
-        return path
-    hub_id = (
-        parse_hub_id(str(source)) if isinstance(source, str) and not str(source).endswith(WEIGHTS) else None
-    )
-    if hub_id is None or path.parent.exists():
-        raise FileNotFoundError(
-            f"the weights {source} do not exist: check the path, or give a Hub id as in REPA-E/e2e-vavae"
-        )
-    return fetch(*hub_id, lambda names: _wanted(names, part, step, source))
-
-
-def _wanted(names: list[str], part: str, step: int | None, where: object) -> list[str]:
-    """Which files of a repository `find` needs for a part."""
-    if checkpoints(names):
-        picked = pick_checkpoint(names, step, where)
-        files = [picked] if picked.endswith(".pt") else _of_ours(names, picked, part, where)
-        return [*files, *(name for name in names if name == OPTIONS)]
-    top = [name for name in names if "/" not in name]
-    picked = {pick_weights(top, part, where)} - {None}
-    if not picked and part == "stats":
-        picked = {pick_weights(top, "vae", where)} - {None}
-    if not picked and part in ("vae", "stats") and is_diffusers(top):
-        picked = {DIFFUSERS_CONFIG, DIFFUSERS_WEIGHTS}
-    if not picked:
-        raise FileNotFoundError(f"{where} holds no {_NOUNS[part]} on the Hub: look at its files there")
-    return sorted(picked)
-
-
-def _of_ours(names: list[str], folder: str, part: str, where: object) -> list[str]:
-    """The files of our checkpoint folder that may hold a part."""
-    for choice in {"sit": [("sit", "ema")], "stats": [("sit", "ema"), ("vae",)]}.get(part, [(part,)]):
-        if found := [name for name in names if name in {f"{folder}/{one}.safetensors" for one in choice}]:
-            return found
-    raise FileNotFoundError(
-        f"{where} has no {_NOUNS[part]} in {folder} on the Hub: {_ELSEWHERE.get(part, 'choose another')}"
-    )
-
-
-def _tensors(state: dict, path: Path) -> dict[str, Tensor]:
-    """A state dict that is nothing but names and tensors."""
-    other = [
-        f"{name} ({type(value).__name__})"
-        for name, value in state.items()
-        if not (isinstance(name, str) and isinstance(value, Tensor))
-    ]
-    if other or not state:
-        raise ValueError(f"{path} is no state dict: it holds {', '.join(other[:3]) or 'nothing'}")
-    return _plain(state)
-
-
-def _plain(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Without the prefixes that DistributedDataParallel and torch.compile leave before every name, one in the
-    other.
-    """
-    for prefix in ("module.", "_orig_mod."):
-        if state and all(name.startswith(prefix) for name in state):
-            return _plain({name.removeprefix(prefix): tensor for name, tensor in state.items()})
-    return state
-
-
-def _as_dict(options: object) -> dict:
-    return (
-        vars(options)
-        if isinstance(options, argparse.Namespace)
-        else options
-        if isinstance(options, dict)
-        else {}
-    )
+    runs = [folder.parent for folder in path.parents[:2] if folder.name == "checkpoints"]
+    return read_json(runs[0] / OPTIONS) if runs and (runs[0] / OPTIONS).is_file() else {}

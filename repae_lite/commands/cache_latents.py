@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> None:
     dataset, data = open_dataset(args.data_dir, args.resolution), Path(args.data_dir)
     path = Path(args.output_dir or (data if data.is_dir() else data.parent)) / f"{name}.h5"
     first = process_rank() == 0
-    scale, _ = cache_latents(
+    stats = cache_latents(
         vae,
         dataset,
         path,
@@ -115,6 +115,6 @@ def run(args: argparse.Namespace) -> None:
     )
     if first:
         channels, *sides = CachedLatentsDataset(path).shape
-        stds = ", ".join(f"{1 / value:.3f}" for value in scale[:4].tolist()) + " …" * (len(scale) > 4)
+        stds = ", ".join(f"{std:.3f}" for std in stats.std[:4].tolist()) + " …" * (len(stats.std) > 4)
         shape = (channels // 2, *sides)
         print(f"{path}: {len(dataset):,} latents of shape {shape}, std per channel {stds}")

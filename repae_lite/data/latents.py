@@ -21,10 +21,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from repae_lite.checkpoints.layouts import STATS
 from repae_lite.data.datasets import H5Dataset, ImageFolderDataset, ImageH5Dataset, read_batches
 from repae_lite.data.hdf5 import stored
 from repae_lite.data.journal import ResumableH5, check_count, fingerprint
+from repae_lite.networks.latent_stats import LatentStats
 from repae_lite.networks.vae import AutoencoderKL
 from repae_lite.utils.files import atomic_path
 from repae_lite.utils.locks import check_space, locked, writing
@@ -34,6 +34,7 @@ from repae_lite.utils.progress import progress_bar
 
 STEP = 1000  # images that a killed run has to do again, about
 ABOUT = "vae.json"
+STATS = "-latents-stats.pt"  # follows the name of the latents, or of their VAE
 
 
 def vae_fingerprint(vae: AutoencoderKL) -> str:
@@ -126,7 +127,7 @@ def cache_latents(
     overwrite: bool = False,
     progress: bool = False,
     step: int = STEP,
-) -> tuple[Tensor, Tensor]:
+) -> LatentStats:
     """Encodes every image in order; writes `NAME.h5`, `NAME_h5.json` and `NAME-latents-stats.pt`.
 
     Float32, except that PyTorch lets convolutions on a GPU use TF32 unless told otherwise. An unfinished run
@@ -145,7 +146,7 @@ def cache_latents(
         step: about how many images lie between two entries of the journal.
 
     Returns:
-        (scale = 1 / std, bias = mean), each (C,), of the latents as drawn from their posteriors.
+        Statistics of the latents as drawn from their posteriors.
 
     Raises:
         ValueError: an argument; images that do not fit the VAE; latents that are not finite; a finished or
@@ -170,8 +171,7 @@ def cache_latents(
     if process_rank():  # only the first process knows the file
         for _ in moments(int(from_first_process(torch.zeros(1, dtype=torch.long, device=device)))):
             pass
-        scale, bias = from_first_process(torch.zeros(2, first.shape[1], device=device)).cpu()
-        return scale, bias
+        return LatentStats(*from_first_process(torch.zeros(2, first.shape[1], device=device)).cpu())
     about = {"fingerprint": vae_fingerprint(vae), "downsampling": vae.config.downsampling}
     state = {"done": 0, "labelled": False, "count": 0, "mean": [], "square": []}
     with locked(path.with_name(path.name + ".partial")) as folder:
@@ -180,23 +180,25 @@ def cache_latents(
         check_space(path.parent, left * (8 * first.numel() + 200), "the latents need")
         done = from_first_process(torch.tensor([file.state["done"]], device=device))
         _encode_all(file, moments(int(done)), len(dataset), max(1, step // batch_size) * batch_size, progress)
-        scale, bias = _stats(file.state)
+        stats = _stats(file.state)
         with writing(path.parent):
-            save_stats(path.with_name(path.stem + STATS), scale, bias)
+            save_stats(path.with_name(path.stem + STATS), stats)
         entries = [(latent_name(i), int(label)) for i, label in enumerate(dataset.labels)]
         file.finish_labelled(path, entries, (ABOUT, json.dumps(about).encode()))
-    from_first_process(torch.stack([scale, bias]).to(device))
-    return scale, bias
+    from_first_process(torch.stack([stats.mean, stats.std]).to(device))
+    return stats
 
 
-def save_stats(path: Path, scale: Tensor, bias: Tensor) -> None:
-    """Writes latent statistics in the official layout: {latents_scale, latents_bias}, each (1, C, 1, 1)."""
-    stats = {
-        "latents_scale": scale.detach().cpu().view(1, -1, 1, 1),
-        "latents_bias": bias.detach().cpu().view(1, -1, 1, 1),
-    }
+def official_stats(stats: LatentStats) -> dict[str, Tensor]:
+    """Latent statistics as official files hold them: scale = 1 / std and bias = mean, each (1, C, 1, 1)."""
+    named = {"latents_scale": 1 / stats.std, "latents_bias": stats.mean}
+    return {name: values.cpu().view(1, -1, 1, 1) for name, values in named.items()}
+
+
+def save_stats(path: Path, stats: LatentStats) -> None:
+    """Writes the official file of latent statistics."""
     with atomic_path(path) as partial:
-        torch.save(stats, partial)
+        torch.save(official_stats(stats), partial)
 
 
 def _encode_all(file: ResumableH5, batches: Iterator[Tensor], total: int, step: int, progress: bool) -> None:
@@ -266,13 +268,12 @@ def _npy(values: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def _stats(state: dict) -> tuple[Tensor, Tensor]:
-    """(scale, bias) from the sums over all latents; the variance of a draw is that of the means plus the mean
-    of the variances.
+def _stats(state: dict) -> LatentStats:
+    """From the sums over all latents; the variance of a draw is that of the means plus the mean of the
+    variances.
     """
-    mean = torch.tensor(state["mean"], dtype=torch.float64) / state["count"]
-    variance = torch.tensor(state["square"], dtype=torch.float64) / state["count"] - mean.square()
-    return variance.rsqrt().float(), mean.float()
+    mean, square = torch.tensor([state["mean"], state["square"]], dtype=torch.float64) / state["count"]
+    return LatentStats.from_moments(mean, square - mean.square())
 
 
 # ---------------------------------------------------------------- what is refused

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from repae_lite.method.interpolant import Path, get_path, interpolate, sample_time
 from repae_lite.method.losses import alignment_loss, velocity_loss
+from repae_lite.networks.latent_stats import LatentStats
 from repae_lite.networks.layers import BatchNorm2d, run
 from repae_lite.networks.projectors import PROJECTORS
 
@@ -359,22 +360,23 @@ class SiT(nn.Module):
         """The label that means "no class": `num_classes`."""
         return self.config.num_classes
 
-    def set_latent_stats(self, scale: Tensor, bias: Tensor) -> None:
-        """Starts the running statistics from a VAE's: bias (C,) = mean, scale (C,) = 1 / std of its latents."""
-        if scale.numel() != self.config.in_channels or bias.numel() != self.config.in_channels:
+    def set_latent_stats(self, stats: LatentStats) -> None:
+        """Starts the running statistics from those of a VAE's latents.
+
+        Raises:
+            ValueError: of another number of channels.
+        """
+        if len(stats.mean) != self.config.in_channels:
             raise ValueError(
-                f"latent statistics of {scale.numel()} and {bias.numel()} channels for a SiT of "
-                f"{self.config.in_channels}: "
+                f"latent statistics of {len(stats.mean)} channels for a SiT of {self.config.in_channels}: "
                 "use those of the VAE that the SiT was built for"
             )
-        self.bn.running_mean.copy_(bias.reshape(-1))
-        self.bn.running_var.copy_(scale.reshape(-1).square().reciprocal())
+        self.bn.running_mean.copy_(stats.mean)
+        self.bn.running_var.copy_(stats.std.square())
 
-    def latent_stats(self) -> tuple[Tensor, Tensor]:
-        """(scale, bias), each (C,): running 1 / std (without BatchNorm's eps, as in the official code) and
-        mean.
-        """
-        return self.bn.running_var.rsqrt(), self.bn.running_mean.clone()
+    def latent_stats(self) -> LatentStats:
+        """The running statistics, without BatchNorm's eps, as in the official code."""
+        return LatentStats.from_moments(self.bn.running_mean, self.bn.running_var)
 
     def normalize(self, z: Tensor, batch_stats: bool | None = None) -> Tensor:
         """BatchNorm of latents z (B, C, h, w).
@@ -388,12 +390,8 @@ class SiT(nn.Module):
         return self.bn(z, batch_stats)
 
     def denormalize(self, sample: Tensor) -> Tensor:
-        """Brings sampled latents (B, C, h, w) back to the VAE's scale, in the model's dtype: sample / scale +
-        bias.
-        """
-        scale, bias = self.latent_stats()
-        z = sample / scale[:, None, None] + bias[:, None, None]
-        return z.to(self.pos_embed.dtype)
+        """Brings sampled latents (B, C, h, w) back to the VAE's scale, in the model's dtype."""
+        return self.latent_stats().denormalize(sample).to(self.pos_embed.dtype)
 
     # ---------------------------------------------------------------- network
 

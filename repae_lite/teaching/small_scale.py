@@ -21,6 +21,7 @@ from repae_lite.method.losses import TinyPerceptualLoss, VAELossConfig
 from repae_lite.method.sampling import Guidance, sample_ode
 from repae_lite.method.steps import StepConfig, TrainState, latent_step, make_ema, make_optimizer, repae_step
 from repae_lite.networks.encoders import VisionEncoder
+from repae_lite.networks.latent_stats import LatentStats
 from repae_lite.networks.sit import SiT
 from repae_lite.networks.vae import AutoencoderKL
 from repae_lite.utils.files import data_small_dir
@@ -127,9 +128,9 @@ class SmallScale:
         sit = SiT.from_preset("tiny", **sit_changes)
         if vae is None:
             vae = load_vae("tiny")
-            sit.set_latent_stats(*load_latent_stats("tiny"))
+            sit.set_latent_stats(load_latent_stats("tiny"))
         else:
-            sit.set_latent_stats(*posterior_stats(*self.latents(vae)))
+            sit.set_latent_stats(LatentStats.from_posteriors(*self.latents(vae)))
         optimizers = {"sit": make_optimizer(sit, lr=sit_lr)}
         if method in ("sit", "repa"):
             vae.requires_grad_(False)
@@ -246,14 +247,6 @@ def learning_rate(step: int, steps: int, warmup: int = 50) -> float:
     half.
     """
     return min((step + 1) / warmup, 2 * (steps - step) / steps, 1.0)
-
-
-def posterior_stats(mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
-    """(scale = 1 / std, bias = mean), each (C,), of latents drawn from posteriors of that mean and std (N, C,
-    h, w).
-    """
-    variance = mean.var((0, 2, 3)) + std.square().mean((0, 2, 3))
-    return variance.rsqrt(), mean.mean((0, 2, 3))
 
 
 def progress(items: Iterable, total: int, label: str) -> Iterator:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from repae_lite.checkpoints.models import load_discriminator, load_latent_stats, load_vae
 from repae_lite.data.datasets import open_dataset
@@ -19,6 +19,7 @@ from repae_lite.method.losses import LPIPSLoss, TinyPerceptualLoss, VAELossConfi
 from repae_lite.method.steps import StepConfig, TrainState, make_ema
 from repae_lite.networks.discriminator import PatchDiscriminator
 from repae_lite.networks.encoders import VisionEncoder, check_token_grid, load_encoders
+from repae_lite.networks.latent_stats import LatentStats
 from repae_lite.networks.layers import set_gradient_checkpointing
 from repae_lite.networks.sit import SIT_PRESETS, SiT
 from repae_lite.networks.vae import VAE_PRESETS, AutoencoderKL
@@ -110,7 +111,7 @@ def build(config: TrainConfig, num_classes: int, device: torch.device) -> Parts:
     if config.command != "vae":
         sit = _new_sit(config, num_classes, vae, encoders)
         if stats is not None:
-            sit.set_latent_stats(*stats)
+            sit.set_latent_stats(stats)
         ema = make_ema(sit).to(device)
         sit.to(device)
     steps = _step_config(config)
@@ -136,7 +137,7 @@ def build(config: TrainConfig, num_classes: int, device: torch.device) -> Parts:
     return Parts(TrainState(vae, sit, ema, optimizers, steps, discriminator, perceptual), encoders, rates)
 
 
-def _start_vae(config: TrainConfig) -> tuple[AutoencoderKL, tuple[Tensor, Tensor] | None]:
+def _start_vae(config: TrainConfig) -> tuple[AutoencoderKL, LatentStats | None]:
     """The VAE to start from, and its latent statistics; those of a fresh one are unknown."""
     preset = VAE_PRESETS[config.vae]
     if config.resolution % preset.downsampling:
@@ -267,15 +268,13 @@ def new_optimizer(config: TrainConfig, module: nn.Module, rate: float) -> torch.
 @torch.no_grad()
 def latent_stats(
     vae: AutoencoderKL, data: TrainingData, device: torch.device, images: int = 512
-) -> tuple[Tensor, Tensor]:
-    """(scale = 1 / std, bias = mean), each (C,), of the latents of the data's first images, in the VAE's own
-    mode.
-    """
-    moments = []
-    for start in range(0, min(images, len(data)), 32):
-        batch = torch.stack([data[i]["image"] for i in range(start, min(start + 32, images, len(data)))])
-        posterior = vae.encode(to_unit_range(batch.to(device)))
-        second = (posterior.mean.square() + posterior.std.square()).mean((2, 3))
-        moments.append(torch.stack([posterior.mean.mean((2, 3)), second]))  # (2, B, C)
-    mean, second = torch.cat(moments, dim=1).double().mean(1)
-    return (second - mean.square()).rsqrt().float().cpu(), mean.float().cpu()
+) -> LatentStats:
+    """Of the latents of the data's first images, in the VAE's own mode."""
+    count, posteriors = min(images, len(data)), []
+    for start in range(0, count, 32):
+        batch = torch.stack([data[i]["image"] for i in range(start, min(start + 32, count))])
+        posteriors.append(vae.encode(to_unit_range(batch.to(device))))
+    return LatentStats.from_posteriors(
+        torch.cat([posterior.mean for posterior in posteriors]),
+        torch.cat([posterior.std for posterior in posteriors]),
+    )

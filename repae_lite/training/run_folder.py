@@ -1,11 +1,13 @@
 """A run's folder: options, measurements, sample grids and checkpoints that are whole or not there.
 
     OUTPUT_DIR/EXP_NAME/
-        args.json        the options            manifest.json    versions, hardware, batch sizes, time and
-        memory metrics.jsonl    one line per logged step, the same bytes however often the run was interrupted
-        samples/         0000500.png …          divergence/      reports of the collapse guard
-        checkpoints/     0000500/ with sit, ema, vae, discriminator as safetensors and resume.pt; or
-        0000500.pt, the official file
+        args.json        the options
+        manifest.json    versions, hardware, batch sizes, time and memory
+        metrics.jsonl    one line per logged step, the same bytes however often the run was interrupted
+        samples/         0000500.png …
+        divergence/      reports of the collapse guard
+        checkpoints/     0000500/ with sit, ema, vae, discriminator as safetensors and resume.pt;
+                         or 0000500.pt, the official file
 
 Taught in `reproduce/`. Reading a checkpoint runs no code: weights are safetensors, the rest is loaded with
 weights_only.
@@ -15,28 +17,28 @@ import argparse
 import errno
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from repae_lite.checkpoints.models import save_vae
+from repae_lite.checkpoints.find import checkpoints_in, files_in, pick_checkpoint
+from repae_lite.checkpoints.models import save_sit, save_vae
+from repae_lite.checkpoints.official import NETWORKS, read_official
+from repae_lite.networks.latent_stats import LatentStats
 from repae_lite.networks.sit import SiT
 from repae_lite.networks.vae import AutoencoderKL
 from repae_lite.utils.files import atomic_path, write_text
 from repae_lite.utils.pickles import read_pickle
 from repae_lite.utils.state_dicts import fill_module, read_weights, save_weights
 
-OFFICIAL_NETWORKS = {"sit": "model", "ema": "ema", "vae": "vae", "discriminator": "discriminator"}
-OFFICIAL_OPTIMIZERS = {"sit": "opt", "vae": "opt_vae", "discriminator": "opt_disc"}
+OPTIMIZERS = {"sit": "opt", "vae": "opt_vae", "discriminator": "opt_disc"}  # ours -> official
 # The official optimiser of the discriminator holds all of its loss module: a frozen number first, then the
-# discriminator, then the
-# perceptual network (LPIPS on VGG-16), which is frozen too.
-OFFICIAL_FROZEN = {"discriminator": (1, 26 + 5)}  # parameters before and after those that train
+# discriminator, then the perceptual network (LPIPS on VGG-16), which is frozen too.
+FROZEN = {"discriminator": (1, 26 + 5)}  # parameters before and after those that train
 EVIDENCE = "evidence"  # what a rollback discards, below divergence/
 
 
@@ -76,12 +78,7 @@ class RunFolder:
 
     def checkpoints(self) -> dict[int, Path]:
         """The whole checkpoints by step, first to last; of two kinds of one step, the folder."""
-        found: dict[int, Path] = {}
-        for path in self.checkpoints_path.iterdir() if self.checkpoints_path.is_dir() else ():
-            match = re.fullmatch(r"(\d{7,})(\.pt)?", path.name)
-            if match and path.is_file() == bool(match[2]) and (path.is_dir() or int(match[1]) not in found):
-                found[int(match[1])] = path
-        return dict(sorted(found.items()))
+        return {step: self.path / name for step, name in checkpoints_in(files_in(self.path)).items()}
 
     def remove_leftovers(self) -> None:
         """Removes what killed writes left behind."""
@@ -93,7 +90,7 @@ class RunFolder:
         step: int,
         networks: dict[str, nn.Module],
         optimizers: dict[str, torch.optim.Optimizer],
-        latent_stats: tuple[Tensor, Tensor],
+        latent_stats: LatentStats | None,
         extras: dict,
         *,
         kind: str = "safetensors",
@@ -102,8 +99,9 @@ class RunFolder:
 
         Args:
             step: finished steps.
-            networks, optimizers: by name.
-            latent_stats: (scale, bias) of the VAE's latents, each (C,).
+            networks: by name.
+            optimizers: by the name of their network.
+            latent_stats: of the VAE's latents, where it is among the networks.
             extras: plain values, with "args".
             kind: "safetensors", "official" or "both".
 
@@ -129,25 +127,24 @@ class RunFolder:
             reason = os.strerror(error.errno) if error.errno else str(error)
             raise OSError(
                 f"cannot write the checkpoint of step {step} in {self.checkpoints_path} ({reason}): it needs "
-                "about "
-                f"{size * (1 + (kind == 'both')) / 1e9:.2g} GB; {kept}; make room, then go on with --resume "
-                "latest"
+                f"about {size * (1 + (kind == 'both')) / 1e9:.2g} GB; {kept}; make room, then go on with "
+                "--resume latest"
             ) from None
         return path
 
     def _save_folder(
-        self, path: Path, networks: dict[str, nn.Module], latent_stats: tuple[Tensor, Tensor], resume: dict
+        self, path: Path, networks: dict[str, nn.Module], latent_stats: LatentStats | None, resume: dict
     ) -> None:
         partial = path.with_name(f".{path.name}.partial")
         partial.mkdir(parents=True)
         for name, module in networks.items():
             file = partial / f"{name}.safetensors"
             if isinstance(module, AutoencoderKL):
-                save_vae(file, module, scale=latent_stats[0], bias=latent_stats[1])
+                save_vae(file, module, latent_stats)
+            elif isinstance(module, SiT):
+                save_sit(file, module)
             else:
-                save_weights(
-                    file, module, {"sit_config": asdict(module.config)} if isinstance(module, SiT) else None
-                )
+                save_weights(file, module)
         with atomic_path(partial / "resume.pt") as file:
             _save_pickle(resume, file)
         _sync(partial)
@@ -157,11 +154,11 @@ class RunFolder:
     def _save_official(
         self, path: Path, step: int, networks: dict[str, nn.Module], named: dict[str, dict], extras: dict
     ) -> Path:
-        content = {OFFICIAL_NETWORKS[name]: module.state_dict() for name, module in networks.items()}
+        content = {NETWORKS[name]: module.state_dict() for name, module in networks.items()}
         for name, states in named.items():
             keys = [key for key, _ in networks[name].named_parameters()]
-            before, after = OFFICIAL_FROZEN.get(name, (0, 0))
-            content[OFFICIAL_OPTIMIZERS[name]] = {
+            before, after = FROZEN.get(name, (0, 0))
+            content[OPTIMIZERS[name]] = {
                 "state": {i: states[key] for i, key in enumerate(keys, before) if key in states},
                 "param_groups": [
                     {**extras["groups"][name], "params": list(range(before + len(keys) + after))}
@@ -174,8 +171,10 @@ class RunFolder:
         return path
 
     def prune(self, *, keep_last: int | None, milestone_steps: int, checkpointing_steps: int) -> None:
-        """Removes old checkpoints: all but the last `keep_last` and the milestones; with None only those
-        between the regular steps, which a signal caused."""
+        """Removes old checkpoints: all but the last `keep_last` and the milestones.
+
+        With None only those between the regular steps, which a signal caused.
+        """
         steps = list(self.checkpoints())
         for step in steps[: -(keep_last or 1)]:
             milestone = milestone_steps and step % milestone_steps == 0
@@ -197,9 +196,7 @@ class RunFolder:
                 path.unlink()
 
     def roll_back(self, step: int) -> None:
-        """Takes everything after a checkpoint out of the way: later ones go to divergence/, later metrics are
-        cut off.
-        """
+        """Moves later checkpoints to divergence/ and cuts off later metrics."""
         evidence = self.path / "divergence" / EVIDENCE
         shutil.rmtree(evidence, ignore_errors=True)  # of an earlier rollback
         for later in [s for s in self.checkpoints() if s > step]:
@@ -268,15 +265,13 @@ def find_checkpoint(source: str, folder: RunFolder) -> Path | None:
         if step != max(own):
             raise ValueError(
                 f"{folder.path} has a checkpoint of step {max(own)}, later than {step}: move it away, or "
-                "start another run with "
-                f"--resume {own[step]} and another --exp-name"
+                f"start another run with --resume {own[step]} and another --exp-name"
             )
         return own[step]
     path = Path(source)
     if path.is_dir() and not (path / "resume.pt").is_file():
-        found = RunFolder(path).checkpoints()
-        path = found[max(found)] if found else path / "checkpoints"
-    if not path.is_file() and not (path / "resume.pt").is_file():
+        path = path / pick_checkpoint(files_in(path), None, path)
+    if not path.exists():
         raise FileNotFoundError(
             f"there is no checkpoint at {source}: give latest, a step, or the path of a checkpoint or run "
             "folder"
@@ -286,8 +281,7 @@ def find_checkpoint(source: str, folder: RunFolder) -> Path | None:
     if own:
         raise ValueError(
             f"{folder.path} already holds a run, up to step {max(own)}: go on with --resume latest, or start "
-            f"from {source} "
-            "with another --exp-name"
+            f"from {source} with another --exp-name"
         )
     return path
 
@@ -298,38 +292,38 @@ def read_checkpoint(path: Path) -> Checkpoint:
     Raises:
         ValueError: something else, or a pickle that would run code.
     """
-    if path.is_file():
-        return _read_official(path)
-    resume = read_pickle(path / "resume.pt")
-    networks = {file.stem: read_weights(file)[0] for file in sorted(path.glob("*.safetensors"))}
-    return Checkpoint(resume["step"], networks, resume["optimizers"], resume["extras"], path)
-
-
-def _read_official(path: Path) -> Checkpoint:
-    content = read_pickle(path)
+    if path.is_dir():
+        resume = read_pickle(path / "resume.pt")
+        networks = {file.stem: read_weights(file)[0] for file in sorted(path.glob("*.safetensors"))}
+        return Checkpoint(resume["step"], networks, resume["optimizers"], resume["extras"], path)
+    networks, content = read_official(path)
     if "steps" not in content:
         raise ValueError(f"{path} is no checkpoint of a training run: it has no steps")
-    networks = {
-        name: {re.sub(r"^(module\.|_orig_mod\.)+", "", k): v for k, v in content[key].items()}
-        for name, key in OFFICIAL_NETWORKS.items()
+    optimizers = {
+        name: _by_parameter(content[key]["state"], name, networks[name], path)
+        for name, key in OPTIMIZERS.items()
         if key in content
     }
-    optimizers = {}
-    for name, key in OFFICIAL_OPTIMIZERS.items():
-        if (
-            key in content
-        ):  # numbered in the order of the parameters, which is that of the state dict without its buffers
-            buffers = re.compile(r"(^|\.)(running_mean|running_var|num_batches_tracked)$")
-            names = [k for k in networks[name] if not buffers.search(k)]
-            states, first = content[key]["state"], OFFICIAL_FROZEN.get(name, (0, 0))[0]
-            if states and not first <= min(states) <= max(states) < first + len(names):
-                held, own = f"{min(states)} to {max(states)}", f"{first} to {first + len(names) - 1}"
-                raise ValueError(
-                    f"{path} has optimiser states of parameters {held}, but its {name} has {own}: it is "
-                    "damaged"
-                )
-            optimizers[name] = {names[i - first]: state for i, state in states.items()}
     return Checkpoint(int(content["steps"]), networks, optimizers, content.get("repae_lite", {}), path)
+
+
+def _by_parameter(states: dict[int, dict], network: str, state: dict[str, Tensor], path: Path) -> dict:
+    """An official optimiser's states by the names of a network's parameters.
+
+    They are numbered in the order of the parameters, which is that of the state dict without its buffers.
+
+    Raises:
+        ValueError: a number that is no parameter's.
+    """
+    buffers = ("running_mean", "running_var", "num_batches_tracked")
+    names = [name for name in state if not name.endswith(buffers)]
+    first = FROZEN.get(network, (0, 0))[0]
+    if states and not first <= min(states) <= max(states) < first + len(names):
+        held, own = f"{min(states)} to {max(states)}", f"{first} to {first + len(names) - 1}"
+        raise ValueError(
+            f"{path} has optimiser states of parameters {held}, but its {network} has {own}: it is damaged"
+        )
+    return {names[number - first]: state for number, state in states.items()}
 
 
 def _save_pickle(content: dict, path: Path) -> None:
@@ -343,8 +337,7 @@ def fill(modules: dict[str, nn.Module], checkpoint: Checkpoint) -> None:
     """Fills networks from a checkpoint, all or none; each stays in its mode.
 
     Raises:
-        ValueError: a network is missing, or another architecture: the first three mismatches with their
-            shapes.
+        ValueError: a network is missing or of another architecture (the first three mismatches, with shapes).
     """
     for name in modules:
         if name not in checkpoint.networks:

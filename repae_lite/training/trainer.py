@@ -27,6 +27,7 @@ from repae_lite.data.latents import vae_fingerprint
 from repae_lite.method.losses import spatial_norm
 from repae_lite.method.sampling import sample_ode
 from repae_lite.method.steps import all_updates, sit_step, update_ema
+from repae_lite.networks.latent_stats import LatentStats
 from repae_lite.training.build import build, latent_stats, open_data
 from repae_lite.training.config import TrainConfig, differences, values
 from repae_lite.training.divergence import Finding, Guard
@@ -382,12 +383,12 @@ class Trainer:
             {"num_classes": sit.num_classes, "encoder_depth": sit.alignment_depth} if sit else {}
         )
 
-    def _latent_stats(self) -> tuple[Tensor, Tensor] | None:
-        """(scale, bias) of the training VAE's latents, each (C,); None for a frozen one."""
+    def _latent_stats(self) -> LatentStats | None:
+        """Of the training VAE's latents; None for a frozen one."""
         if "vae" not in self.state.optimizers:
             return None
         if self.state.sit is not None:
-            return tuple(stat.cpu() for stat in self.state.sit.latent_stats())
+            return self.state.sit.latent_stats()
         return latent_stats(self.state.vae, self.data, self.device)
 
     def _resume(self, checkpoint: Checkpoint, *, own: bool) -> None:

@@ -12,8 +12,9 @@ from pathlib import Path
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yields a temporary name beside `path`; on success the finished file takes its place, on any failure
-    nothing changes.
+    """Yields a temporary name beside `path`, and puts the file in its place when it is finished.
+
+    On any failure nothing changes.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -44,8 +45,7 @@ def data_small_dir() -> Path:
     if not folder.is_dir():
         raise FileNotFoundError(
             f"the embedded data folder {folder} does not exist: work in a checkout of the repository (pip "
-            "install -e .) "
-            "or set REPAE_DATA_SMALL to its data_small folder"
+            "install -e .) or set REPAE_DATA_SMALL to its data_small folder"
         )
     return folder
 
@@ -54,7 +54,8 @@ def read_json(path: Path) -> dict:
     """A JSON object.
 
     Raises:
-        FileNotFoundError: no such file. ValueError: something else.
+        FileNotFoundError: no such file.
+        ValueError: something else.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: check the path")
@@ -71,7 +72,8 @@ def check_name(name: str, option: str) -> None:
     """Refuses a name that is more than the name of a file.
 
     Args:
-        name: to check. option: what to call it in the error.
+        name: to check.
+        option: what to call it in the error.
 
     Raises:
         ValueError: it is empty, leads into another folder, or cannot be printed.

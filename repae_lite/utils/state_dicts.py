@@ -1,6 +1,7 @@
-"""State dicts as safetensors: written whole, read without running anything, and filled in all or not at all."""
+"""State dicts as safetensors: written whole, read without running code, filled in all or not at all."""
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,20 +15,24 @@ from repae_lite.utils.files import atomic_path
 
 
 def save_weights(path: str | Path, module: nn.Module, metadata: dict | None = None) -> None:
-    """Writes a module's state dict as safetensors, atomically; `metadata` (JSON values) travels in the
-    header.
-    """
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
-    header = {key: json.dumps(value) for key, value in (metadata or {}).items()}
-    data = save(state, header)
+    """Writes a module's state dict as safetensors; `metadata` (JSON values) travels in the header."""
+    save_state(path, module.state_dict(), {key: json.dumps(value) for key, value in (metadata or {}).items()})
+
+
+def save_state(path: str | Path, state: dict[str, Tensor], header: dict[str, str]) -> None:
+    """Writes a state dict as safetensors, atomically."""
+    data = save({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, header)
     with atomic_path(path) as partial, open(partial, "wb") as file:
         for part in _in_order(memoryview(data)):
             file.write(part)
 
 
 def _in_order(data: memoryview) -> tuple[bytes, memoryview]:
-    """Header and numbers of a safetensors file, its metadata sorted: the library writes it in an order that
-    changes from one process to the next, and equal weights should make equal files."""
+    """Header and numbers of a safetensors file, its metadata sorted.
+
+    The library writes it in an order that changes from one process to the next, and equal weights should make
+    equal files.
+    """
     start = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(bytes(data[8:start]))
     if "__metadata__" in header:
@@ -83,6 +88,22 @@ def _opened(path: str | Path) -> Iterator[safe_open]:
         ) from None
 
 
+def plain_state(state: dict, source: str | Path) -> dict[str, Tensor]:
+    """A state dict without the prefixes that DistributedDataParallel and torch.compile put before names.
+
+    Raises:
+        ValueError: it holds something else than names and tensors, or nothing.
+    """
+    other = [
+        f"{name} ({type(value).__name__})"
+        for name, value in state.items()
+        if not (isinstance(name, str) and isinstance(value, Tensor))
+    ]
+    if other or not state:
+        raise ValueError(f"{source} is no state dict: it holds {', '.join(other[:3]) or 'nothing'}")
+    return {re.sub(r"^((module|_orig_mod)\.)+", "", name): tensor for name, tensor in state.items()}
+
+
 def load_weights(path: str | Path, module: nn.Module) -> nn.Module:
     """Fills a module with the weights of a file, all of them or none, and returns it in eval mode.
 
@@ -106,6 +127,28 @@ def fill_module(module: nn.Module, state: dict[str, Tensor], source: str | Path)
             )
     module.load_state_dict(state)
     return module.eval()
+
+
+def build_module(
+    kind: type[nn.Module], config: object, state: dict[str, Tensor], source: str | Path
+) -> nn.Module:
+    """A network of this kind, filled with a state dict and in eval mode.
+
+    The state dict is first held against a sketch without memory: sizes that a file names may be anything.
+
+    Raises:
+        ValueError: there is no network of these sizes; or see `fill_module`.
+    """
+    try:
+        with torch.device("meta"):
+            sketch = kind(config)
+    except (ArithmeticError, LookupError, RuntimeError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"{source} has sizes of which no {kind.__name__} can be built ({reason}): get it again"
+        ) from None
+    check_fits(sketch, state, source)
+    return fill_module(kind(config), state, source)
 
 
 def check_fits(module: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:

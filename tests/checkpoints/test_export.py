@@ -12,6 +12,7 @@ from repae_lite.checkpoints import hub
 from repae_lite.checkpoints.models import load_discriminator, load_latent_stats, load_vae, save_vae
 from repae_lite.commands.main import main
 from repae_lite.networks.discriminator import PatchDiscriminator
+from repae_lite.networks.latent_stats import LatentStats
 from repae_lite.networks.sit import SiT
 from repae_lite.networks.vae import AutoencoderKL, VAEConfig
 from repae_lite.utils.state_dicts import save_weights
@@ -24,9 +25,8 @@ PLAIN = VAEConfig(
 def parts(vae):
     torch.manual_seed(0)
     sit = SiT.from_preset("tiny", in_channels=vae.config.latent_channels).eval()
-    sit.set_latent_stats(
-        torch.rand(vae.config.latent_channels) + 0.5, torch.randn(vae.config.latent_channels)
-    )
+    channels = vae.config.latent_channels
+    sit.set_latent_stats(LatentStats(torch.randn(channels), torch.rand(channels) + 0.5))
     return sit, PatchDiscriminator(width=8, layers=2)
 
 
@@ -37,7 +37,7 @@ def run(tmp_path):
     vae = AutoencoderKL(PLAIN).eval()
     sit, discriminator = parts(vae)
     folder = tmp_path / "run" / "checkpoints" / "0000500"
-    save_vae(folder / "vae.safetensors", vae, scale=torch.ones(4), bias=torch.zeros(4))
+    save_vae(folder / "vae.safetensors", vae, LatentStats(torch.zeros(4), torch.ones(4)))
     for name, module in (("sit", sit), ("ema", sit), ("discriminator", discriminator)):
         save_weights(folder / f"{name}.safetensors", module)
     (tmp_path / "run" / "args.json").write_text(
@@ -91,13 +91,14 @@ def test_every_layout_holds_the_same_vae(run, tmp_path, capsys):
     )
     stats = torch.load(out / "e2e-latents-stats.pt", weights_only=True)
     assert set(stats) == {"latents_scale", "latents_bias"} and stats["latents_bias"].shape == (1, 4, 1, 1)
-    assert torch.equal(
-        stats["latents_scale"].flatten(), sit.latent_stats()[0]
-    )  # of the SiT, not of the file vae.safetensors
+    own = sit.latent_stats()  # of the SiT, not of the file vae.safetensors
+    assert torch.equal(stats["latents_scale"].flatten(), 1 / own.std)
+    assert torch.equal(stats["latents_bias"].flatten(), own.mean)
     for source in (out, out / "e2e.safetensors"):
-        assert same(load_vae(source), vae) and torch.equal(
-            load_latent_stats(source)[0], sit.latent_stats()[0]
-        )
+        assert same(load_vae(source), vae)
+    for source in (out, out / "e2e.pt", out / "e2e.safetensors"):
+        found = load_latent_stats(source)
+        assert torch.equal(found.std, own.std) and torch.equal(found.mean, own.mean)
     assert same(load_discriminator(out), discriminator)
 
 
@@ -108,7 +109,7 @@ def test_diffusers_reconstructs_the_same(run, tmp_path):
     theirs, x = diffusers.AutoencoderKL.from_pretrained(tmp_path / "e2e"), torch.rand(1, 3, 16, 16)
     with torch.no_grad():
         torch.testing.assert_close(theirs(x).sample, vae.decode(vae.encode(x).mode()), rtol=0, atol=1e-5)
-    torch.testing.assert_close(torch.tensor(theirs.config.latents_mean), sit.latent_stats()[1])
+    torch.testing.assert_close(torch.tensor(theirs.config.latents_mean), sit.latent_stats().mean)
 
 
 def test_the_card_tells_where_it_comes_from_but_not_where_it_was(run, tmp_path):
@@ -179,10 +180,7 @@ def test_mistakes_are_one_sentence(run, tmp_path, capsys):
 def test_a_file_where_the_folder_should_be(run, tmp_path, capsys):
     (tmp_path / "taken").write_text("")
     sentence = refused(capsys, "--exp-path", run[0], "--vae-name", "taken", "--save-dir", tmp_path)
-    assert (
-        sentence
-        == f"the folder {tmp_path / 'taken'} cannot be made (File exists): choose another --vae-name or --save-dir"
-    )
+    assert sentence == f"cannot write in {tmp_path / 'taken'} (File exists): choose another output folder"
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "a\\b", "a\nb", "a\x7f"])
@@ -207,7 +205,7 @@ def test_names_whose_files_would_be_taken_for_others(run, tmp_path, capsys, name
 def test_odd_names_that_load(run, tmp_path, name):
     exporting.export_vae(run[0], name, tmp_path)
     assert same(load_vae(tmp_path / name), run[1]) and same(load_discriminator(tmp_path / name), run[3])
-    assert torch.equal(load_latent_stats(tmp_path / name)[0], run[2].latent_stats()[0])
+    assert torch.equal(load_latent_stats(tmp_path / name).std, run[2].latent_stats().std)
 
 
 def test_a_run_is_no_place_for_an_export(run, tmp_path, capsys):
@@ -224,7 +222,7 @@ def folding(tmp_path):
     torch.manual_seed(1)
     vae = AutoencoderKL.from_preset("tiny").eval()
     folder = tmp_path / "folding" / "checkpoints" / "0000001"
-    save_vae(folder / "vae.safetensors", vae, scale=torch.ones(4), bias=torch.zeros(4))
+    save_vae(folder / "vae.safetensors", vae, LatentStats(torch.zeros(4), torch.ones(4)))
     save_weights(folder / "ema.safetensors", parts(vae)[0])
     return tmp_path / "folding", vae
 

@@ -1,4 +1,4 @@
-"""Models come back the same from every layout, or are refused whole; diffusers reads what is exported for it."""
+"""Models come back the same from every layout, or are refused whole; diffusers reads its exports."""
 
 import argparse
 import json
@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from repae_lite.checkpoints import infer as architecture
+from repae_lite.checkpoints import infer
+from repae_lite.checkpoints.find import SHIPPED
 from repae_lite.checkpoints.models import (
-    SHIPPED,
     export_diffusers,
     load_discriminator,
     load_latent_stats,
@@ -23,6 +23,7 @@ from repae_lite.checkpoints.models import (
     save_vae,
 )
 from repae_lite.networks.discriminator import PatchDiscriminator
+from repae_lite.networks.latent_stats import LatentStats
 from repae_lite.networks.sit import SIT_PRESETS, SiT, SiTConfig
 from repae_lite.networks.vae import VAE_PRESETS, AutoencoderKL, VAEConfig
 from repae_lite.utils.state_dicts import save_weights
@@ -51,7 +52,7 @@ def random_vae(config):
 
 def test_the_convolutional_projector_is_told_by_shapes(tmp_path):
     sit = SiT.from_preset("tiny", projector="conv", target_dims=(6, 5))
-    fields = architecture.sit_fields(sit.state_dict(), "it")
+    fields = infer.sit_fields(sit.state_dict(), "it")
     assert (
         fields["projector"] == "conv" and fields["target_dims"] == (6, 5) and "projector_width" not in fields
     )
@@ -62,21 +63,22 @@ def test_the_convolutional_projector_is_told_by_shapes(tmp_path):
 
 
 def test_a_saved_vae_comes_back_the_same(tmp_path):
-    vae, scale, bias = random_vae(SMALL["attention at the bottom"]), torch.rand(4) + 0.5, torch.randn(4)
-    save_vae(tmp_path / "vae.safetensors", vae, scale=scale, bias=bias)
+    vae = random_vae(SMALL["attention at the bottom"])
+    stats = LatentStats(torch.randn(4), torch.rand(4) + 0.5)
+    save_vae(tmp_path / "vae.safetensors", vae, stats)
     loaded = load_vae(tmp_path / "vae.safetensors")
     assert loaded.config == vae.config and not loaded.training
     for (name, a), b in zip(vae.state_dict().items(), loaded.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
-    for a, b in zip(load_latent_stats(tmp_path / "vae.safetensors"), (scale, bias), strict=True):
-        assert torch.equal(a, b)
+    found = load_latent_stats(tmp_path / "vae.safetensors")
+    assert torch.equal(found.mean, stats.mean) and torch.equal(found.std, stats.std)
 
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_vaes_load_with_their_statistics(name):
     vae = load_vae(name)
-    scale, bias = load_latent_stats(name)
-    assert vae.config.latent_channels == len(scale) == len(bias) and bool((scale > 0).all())
+    stats = load_latent_stats(name)
+    assert vae.config.latent_channels == len(stats.mean) == len(stats.std) and bool((stats.std > 0).all())
 
 
 @pytest.mark.parametrize("config", SMALL.values(), ids=SMALL)
@@ -84,8 +86,8 @@ def test_diffusers_loads_an_export_and_reconstructs_the_same(tmp_path, config):
     diffusers = pytest.importorskip("diffusers")
     vae = random_vae(config)
     channels = config.latent_channels
-    scale, bias = torch.rand(channels) + 0.5, torch.randn(channels)
-    folder = export_diffusers(tmp_path / "exported", vae, scale=scale, bias=bias)
+    stats = LatentStats(torch.randn(channels), torch.rand(channels) + 0.5)
+    folder = export_diffusers(tmp_path / "exported", vae, stats)
     theirs, info = diffusers.AutoencoderKL.from_pretrained(folder, output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     x = torch.rand(2, 3, 16, 16) * 2 - 1
@@ -94,14 +96,14 @@ def test_diffusers_loads_an_export_and_reconstructs_the_same(tmp_path, config):
         torch.testing.assert_close(posterior.mean, ours.mean, rtol=0, atol=1e-5)
         torch.testing.assert_close(posterior.std, ours.std, rtol=0, atol=1e-5)
         torch.testing.assert_close(theirs.decode(ours.mean).sample, vae.decode(ours.mean), rtol=0, atol=1e-5)
-    torch.testing.assert_close(torch.tensor(theirs.config.latents_std), 1 / scale)
-    torch.testing.assert_close(torch.tensor(theirs.config.latents_mean), bias)
+    torch.testing.assert_close(torch.tensor(theirs.config.latents_std), stats.std)
+    torch.testing.assert_close(torch.tensor(theirs.config.latents_mean), stats.mean)
 
 
 def test_export_writes_two_files_and_replaces_them(tmp_path):
     vae = random_vae(SMALL["no attention"])
     for _ in range(2):
-        export_diffusers(tmp_path, vae, scale=torch.ones(4), bias=torch.zeros(4))
+        export_diffusers(tmp_path, vae, LatentStats(torch.zeros(4), torch.ones(4)))
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "config.json",
         "diffusion_pytorch_model.safetensors",
@@ -112,7 +114,7 @@ def test_export_writes_two_files_and_replaces_them(tmp_path):
 def test_a_folding_vae_is_not_exported(tmp_path):
     with pytest.raises(ValueError, match=r"folds 2x2 pixels .* which diffusers cannot"):
         export_diffusers(
-            tmp_path / "folded", AutoencoderKL.from_preset("tiny"), scale=torch.ones(4), bias=torch.zeros(4)
+            tmp_path / "folded", AutoencoderKL.from_preset("tiny"), LatentStats(torch.zeros(4), torch.ones(4))
         )
     assert not (tmp_path / "folded").exists()
 
@@ -179,10 +181,9 @@ def test_an_official_run_gives_all_its_parts(official, where):
     config = load_sit(source).config
     assert (config.alignment_depth, config.bn_momentum, config.heads, config.num_classes) == (3, 0.2, 4, 10)
     for ema, name in ((True, "ema"), (False, "model")):
-        scale, bias = load_latent_stats(source, ema=ema)
-        assert torch.equal(scale, parts[name].bn.running_var.rsqrt()) and torch.equal(
-            bias, parts[name].bn.running_mean
-        )
+        stats, bn = load_latent_stats(source, ema=ema), parts[name].bn
+        assert torch.equal(1 / stats.std, 1 / bn.running_var.sqrt())
+        assert torch.equal(stats.mean, bn.running_mean)
 
 
 def test_a_step_of_a_run_is_chosen_or_named(official):
@@ -199,7 +200,7 @@ def test_a_step_of_a_run_is_chosen_or_named(official):
 def test_our_run_gives_all_its_parts(official, tmp_path):
     _, parts = official
     folder = tmp_path / "ours" / "checkpoints" / "0000500"
-    save_vae(folder / "vae.safetensors", parts["vae"], scale=torch.ones(4), bias=torch.zeros(4))
+    save_vae(folder / "vae.safetensors", parts["vae"], LatentStats(torch.zeros(4), torch.ones(4)))
     save_sit(folder / "sit.safetensors", parts["model"])
     save_weights(
         folder / "ema.safetensors", parts["ema"]
@@ -216,12 +217,12 @@ def test_our_run_gives_all_its_parts(official, tmp_path):
             load_sit(source).config.alignment_depth == 4
             and load_sit(source, ema=False).config == parts["model"].config
         )
-        assert torch.equal(load_latent_stats(source)[1], parts["ema"].bn.running_mean)
+        assert torch.equal(load_latent_stats(source).mean, parts["ema"].bn.running_mean)
     for name in ("sit", "ema"):  # as after train-vae: the statistics are the VAE's own
         (folder / f"{name}.safetensors").unlink()
-    assert load_latent_stats(folder)[0].tolist() == [1.0] * 4
+    assert load_latent_stats(folder).std.tolist() == [1.0] * 4
     (folder / "vae.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"has no vae\.safetensors: a run with a frozen VAE keeps none"):
+    with pytest.raises(FileNotFoundError, match=r"0000500 of .* holds no VAE: a run with a frozen VAE keeps"):
         load_vae(tmp_path / "ours")
 
 
@@ -236,11 +237,10 @@ def test_a_released_set_is_picked_by_its_names(tmp_path, tiny_vae):
     torch.save(stats, folder / "e2e-400k-latents-stats.pt")
     for source in (folder, folder / "e2e-400k.pt"):
         assert same(load_vae(source), tiny_vae)
-        assert torch.equal(load_latent_stats(source)[0], scale) and torch.equal(
-            load_latent_stats(source)[1], -scale
-        )
+        found = load_latent_stats(source)
+        assert torch.equal(found.std, 1 / scale) and torch.equal(found.mean, -scale)
     assert same(load_discriminator(folder), disc)
-    assert torch.equal(load_latent_stats(folder / "e2e-400k-latents-stats.pt")[0], scale)
+    assert torch.equal(load_latent_stats(folder / "e2e-400k-latents-stats.pt").std, 1 / scale)
     torch.save(tiny_vae.state_dict(), folder / "e2e-100k.pt")
     with pytest.raises(
         ValueError, match=r"several files that could be meant \(e2e-100k\.pt, e2e-400k\.pt\): name one"
@@ -266,15 +266,13 @@ def test_wrapped_state_dicts_and_prefixes(tmp_path, tiny_vae):
 
 @pytest.mark.parametrize("config", SMALL.values(), ids=SMALL)
 def test_a_diffusers_folder_comes_back_the_same(tmp_path, config):
-    vae, scale, bias = (
-        random_vae(config),
-        torch.rand(config.latent_channels) + 0.5,
-        torch.randn(config.latent_channels),
-    )
-    folder = export_diffusers(tmp_path / "exported", vae, scale=scale, bias=bias)
+    vae, channels = random_vae(config), config.latent_channels
+    stats = LatentStats(torch.randn(channels), torch.rand(channels) + 0.5)
+    folder = export_diffusers(tmp_path / "exported", vae, stats)
     loaded = load_vae(folder)
     assert loaded.config == config and same(loaded, vae)
-    torch.testing.assert_close(load_latent_stats(folder), (scale, bias))
+    found = load_latent_stats(folder)
+    torch.testing.assert_close((found.mean, found.std), (stats.mean, stats.std))
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     weights = load_file(folder / "diffusion_pytorch_model.safetensors")
     for new, name in old.items():
@@ -307,7 +305,7 @@ def test_what_diffusers_itself_writes_is_loaded(tmp_path):
 ])  # fmt: skip
 def test_other_diffusers_models_are_refused(tmp_path, changes, message):
     folder = export_diffusers(
-        tmp_path, random_vae(SMALL["no attention"]), scale=torch.ones(4), bias=torch.zeros(4)
+        tmp_path, random_vae(SMALL["no attention"]), LatentStats(torch.zeros(4), torch.ones(4))
     )
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(
@@ -331,7 +329,7 @@ def shapes(name):
 @pytest.mark.parametrize("name", ["f8d4", "f16d32"])
 def test_official_shapes_tell_the_vae(name):
     preset = VAE_PRESETS[name]
-    fields = architecture.vae_fields(shapes(f"vae_{name}"), "it")
+    fields = infer.vae_fields(shapes(f"vae_{name}"), "it")
     assert replace(preset, **fields) == preset and set(fields) == set(preset.__dataclass_fields__) - {
         "groups"
     }
@@ -341,13 +339,11 @@ def test_official_shapes_tell_the_vae(name):
 def test_official_shapes_tell_the_sit(name, vae):
     channels, size = {"f8d4": (4, 32), "f16d32": (32, 16)}[vae]
     preset = replace(SIT_PRESETS[name], in_channels=channels, input_size=size, target_dims=(768,))
-    assert (
-        replace(preset, **architecture.sit_fields(shapes(f"{name.replace('/', '_')}.{vae}"), "it")) == preset
-    )
+    assert replace(preset, **infer.sit_fields(shapes(f"{name.replace('/', '_')}.{vae}"), "it")) == preset
 
 
 def test_official_shapes_tell_the_discriminator():
-    assert architecture.discriminator_fields(shapes("discriminator"), "it") == {
+    assert infer.discriminator_fields(shapes("discriminator"), "it") == {
         "in_channels": 3,
         "width": 64,
         "layers": 3,
@@ -485,14 +481,15 @@ def test_a_frozen_run_says_that_its_vae_is_elsewhere(official):
     run, _ = official
     changed(run, lambda content: [content.pop(name) for name in ("vae", "discriminator")])
     with pytest.raises(
-        ValueError, match=r"has no vae \(it has ema, model, .*: a run with a frozen VAE keeps none"
+        ValueError, match=r"has no vae \(it has ema, model\): a run with a frozen VAE keeps none"
     ):
         load_vae(run)
 
 
 def test_statistics_of_a_dead_channel_are_refused(tmp_path, tiny_vae):
-    save_vae(tmp_path / "vae.safetensors", tiny_vae, scale=torch.tensor([1.0, 2, 0, 1]), bias=torch.zeros(4))
-    with pytest.raises(ValueError, match="are not positive scales and finite means"):
+    dead = LatentStats(torch.zeros(4), torch.tensor([1.0, 2, 0, 1]))
+    save_vae(tmp_path / "vae.safetensors", tiny_vae, dead)
+    with pytest.raises(ValueError, match="are not finite means and positive, finite standard deviations"):
         load_latent_stats(tmp_path / "vae.safetensors")
 
 
@@ -553,7 +550,7 @@ def test_a_header_with_impossible_sizes_is_one_sentence(tmp_path, sizes):
     vae = random_vae(SMALL["no attention"])
     given = asdict(vae.config) | sizes if isinstance(sizes, dict) else sizes
     save_weights(tmp_path / "odd.safetensors", vae, {"vae_config": given})
-    with pytest.raises(ValueError, match=r"odd\.safetensors (has sizes|does not fit)") as refusal:
+    with pytest.raises(ValueError, match=r"odd\.safetensors (has a|has sizes|does not fit)") as refusal:
         load_vae(tmp_path / "odd.safetensors")
     assert len(str(refusal.value).splitlines()) == 1
 
@@ -583,7 +580,7 @@ def test_statistics_that_are_no_vectors_of_one_length_are_refused(tmp_path, valu
 )  # fmt: skip
 def test_a_diffusers_configuration_of_other_kinds_is_one_sentence(tmp_path, changes):
     folder = export_diffusers(
-        tmp_path, random_vae(SMALL["no attention"]), scale=torch.ones(4), bias=torch.zeros(4)
+        tmp_path, random_vae(SMALL["no attention"]), LatentStats(torch.zeros(4), torch.ones(4))
     )
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | changes))
@@ -607,9 +604,9 @@ def test_shapes_of_nothing_are_refused(tmp_path, tiny_vae):
     [
         ("num_classes", 1000, r"has labels for 10 classes .*num_classes=1000: they do not belong together"),
         ("model", ["SiT-B/2"], "unknown model"),
-        ("encoder_depth", "x", r"0000400\.pt is of a run with encoder_depth='x', no number"),
-        ("encoder_depth", 99, r"0000400\.pt has sizes that cannot be: alignment depth 99"),
-        ("bn_momentum", [1], r"bn_momentum=\[1\], no number"),
+        ("encoder_depth", "x", r"0000400\.pt has a configuration with alignment_depth='x' \(.* integer\)"),
+        ("encoder_depth", 99, r"0000400\.pt has an impossible configuration: alignment depth 99"),
+        ("bn_momentum", [1], r"bn_momentum=\[1\] \(.* number\)"),
         ("bn_momentum", float("nan"), "bn_momentum is nan"),
         ("bn_momentum", 7, "bn_momentum is 7"),
     ],

@@ -22,6 +22,7 @@ from repae_lite.data import journal
 from repae_lite.data.datasets import ImageH5Dataset
 from repae_lite.data.hdf5 import add_bytes, labels_json, write_images_h5
 from repae_lite.data.latents import CachedLatentsDataset, cache_latents, latent_name, vae_fingerprint
+from repae_lite.networks.latent_stats import LatentStats
 from repae_lite.networks.vae import AutoencoderKL
 from repae_lite.training.build import open_data
 from repae_lite.training.config import TrainConfig
@@ -115,16 +116,16 @@ def test_the_dataset_survives_spawned_workers(cached):
 
 
 def test_statistics_are_those_of_the_draws(cached):
-    path, (scale, bias) = cached
+    path, stats = cached
     dataset = CachedLatentsDataset(path)
     mean, std = torch.stack([dataset[i][0] for i in range(COUNT)]).double().chunk(2, dim=1)
     torch.manual_seed(0)
     draws = mean + std * torch.randn(4000, *mean.shape, dtype=torch.float64)  # (draws, N, C, h, w)
-    torch.testing.assert_close(bias.double(), mean.mean((0, 2, 3)), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(1 / scale.double(), draws.std((0, 1, 3, 4)), rtol=0.01, atol=0)
+    torch.testing.assert_close(stats.mean.double(), mean.mean((0, 2, 3)), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(stats.std.double(), draws.std((0, 1, 3, 4)), rtol=0.01, atol=0)
     loaded = torch.load(path.with_name("e2e-latents-stats.pt"), weights_only=True)
     assert set(loaded) == {"latents_scale", "latents_bias"} and loaded["latents_scale"].shape == (1, 4, 1, 1)
-    assert torch.equal(load_latent_stats(path.with_name("e2e-latents-stats.pt"))[0], scale)
+    assert torch.equal(load_latent_stats(path.with_name("e2e-latents-stats.pt")).std, stats.std)
 
 
 @pytest.mark.parametrize("at", [1, 2, 3, 5])
@@ -141,7 +142,7 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(cached, images, vae, tmp_p
     assert done == {1: 0, 2: 0, 3: 8, 5: 16}[at]  # batch 0 is the trial; two batches are a step
     stats = cache_latents(vae, ImageH5Dataset(images), tmp_path / "e2e.h5", batch_size=4, step=8)
     assert (tmp_path / "e2e.h5").read_bytes() == cached[0].read_bytes()
-    assert torch.equal(stats[0], cached[1][0]) and torch.equal(stats[1], cached[1][1])
+    assert torch.equal(stats.mean, cached[1].mean) and torch.equal(stats.std, cached[1].std)
     assert not (tmp_path / "e2e.h5.partial").exists()
 
 
@@ -214,7 +215,7 @@ def test_damaged_latents_are_refused(cached, images, tmp_path):
 
 @pytest.fixture
 def weights(vae, tmp_path):
-    save_vae(tmp_path / "vae.safetensors", vae, scale=torch.ones(4), bias=torch.zeros(4))
+    save_vae(tmp_path / "vae.safetensors", vae, LatentStats(torch.zeros(4), torch.ones(4)))
     return tmp_path / "vae.safetensors"
 
 
@@ -261,7 +262,7 @@ def test_what_is_in_the_way_is_kept_unless_overwritten(weights, images, tmp_path
         patched.setitem(cache_latents.__wrapped__.__kwdefaults__, "step", 8)
         interrupted(patched, None, 4)
         assert main([*map(str, ("cache-latents", *options(weights, images, tmp_path, "other")))]) == 130
-    save_vae(weights, make_vae(5), scale=torch.ones(4), bias=torch.zeros(4))
+    save_vae(weights, make_vae(5), LatentStats(torch.zeros(4), torch.ones(4)))
     assert "holds an unfinished run with other images or options" in refused(
         capsys, *options(weights, images, tmp_path, "other")
     )

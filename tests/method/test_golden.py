@@ -141,9 +141,9 @@ def test_golden_loss_forward_train(tensors, sit):
     assert_close(out.align_loss, tensors["sit.train.proj_loss"], rtol=1e-4, atol=1e-5)
     assert_close(sit.bn.running_mean, tensors["sit.train.bn_mean"], rtol=1e-4, atol=1e-6)
     assert_close(sit.bn.running_var, tensors["sit.train.bn_var"], rtol=1e-4, atol=1e-6)
-    scale, bias = sit.latent_stats()
-    assert_close(scale, tensors["sit.latents_scale"], rtol=1e-4, atol=1e-6)
-    assert_close(bias, tensors["sit.latents_bias"], rtol=1e-4, atol=1e-6)
+    stats = sit.latent_stats()
+    assert_close(1 / stats.std, tensors["sit.latents_scale"], rtol=1e-4, atol=1e-6)
+    assert_close(stats.mean, tensors["sit.latents_bias"], rtol=1e-4, atol=1e-6)
 
 
 def test_golden_alignment_gradient_into_latents(tensors, sit):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from repae_lite.networks.latent_stats import LatentStats
 from repae_lite.networks.sit import SIT_PRESETS, SiT, SiTConfig, sincos_position_embedding
 
 
@@ -70,7 +71,7 @@ def test_patches_return_to_their_place():
 
 def test_normalize_modes_and_round_trip(sit):
     z = torch.randn(8, 4, 8, 8) * 3 + 2
-    sit.set_latent_stats(1 / z.std((0, 2, 3), correction=0), z.mean((0, 2, 3)))
+    sit.set_latent_stats(LatentStats(z.mean((0, 2, 3)), z.std((0, 2, 3), correction=0)))
     running = sit.normalize(z)
     batch = sit.normalize(z, batch_stats=True)
     assert_close(running, batch, rtol=1e-4, atol=1e-4)
@@ -157,8 +158,8 @@ REFUSED = {
         "depth 99 is outside 0 to 2",
     ),
     "statistics": (
-        lambda s: s.set_latent_stats(torch.ones(32), torch.zeros(32)),
-        "32 and 32 channels for a SiT of 4",
+        lambda s: s.set_latent_stats(LatentStats(torch.zeros(32), torch.ones(32))),
+        "32 channels for a SiT of 4",
     ),
     "label": (
         lambda s: s(torch.zeros(1, 4, 8, 8), torch.zeros(1), torch.tensor([11])),
@@ -177,13 +178,13 @@ def test_refusals(sit, case):
 def test_fixed_latent_statistics_never_move():
     torch.manual_seed(0)
     sit = SiT.from_preset("tiny", fixed_latent_stats=True)
-    sit.set_latent_stats(torch.full((4,), 0.5), torch.ones(4))
+    sit.set_latent_stats(LatentStats(torch.ones(4), torch.full((4,), 2.0)))
     z = 3 * torch.randn(8, 4, 8, 8)
     expected = (z - 1) / (4 + 1e-4) ** 0.5
     for mode in (True, False):
         torch.testing.assert_close(sit.train(mode).normalize(z), expected)
         torch.testing.assert_close(sit.normalize(z, batch_stats=True), expected)
-    assert sit.latent_stats()[0].tolist() == [0.5] * 4
+    assert sit.latent_stats().std.tolist() == [2.0] * 4
 
 
 def test_the_convolutional_projector_sees_a_token_and_its_neighbours():

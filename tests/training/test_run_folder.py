@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from repae_lite.networks.latent_stats import LatentStats
 from repae_lite.training import run_folder
 from repae_lite.training.run_folder import (
     RunFolder,
@@ -21,7 +22,7 @@ from repae_lite.training.run_folder import (
     read_checkpoint,
 )
 
-STATS = torch.ones(4), torch.zeros(4)
+STATS = LatentStats(torch.zeros(4), torch.ones(4))
 
 
 class OfficialLoss(nn.Module):

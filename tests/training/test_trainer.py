@@ -98,10 +98,10 @@ def test_the_official_command_runs_at_small_scale(tmp_path, capsys):
     assert Image.open(folder.path / "samples" / "0000002.png").size == (3 * 32, 32)
     assert "4 on each of 1 process;" in capsys.readouterr().err
     vae = load_vae(folder.checkpoints()[2] / "vae.safetensors")
-    scale, _ = load_latent_stats(folder.checkpoints()[2] / "vae.safetensors")
+    stats = load_latent_stats(folder.checkpoints()[2] / "vae.safetensors")
     sit = read_weights(folder.checkpoints()[2] / "sit.safetensors")[0]
     assert vae.config.latent_channels == 4
-    assert_close(scale, sit["bn.running_var"].rsqrt())
+    assert_close(1 / stats.std, sit["bn.running_var"].rsqrt())
 
 
 def test_metrics_hold_nothing_that_differs_between_two_runs(whole, tmp_path):
@@ -153,8 +153,8 @@ def test_a_vae_trains_from_scratch_on_a_folder(tmp_path):
     }
     vae = run(tmp_path, "vae", **options)
     assert {path.stem for path in vae.checkpoints()[2].glob("*.safetensors")} == {"vae", "discriminator"}
-    scale, bias = load_latent_stats(vae.checkpoints()[6] / "vae.safetensors")
-    assert scale.shape == bias.shape == (4,) and bool((scale > 0).all())
+    stats = load_latent_stats(vae.checkpoints()[6] / "vae.safetensors")
+    assert stats.std.shape == stats.mean.shape == (4,) and bool((stats.std > 0).all())
     assert load_vae(vae.checkpoints()[6] / "vae.safetensors").config.fold == 2
     assert Image.open(vae.path / "samples" / "0000002.png").size == (4 * 32, 32)
     assert "denoising" not in vae.metrics()[0] and vae.metrics()[0]["disc"] > 0

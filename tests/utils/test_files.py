@@ -10,6 +10,7 @@ from torch import nn
 
 from repae_lite.checkpoints.models import load_latent_stats, load_vae, save_vae
 from repae_lite.commands.main import main
+from repae_lite.networks.latent_stats import LatentStats
 from repae_lite.networks.vae import AutoencoderKL
 from repae_lite.utils.files import atomic_path, data_small_dir
 from repae_lite.utils.state_dicts import load_weights, read_weights, save_weights
@@ -60,14 +61,15 @@ def test_missing_and_foreign_files(tmp_path):
 def test_vae_round_trip(tmp_path):
     torch.manual_seed(0)
     vae = AutoencoderKL.from_preset("tiny", latent_channels=6).eval()
-    save_vae(tmp_path / "vae.safetensors", vae, scale=torch.arange(1.0, 7.0), bias=-torch.arange(1.0, 7.0))
+    stats = LatentStats(-torch.arange(1.0, 7.0), torch.arange(1.0, 7.0))
+    save_vae(tmp_path / "vae.safetensors", vae, stats)
     again = load_vae(tmp_path / "vae.safetensors")
     assert again.config == vae.config
     x = torch.rand(2, 3, 32, 32) * 2 - 1
     with torch.no_grad():
         assert torch.equal(again.decode(again.encode(x).mode()), vae.decode(vae.encode(x).mode()))
-    scale, bias = load_latent_stats(tmp_path / "vae.safetensors")
-    assert scale.tolist() == [1, 2, 3, 4, 5, 6] and bias.tolist() == [-1, -2, -3, -4, -5, -6]
+    stats = load_latent_stats(tmp_path / "vae.safetensors")
+    assert stats.std.tolist() == [1, 2, 3, 4, 5, 6] and stats.mean.tolist() == [-1, -2, -3, -4, -5, -6]
 
 
 def test_data_folder_elsewhere(tmp_path, monkeypatch, capsys):
