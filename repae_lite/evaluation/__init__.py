@@ -1,1 +1,1 @@
-"""Judging: metrics, statistics over seeds, the small evaluation network."""
+"""Judging results: metrics, statistics over seeds, and the small evaluation network."""

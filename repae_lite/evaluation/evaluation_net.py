@@ -1,16 +1,22 @@
-"""The embedded scale's evaluation network, in the place that Inception has in FID."""
+"""The evaluation network of the embedded scale; it takes the place that Inception has in FID.
+
+Taught in `notebooks/00_map.ipynb`, where it is called the judge.
+"""
 
 from torch import Tensor, nn
 
 
 class EvaluationNet(nn.Module):
-    """The small scale's judge: a plain VGG-like classifier of 32x32 images, used by nothing that is trained.
+    """A plain VGG-like classifier of 32x32 images whose features the Fréchet distance compares.
 
-    It takes the place that Inception has in FID. Its weights must come from another seed and another
-    architecture than the teacher and the perceptual network; otherwise a method wins by pleasing its judge.
+    Nothing may be trained with it. Its seed and architecture must differ from those of the teacher and of the
+    perceptual network; otherwise a method could win by pleasing its judge.
+
+    Attributes:
+        width: Number of features per image.
     """
 
-    width = 128  # D of `features`
+    width = 128
 
     def __init__(self, num_classes: int = 10) -> None:
         super().__init__()
@@ -27,13 +33,17 @@ class EvaluationNet(nn.Module):
         self.head = nn.Linear(self.width, num_classes)
 
     def features(self, x: Tensor) -> Tensor:
-        """Penultimate features, averaged over positions.
+        """Features before the classifier, averaged over positions.
 
         Args:
             x: Images (B, 3, 32, 32) in [-1, 1].
 
         Returns:
             (B, 128), non-negative.
+
+        Raises:
+            ValueError: The images have another shape.
+            TypeError: The images are not float.
         """
         if x.ndim != 4 or x.shape[1:] != (3, 32, 32):
             raise ValueError(f"EvaluationNet needs images (B, 3, 32, 32), got {tuple(x.shape)}: resize them.")
@@ -47,5 +57,8 @@ class EvaluationNet(nn.Module):
 
 
 def _conv(inputs: int, outputs: int) -> tuple[nn.Module, ...]:
-    convolution = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
-    return convolution, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)
+    return (
+        nn.Conv2d(inputs, outputs, 3, padding=1, bias=False),
+        nn.BatchNorm2d(outputs),
+        nn.ReLU(inplace=True),
+    )

@@ -1,6 +1,7 @@
-"""What is measured at the small scale: samples, reconstructions, features, latents, spread over seeds.
+"""Metrics of samples, reconstructions, features and latents.
 
-Paper: section 4 and Tables 1, 10, 14 (metrics). Taught in notebooks/01_vae, 03_repa and 05_end_to_end.
+Paper: section 4 and Tables 1, 10 and 14. Taught in `notebooks/00_map.ipynb` (Fréchet distance, linear probe,
+CKNNA), `01_vae.ipynb` (PSNR, SSIM) and `04_stop_gradient.ipynb` (structure of latents).
 """
 
 import math
@@ -12,7 +13,13 @@ from torch import Tensor
 
 
 class FeatureStats(NamedTuple):
-    """A Gaussian fitted to features: mean (D,), covariance (D, D), both float64, and the sample count."""
+    """A Gaussian fitted to features.
+
+    Attributes:
+        mean: (D,), float64.
+        cov: (D, D), float64.
+        count: Number of samples that it was fitted to.
+    """
 
     mean: Tensor
     cov: Tensor
@@ -23,7 +30,7 @@ def feature_stats(features: Tensor) -> FeatureStats:
     """Mean and unbiased covariance of features (N, D), in float64.
 
     Raises:
-        ValueError: not (N, D), fewer than two samples, or non-finite values.
+        ValueError: The features are not (N, D), fewer than two, or not finite.
     """
     features = _matrix(features, "features")
     if len(features) < 2:
@@ -33,17 +40,17 @@ def feature_stats(features: Tensor) -> FeatureStats:
 
 
 def frechet_distance(a: FeatureStats, b: FeatureStats) -> float:
-    """Squared Fréchet distance of two Gaussians: |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)).
+    """Squared Fréchet distance between two Gaussians: |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)).
 
-    Source: Heusel et al. 2017 (arXiv 1706.08500), eq. 6. The trace of the root is taken from the eigenvalues
-    of the symmetric C_a^(1/2) C_b C_a^(1/2), which are those of C_a C_b, so that no complex or negative root
-    can appear. The estimate falls as samples are added: compare distances of equal sample counts only.
+    Source: Heusel et al. 2017 (arXiv 1706.08500), eq. 6. The trace of the root comes from the eigenvalues of
+    the symmetric C_a^(1/2) C_b C_a^(1/2), which are those of C_a C_b, so that no complex or negative root can
+    appear. The estimate falls as samples are added: compare only distances with equal sample counts.
 
     Returns:
-        A distance >= 0; its unit is that of the squared features.
+        A distance >= 0, in the unit of the squared features.
 
     Raises:
-        ValueError: the two widths differ, a count is under 2, or a statistic is not finite.
+        ValueError: The widths differ, a count is below 2, or a statistic is not finite.
     """
     for stats in (a, b):
         if stats.count < 2:
@@ -74,8 +81,8 @@ def psnr(x: Tensor, y: Tensor) -> Tensor:
 def ssim(x: Tensor, y: Tensor) -> Tensor:
     """Structural similarity of images (B, C, H, W) in [-1, 1], at least 11x11.
 
-    Source: Wang et al. 2004, eq. 13: Gaussian window 11x11, sigma 1.5, K = (.01, .03), data range 2; per
-    channel, averaged over channels and over the positions where the window fits (no padding).
+    Source: Wang et al. 2004, eq. 13, with an 11x11 Gaussian window of sigma 1.5, K = (.01, .03) and a data
+    range of 2; averaged over channels and over the positions where the window fits (no padding).
 
     Returns:
         (B,), at most 1.
@@ -101,12 +108,12 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
 
 
 def cknna(a: Tensor, b: Tensor, k: int = 10, *, unbiased: bool = True, normalize: bool = True) -> float:
-    """Centered kernel nearest-neighbour alignment: do two networks agree on who is close to whom?
+    """Centered kernel nearest-neighbour alignment: do two networks agree on which images are neighbours?
 
     K = a a^T and L = b b^T are kept only where j is among the k nearest neighbours of i under *both* kernels
     (for the two normalising terms: under K, under L); then CKNNA = HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L)).
-    Source: Huh et al. 2024 (arXiv 2405.07987), in the order of their metrics.py: mask, then centre; REPA uses
-    k = 10 on features averaged over tokens. Values depend on N and k: compare equal ones.
+    Source: Huh et al. 2024 (arXiv 2405.07987), in the order of their metrics.py: mask first, then centre.
+    REPA uses k = 10 on features averaged over tokens. Values depend on N and k: compare only equal ones.
 
     Args:
         a: Features (N, D_a), of the same N images as b.
@@ -119,7 +126,7 @@ def cknna(a: Tensor, b: Tensor, k: int = 10, *, unbiased: bool = True, normalize
         1 for equal features, near 0 for unrelated ones; at most a little above 1.
 
     Raises:
-        ValueError: shapes, k, non-finite values, or too few common neighbours to normalise by.
+        ValueError: Shapes or k do not fit, a value is not finite, or there are too few common neighbours.
     """
     a, b = _matrix(a, "a"), _matrix(b, "b")
     n = len(a)
@@ -158,10 +165,10 @@ def _hsic(kernel: Tensor, other: Tensor, *, unbiased: bool) -> float:
 def linear_probe(
     train_feats: Tensor, train_labels: Tensor, test_feats: Tensor, test_labels: Tensor, *, l2: float = 1e-3
 ) -> float:
-    """Test accuracy of multinomial logistic regression on frozen features: what is linearly there?
+    """Test accuracy of multinomial logistic regression on frozen features: what can be read off linearly?
 
-    Features are standardised with the training statistics; mean cross-entropy + l2/2 |W|^2 is minimised by
-    L-BFGS in float64 from zero, so the result is deterministic.
+    Features are standardised with the training statistics. L-BFGS minimises the mean cross-entropy
+    + l2/2 |W|^2 in float64, starting from zero, so the result is deterministic.
 
     Args:
         train_feats: (N, D).
@@ -171,7 +178,7 @@ def linear_probe(
         l2: Strength of the penalty on the weights (not on the bias).
 
     Returns:
-        A share in [0, 1].
+        The share of right answers, in [0, 1].
     """
     train, test = _matrix(train_feats, "train_feats"), _matrix(test_feats, "test_feats")
     for feats, labels, name in ((train, train_labels, "train"), (test, test_labels, "test")):
@@ -210,7 +217,8 @@ def latent_structure(z: Tensor) -> dict[str, float | list[float]]:
         `spatial_variance`: variance over the h*w positions, averaged over images and channels.
         `total_variation`: sum of |neighbour differences| along h and w, over channels; mean over images.
         `high_frequency_share`: share of the power without the mean (DC) that lies above half the Nyquist
-            frequency, sqrt(f_y^2 + f_x^2) > 1/4 cycle per position; mean over channels. White noise 8x8: .81.
+            frequency, sqrt(f_y^2 + f_x^2) > 1/4 cycle per position; mean over channels. For 8x8 white noise
+            it is .81.
         `channel_std`: C standard deviations over images and positions.
     """
     if z.ndim != 4 or min(z.shape[-2:]) < 2:
@@ -233,17 +241,16 @@ def latent_structure(z: Tensor) -> dict[str, float | list[float]]:
 
 
 def effective_dimensions(z: Tensor) -> float:
-    """In how many directions latents vary: the participation ratio (sum l)^2 / sum l^2 of their covariance's
-    eigenvalues l.
+    """The number of directions in which latents vary: the participation ratio (sum l)^2 / sum l^2.
 
-    1 when all variation lies along one line, C*h*w when it is spread evenly over all coordinates; independent
-    of scale.
+    The l are the eigenvalues of the latents' covariance. The ratio is 1 when all variation lies along one
+    line and C*h*w when it is spread evenly over all coordinates; scale does not matter.
 
     Args:
-        z: Latents (B, ...), B well above the number of coordinates.
+        z: Latents (B, ...), with B well above the number of coordinates.
 
     Raises:
-        ValueError: fewer than two latents, or none that differ.
+        ValueError: There are fewer than two latents, or all are equal.
     """
     flat = z.detach().double().flatten(1)
     flat = flat - flat.mean(dim=0)
@@ -253,9 +260,7 @@ def effective_dimensions(z: Tensor) -> float:
             f"effective_dimensions needs latents that differ, got {len(flat)}: give a batch of images."
         )
     gram = flat.T @ flat if flat.shape[1] <= len(flat) else flat @ flat.T  # same non-zero eigenvalues
-    return (
-        trace.square() / gram.square().sum()
-    ).item()  # the sum of squared eigenvalues is the squared Frobenius norm
+    return (trace.square() / gram.square().sum()).item()  # the squared Frobenius norm is the sum of the l^2
 
 
 def _matrix(features: Tensor, name: str) -> Tensor:

@@ -1,4 +1,7 @@
-"""Statistics over seeds: how far numbers spread, and whether two methods differ by more than that."""
+"""Statistics over seeds: how much a number varies, and whether two methods differ by more than that.
+
+Taught in `notebooks/00_map.ipynb` and `01_vae.ipynb`.
+"""
 
 import math
 from collections.abc import Sequence
@@ -10,7 +13,13 @@ from torch import Tensor
 
 
 class Spread(NamedTuple):
-    """Mean, sample standard deviation (NaN for one value) and number of values."""
+    """One number over several seeds.
+
+    Attributes:
+        mean: Mean of the values.
+        std: Sample standard deviation (n - 1); NaN for one value.
+        n: Number of values.
+    """
 
     mean: float
     std: float
@@ -22,13 +31,20 @@ class Spread(NamedTuple):
 
 
 def seed_spread(values: Sequence[float]) -> Spread:
-    """Mean, sample standard deviation (n - 1) and n of one number measured over several seeds."""
+    """The `Spread` of one number over seeds, at least one."""
     values = _vector(values, "values", at_least=1)
     return Spread(values.mean().item(), values.std().item() if len(values) > 1 else math.nan, len(values))
 
 
 class Difference(NamedTuple):
-    """Mean difference a - b with its confidence interval; `excludes_zero` is False for "inside the noise"."""
+    """A mean difference a - b with its confidence interval.
+
+    Attributes:
+        mean: mean(a) - mean(b).
+        low: Lower end of the interval.
+        high: Upper end of the interval.
+        excludes_zero: True if 0 lies outside the interval: the difference is "outside the noise".
+    """
 
     mean: float
     low: float
@@ -43,18 +59,22 @@ class Difference(NamedTuple):
 def difference_interval(
     a: Sequence[float], b: Sequence[float], level: float = 0.95, *, paired: bool = False
 ) -> Difference:
-    """Confidence interval of mean(a) - mean(b) by Student's t: may one call it a difference?
+    """Confidence interval of mean(a) - mean(b) by Student's t: is there a difference?
 
     Args:
         a: One value per seed, at least two.
-        b: The same for the other arm; in the same order of seeds if paired.
+        b: The same for the other arm; if paired, with the seeds in the same order.
         level: Coverage of the interval, in (0, 1).
-        paired: True if entry i of both shares its seed (start, images, noise): t on the differences, n - 1
-            degrees of freedom. False: Welch's t with unequal variances (Welch 1947).
+        paired: True if entry i of both has the same seed (start, images, noise): t of the differences, with
+            n - 1 degrees of freedom. False: Welch's t for unequal variances (Welch 1947).
+
+    Raises:
+        ValueError: There are too few values or one is not finite, the level is not in (0, 1), or the numbers
+            of paired values differ.
     """
     a, b = _vector(a, "a", at_least=2), _vector(b, "b", at_least=2)
     if not 0 < level < 1:
-        raise ValueError(f"level is the interval's coverage in (0, 1), got {level}: use 0.95.")
+        raise ValueError(f"level is the interval's coverage, in (0, 1), got {level}: use 0.95.")
     if paired and len(a) != len(b):
         raise ValueError(f"paired needs equally many seeds, got {len(a)} and {len(b)}: use paired=False.")
     mean = (a.mean() - b.mean()).item()

@@ -1,1 +1,1 @@
-"""What notebooks need: the embedded scale, figures, the method's map, explorers."""
+"""What the notebooks need: the embedded scale, figures, the map of the method, and explorers."""

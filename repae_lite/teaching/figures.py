@@ -20,7 +20,7 @@ from matplotlib.patches import Circle, Polygon, Rectangle
 from PIL import Image, ImageChops
 from scipy.special import stdtrit
 
-# Okabe-Ito colours: told apart with every common kind of colour blindness.
+# Okabe-Ito colours, which people with any common kind of colour blindness can tell apart.
 METHOD_COLORS = {
     "sit": "#7A7A7A",
     "repa": "#0072B2",
@@ -57,15 +57,13 @@ Series = Mapping[str, tuple[Sequence[float], Sequence[float] | Sequence[Sequence
 
 
 class Figure(matplotlib.figure.Figure):
-    """A matplotlib Figure outside pyplot that a notebook shows when it is a cell's last value, once."""
+    """A matplotlib Figure outside pyplot, which a notebook shows once, as the last value of a cell."""
 
     def _repr_png_(self) -> bytes:
         drawn, buffer = io.BytesIO(), io.BytesIO()
         self.savefig(drawn, format="png", dpi=self.dpi, bbox_inches="tight", pad_inches=0.08)
         picture = Image.open(drawn).convert("RGB")
-        if picture.getcolors(
-            4096
-        ):  # lines and text take a third of the space with a palette, which is as good as exact
+        if picture.getcolors(4096):  # lines and text: a palette takes a third of the space and looks the same
             palette = picture.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
             off = ImageChops.difference(picture, palette.convert("RGB")).getextrema()
             picture = palette if max(most for _, most in off) <= 4 else picture
@@ -81,11 +79,13 @@ class Html(str):
 
 
 def style() -> AbstractContextManager:
-    """The project's matplotlib settings, for a plot that is not here: `with figures.style(): ...`."""
+    """The project's matplotlib settings, for a plot made elsewhere: `with figures.style(): ...`."""
     return matplotlib.rc_context(_STYLE)
 
 
 def styled(plot: Callable[..., Figure]) -> Callable[..., Figure]:
+    """Decorates a function so that it draws with the project's matplotlib settings."""
+
     @functools.wraps(plot)
     def wrapped(*args, **kwargs):
         with style():
@@ -94,11 +94,13 @@ def styled(plot: Callable[..., Figure]) -> Callable[..., Figure]:
     return wrapped
 
 
-def _looks(names: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """Colour and label per name: a method's own, otherwise the spare colours in order and the name itself."""
+def _colors_and_labels(names: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """(colour, label) by name: a method's own; for other names the next free colour and the name itself."""
     others = [name for name in names if name not in METHOD_COLORS]
     if len(others) > len(_OTHER_COLORS):
-        raise ValueError(f"{len(others)} series are no method, {len(_OTHER_COLORS)} may be: split the plot.")
+        raise ValueError(
+            f"{len(others)} series need a colour, only {len(_OTHER_COLORS)} are free: split the plot."
+        )
     spare = dict(zip(others, _OTHER_COLORS, strict=False))
     return {name: (METHOD_COLORS.get(name) or spare[name], METHOD_LABELS.get(name, name)) for name in names}
 
@@ -113,11 +115,11 @@ def image_grid(
     """Images in reading order, enlarged by whole pixels.
 
     Args:
-        images: (B, 3 or 1, H, W), uint8 or float in [-1, 1] (clipped: decoders overshoot).
+        images: (B, 3 or 1, H, W), uint8 or float in [-1, 1] (clipped, because decoders overshoot).
         columns: Images per row.
-        captions: One short text per image, drawn above it; or none.
+        captions: One short text per image, drawn above it, or none at all.
         title: The finding.
-        scale: Screen pixels per image pixel; None: the largest that stays within 960 pixels, at most 6.
+        scale: Screen pixels per image pixel; None for the largest, up to 6, that fits into 960 pixels.
     """
     tiles = _tiles(images, "images")
     if captions and len(captions) != len(tiles):
@@ -180,10 +182,10 @@ def latent_rgb(
 
     Args:
         z_by_method: Latents (B, C, h, w) of the same images.
-        images: Their inputs (B, 3, H, W), or None.
-        joint: One PCA for all methods (equal C; colours then compare between rows); otherwise one each.
+        images: The images (B, 3, H, W), or None.
+        joint: One PCA for all methods, so that rows can be compared (C must be equal); otherwise one each.
         title: The finding.
-        count: Images shown.
+        count: Number of images shown.
     """
     groups = [list(z_by_method)] if joint else [[name] for name in z_by_method]
     rows = {} if images is None else {"input": images[:count]}
@@ -213,12 +215,12 @@ def curves(
     """One quantity over steps.
 
     Args:
-        series: {method: (steps (T,), values (T,) or (seeds, T))}; seeds are thin lines under their mean.
+        series: {method: (steps (T,), values (T,) or (seeds, T))}; seeds become thin lines under their mean.
         title: The finding.
         xlabel: Name and unit.
         ylabel: Name and unit.
-        log: Logarithmic value axis.
-        smooth: Width in points of a centred moving average, at the ends over what there is.
+        log: Makes the value axis logarithmic.
+        smooth: Width of a centred moving average, in points; it is narrower at the ends.
     """
     return curve_panels({title: series}, xlabel=xlabel, ylabels=[ylabel], log=log, smooth=smooth)
 
@@ -236,8 +238,7 @@ def curve_panels(
     """Several quantities side by side, {panel title: series}, with one legend; arguments as in `curves`."""
     count = len(panels)
     logs = [log] * count if isinstance(log, bool) else list(log)
-    names = list(dict.fromkeys(name for series in panels.values() for name in series))
-    looks = _looks(names)
+    looks = _colors_and_labels(list(dict.fromkeys(name for series in panels.values() for name in series)))
     fig = Figure(figsize=(6.6 if count == 1 else 9, 3.8 if count < 3 else 3.4), layout="constrained")
     axes = fig.subplots(1, count, squeeze=False)[0]
     for i, (ax, (heading, series)) in enumerate(zip(axes, panels.items(), strict=True)):
@@ -281,18 +282,18 @@ def dots_with_spread(
     lower_is_better: bool = True,
     band: tuple[float, float, str] | None = None,
 ) -> Figure:
-    """Every seed a dot, the mean a bar, its 95 % confidence interval (Student's t) a whisker.
+    """Every seed as a dot, the mean as a bar, its 95 % confidence interval (Student's t) as a whisker.
 
-    The axis starts at 0; where the data would then huddle far from it, it is cut and says so.
+    The axis starts at 0, unless all values lie close together far above it; then it is cut and says so.
 
     Args:
         values: {method: one value per seed}.
         title: The finding.
         ylabel: Name and unit.
-        lower_is_better: Said at the axis.
-        band: (low, high, what it is): a grey reference band.
+        lower_is_better: Written on the axis, either way.
+        band: (low, high, name) of a grey reference band.
     """
-    looks = _looks(list(values))
+    looks = _colors_and_labels(list(values))
     fig = Figure(figsize=(max(5.5, 1.5 + 1.35 * len(values)), 4), layout="constrained")
     ax = fig.subplots()
     extremes = list(band[:2]) if band else []
@@ -307,20 +308,9 @@ def dots_with_spread(
         xs = i + (np.linspace(-0.14, 0.14, len(seeds)) if len(seeds) > 1 else np.zeros(1))
         ax.plot(xs, seeds, "o", color=color, ms=6.5, alpha=0.8, mec="white", mew=0.8, zorder=4)
         ax.plot([i - 0.24, i + 0.3], [mean, mean], color=color, lw=2.6, solid_capstyle="butt")
-        box = {
-            "boxstyle": "square,pad=0.1",
-            "fc": "white",
-            "ec": "none",
-        }  # else the line at zero strikes small numbers through
-        ax.annotate(
-            f"{mean:.3g}",
-            (i + 0.33, mean),
-            color=color,
-            va="center",
-            fontsize=10,
-            fontweight="bold",
-            bbox=box,
-        )
+        box = {"boxstyle": "square,pad=0.1", "fc": "white", "ec": "none"}  # hides the line at zero
+        look = {"color": color, "va": "center", "fontsize": 10, "fontweight": "bold", "bbox": box}
+        ax.annotate(f"{mean:.3g}", (i + 0.33, mean), **look)
         extremes += [mean - half, mean + half, *seeds]
     low, high = min(extremes), max(extremes)
     if band:
@@ -332,7 +322,7 @@ def dots_with_spread(
         ax.spines["left"].set_bounds(low - pad * 0.6, high + pad)
         for y in (0.012, 0.032):
             ax.plot([-0.012, 0.012], [y, y + 0.018], "k", transform=ax.transAxes, lw=1, clip_on=False)
-        ax.text(0.025, 0.012, "axis cut, not from 0", transform=ax.transAxes, fontsize=9, color=GREY)
+        ax.text(0.025, 0.012, "axis cut: does not start at 0", transform=ax.transAxes, fontsize=9, color=GREY)
     elif low >= 0 or high <= 0:
         ax.set_ylim(min(0, 1.08 * low), max(0, 1.08 * high))
     else:
@@ -347,7 +337,7 @@ def dots_with_spread(
 
 
 def _wrapped(label: str) -> str:
-    """A label in lines of about 14 characters, broken after its commas and between words."""
+    """A label in lines of about 14 characters, broken after commas and between words."""
     return "\n".join(
         line for part in label.replace(", ", ",\n").splitlines() for line in textwrap.wrap(part, 14)
     )
@@ -364,10 +354,10 @@ def _note(ax, text: str, x: float, y: float, *, above: bool) -> None:
 def spectrum(z_by_method: Mapping[str, torch.Tensor], *, title: str = "") -> Figure:
     """Radial power spectrum of latents (B, C, h, w), each channel divided by its mean power without DC.
 
-    Scale is thus taken out and white noise is flat at 1. Shaded: above half Nyquist, what
-    `metrics.latent_structure` counts as `high_frequency_share`.
+    This removes the scale, and white noise is flat at 1. The shaded part, above half the Nyquist frequency,
+    is what `metrics.latent_structure` counts as `high_frequency_share`.
     """
-    looks = _looks(list(z_by_method))
+    looks = _colors_and_labels(list(z_by_method))
     fig = Figure(figsize=(6.6, 3.9), layout="constrained")
     ax = fig.subplots()
     for name, z in z_by_method.items():
@@ -384,8 +374,8 @@ def spectrum(z_by_method: Mapping[str, torch.Tensor], *, title: str = "") -> Fig
     ax.axvspan(0.5, math.sqrt(2), color="#F0F0F0", zorder=0)
     corner = {"transform": ax.transAxes, "ha": "right", "va": "top"}
     ax.text(0.99, 0.97, "high frequencies", color=GREY, fontsize=9, **corner)
-    ax.set(title=title, xlabel="radial frequency (1 = Nyquist)", ylabel="relative power")
-    ax.set(yscale="log", xlim=(0, 1.42))
+    labels = {"xlabel": "radial frequency (1 = Nyquist)", "ylabel": "relative power"}
+    ax.set(title=title, yscale="log", xlim=(0, 1.42), **labels)
     _legend(fig, looks, "")
     return fig
 
@@ -395,7 +385,7 @@ def spectrum(z_by_method: Mapping[str, torch.Tensor], *, title: str = "") -> Fig
 _MARKS = {
     "gradient": ("#009E73", "gradient"),
     "zero": ("#767676", "exactly zero"),
-    "statistics": ("#E69F00", "running statistics move, no gradient"),
+    "statistics": ("#E69F00", "running statistics change, no gradient"),
 }
 
 
@@ -408,7 +398,7 @@ def routing_table(
     Args:
         rows: Losses.
         columns: Parameter groups.
-        entries: entries[row][column] in "gradient", "zero", "statistics", or "" for nothing to say.
+        entries: entries[row][column] is "gradient", "zero", "statistics", or "" for an empty cell.
         title: The finding.
     """
     if len(entries) != len(rows) or any(len(row) != len(columns) for row in entries):
@@ -455,8 +445,8 @@ def scoreboard(rows: Mapping[str, Mapping[str, object]], columns: Sequence[str] 
     """A small table as HTML; several seeds become "mean ± standard deviation (n)", one seed "x (1)".
 
     Args:
-        rows: {method or any name: {column: a number, one number per seed, or text}}; absent: a dash.
-        columns: Column names, or {name: number format such as ".2f"}; without one, ".3g".
+        rows: {method or other name: {column: a number, one number per seed, or text}}; missing: a dash.
+        columns: Column names, or {name: number format such as ".2f"}; the default format is ".3g".
     """
     formats = dict(columns) if isinstance(columns, Mapping) else dict.fromkeys(columns, ".3g")
 

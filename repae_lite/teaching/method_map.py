@@ -1,6 +1,6 @@
 """The picture of REPA-E: what flows where, which gradient reaches what, and where it is stopped.
 
-REPA-E figure 1 and section 3, drawn anew; every notebook opens with it, its own part lit.
+Drawn after REPA-E's figure 1 and section 3. Every notebook opens with it, its own part highlighted.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from matplotlib.path import Path
 
 from repae_lite.teaching.figures import GREY, METHOD_COLORS, Figure, styled
 
-LIT = {  # the parts that each chapter lights; everything else turns grey
+LIT = {  # the parts that each chapter highlights; everything else turns grey
     "vae": "x enc z dec xhat rec disc g_rec",
     "diffusion": "z bn noise sit1 sit2 v den g_den",
     "repa": "x teacher enc z bn noise sit1 tap align g_align",
@@ -35,7 +35,10 @@ def method_map(highlight: str | None = None) -> Figure:
     """The picture of the method: values flow along thin dark arrows, gradients along wide coloured ones.
 
     Args:
-        highlight: "vae", "diffusion", "repa", "stopgrad", "end-to-end" or "drop-in" greys all else.
+        highlight: "vae", "diffusion", "repa", "stopgrad", "end-to-end" or "drop-in" turns all else grey.
+
+    Raises:
+        ValueError: There is no such part.
     """
     if highlight not in TITLES:
         raise ValueError(f"method_map has no part {highlight!r}: use one of {list(LIT)} or None.")
@@ -47,7 +50,7 @@ def method_map(highlight: str | None = None) -> Figure:
     m.text("title", 1.5, 50, TITLES[highlight], size=13, weight="bold", ha="left")
     m.text("title", 88.5, 50, "dashed: frozen", size=9, ha="right", color=GREY)
 
-    # Gradients, each a lane of its own beside the path that it runs back along.
+    # Gradients: each has its own lane, beside the path along which it runs back.
     m.lane("g_rec", orange, (58, 6), (58, 2.2), (14.5, 2.2), (14.5, 21.6))
     m.lane("g_rec", orange, (41, 2.2), (38, 2.2), (38, 4.7))
     m.text("g_rec", 16.2, 4.6, "reconstruction gradient\n→ VAE only", color="#9A6A00", ha="left")
@@ -107,7 +110,7 @@ def method_map(highlight: str | None = None) -> Figure:
 
 
 class _Map:
-    """A canvas of 90 x 52 units, ten to the inch; each mark belongs to a part, grey unless that is lit."""
+    """A canvas of 90 x 52 units, ten to the inch; marks of parts that are not lit are grey."""
 
     def __init__(self, lit: Sequence[str] | None) -> None:
         self.lit, self.frozen = lit, set()
@@ -123,7 +126,7 @@ class _Map:
         self.ax.text(x, y, text, fontsize=size, color=self.paint(part, color, "#C8C8C8"), **options)
 
     def shape(self, part, x, y, width, heights, text, fill, *, edge="#444444") -> None:
-        """A box; with two different heights (left, right), the funnel of an encoder or decoder."""
+        """A box; with different heights (left, right), the funnel of an encoder or decoder."""
         (left, right), half = (h / 2 for h in heights), width / 2
         corners = [(x - half, y - left), (x + half, y - right), (x + half, y + right), (x - half, y + left)]
         dashes = (0, (4, 2)) if part in self.frozen else "-"
@@ -155,7 +158,7 @@ class _Map:
         self._path(points, self.paint(part, color, "#EEEEEE"), width, zorder=2, head=(5, 7) if head else None)
 
     def _path(self, points, color, width, *, zorder, head) -> None:
-        """A polyline with rounded corners and a head (half width and length in points) or None."""
+        """A polyline with rounded corners and, unless None, a head (half width and length in points)."""
         points = [np.asarray(point, float) for point in points]
         vertices, codes = [points[0]], [Path.MOVETO]
         for before, corner, after in zip(points, points[1:], points[2:], strict=False):

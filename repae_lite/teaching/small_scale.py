@@ -1,10 +1,11 @@
-"""The embedded scale in one object: images, teacher tokens, starting VAE, and the judge. Plumbing for the
-notebooks.
+"""The embedded scale in one object: images, the teacher's tokens, the shipped VAE, and the judge.
 
-Measured as at full scale, in miniature: Fréchet distance on the features of an evaluation network that
-nothing is trained with, 2,000 samples, against the evaluation split. Taught in `notebooks/00_map.ipynb`.
+It does for the notebooks what they do not teach. Results are judged as at full scale, in miniature: by the
+Fréchet distance of 2,000 samples to the evaluation split, on the features of an evaluation network that
+nothing is trained with. Taught in `notebooks/00_map.ipynb`.
 """
 
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -28,8 +29,7 @@ from repae_lite.utils.files import data_small_dir
 from repae_lite.utils.pixels import to_uint8, to_unit_range
 from repae_lite.utils.state_dicts import load_weights
 
-# An adversarial term cost 2 dB of PSNR on 32-pixel icons when it was tried, so the embedded scale leaves it
-# out.
+# When it was tried on 32-pixel icons, an adversarial term cost 2 dB of PSNR: the embedded scale goes without.
 TINY_VAE_LOSS = VAELossConfig(gan_weight=0.0)
 METHODS = {
     "sit": StepConfig(vae_loss=TINY_VAE_LOSS, proj_coeff=0.0, ema_decay=0.98),  # VAE frozen: SiT steps alone
@@ -45,12 +45,15 @@ class SmallScale:
     """Data and frozen networks of the embedded scale.
 
     Attributes:
-        images, labels: training split, uint8 (6000, 3, 32, 32) and (6000,).
-        tokens: the teacher's tokens of the training images (6000, 16, 128), precomputed: there is no
-            augmentation.
-        eval_images, eval_labels: evaluation split (2000 images); for measuring only.
-        encoder: the teacher. perceptual: the VAE's perceptual distance. evaluator: the judge.
-        reference: feature statistics of the evaluation images.
+        images: Training images, uint8 (6000, 3, 32, 32).
+        labels: Their classes (6000,).
+        tokens: The teacher's tokens for them (6000, 16, 128), computed once: there is no augmentation.
+        eval_images: Evaluation images, uint8 (2000, 3, 32, 32), for measuring only.
+        eval_labels: Their classes (2000,).
+        encoder: The teacher.
+        perceptual: The VAE's perceptual distance.
+        evaluator: The judge.
+        reference: Feature statistics of the evaluation images.
     """
 
     images: Tensor
@@ -65,13 +68,11 @@ class SmallScale:
 
     @classmethod
     def load(cls) -> "SmallScale":
-        """Loads everything that ships in data_small; about ten seconds."""
+        """Loads everything that ships in data_small; this takes about ten seconds."""
         images, labels = load_embedded("train")
         eval_images, eval_labels = load_embedded("eval")
         encoder = VisionEncoder.from_name("tiny")
-        evaluator = load_weights(data_small_dir() / "evaluator.safetensors", EvaluationNet()).requires_grad_(
-            False
-        )
+        evaluator = load_weights(data_small_dir() / "evaluator.safetensors", EvaluationNet())
         return cls(
             images=images,
             labels=labels,
@@ -80,12 +81,12 @@ class SmallScale:
             eval_labels=eval_labels,
             encoder=encoder,
             perceptual=TinyPerceptualLoss.pretrained(),
-            evaluator=evaluator,
+            evaluator=evaluator.requires_grad_(False),
             reference=feature_stats(_features(evaluator, to_unit_range(eval_images))),
         )
 
     def batches(self, count: int, batch: int, seed: int) -> Iterator[Tensor]:
-        """`count` index batches (batch,) into the training split, reshuffled every epoch."""
+        """Yields `count` batches of indices (batch,) into the training split, reshuffled every epoch."""
         generator = torch.Generator().manual_seed(seed)
         order = torch.empty(0, dtype=torch.int64)
         for _ in range(count):
@@ -111,17 +112,18 @@ class SmallScale:
     ) -> TrainState:
         """A fresh SiT on a VAE, ready for `method`: "sit", "repa", "vae-only", "repa-e" or "naive".
 
-        The SiT's weights come from torch's global generator: seed it first. A plain "sit" has a projector
-        too, which nothing trains, so that it starts from the same weights as the others.
+        The SiT's weights come from torch's global generator, so seed it first. A plain "sit" has a projector
+        too, which is never trained, so that it starts from the same weights as the others.
 
         Args:
-            method: a key of `METHODS`; "sit" and "repa" freeze the VAE.
-            sit_lr, vae_lr: learning rates.
-            vae: the VAE to start from, used as it is and not copied; the shipped one when None.
-            sit_changes: fields of the tiny `SiTConfig` to replace.
+            method: A key of `METHODS`; "sit" and "repa" freeze the VAE.
+            sit_lr: SiT's learning rate.
+            vae_lr: The VAE's learning rate.
+            vae: The VAE to start from, used itself and not copied; None for the shipped one.
+            sit_changes: Fields of the tiny `SiTConfig` to replace.
 
         Raises:
-            ValueError: unknown method.
+            ValueError: There is no such method.
         """
         if method not in METHODS:
             raise ValueError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}")
@@ -149,18 +151,23 @@ class SmallScale:
         warmup: int = 50,
         label: str = "training",
     ) -> list[dict[str, float]]:
-        """Trains a state from `new_state`, in place, with a progress bar; returns the losses of each step.
+        """Trains a state from `new_state`, in place, with a progress bar.
 
-        The VAE trains where the state has an optimiser for it; otherwise latents are cached first. All draws
-        come from a generator of this seed, so two runs of one seed see the same batches, times and noise,
-        whatever they do with them. Learning rates rise over `warmup` steps and fall to zero over the second
-        half (`learning_rate`).
+        The VAE trains if the state has an optimiser for it; otherwise its latents are cached first. All
+        random draws come from a generator with this seed, so two runs with one seed see the same batches,
+        times and noise, whatever they do with them. Learning rates follow `learning_rate`.
 
         Args:
-            state: updated in place.
-            steps: training steps.
-            targets: tokens to align with (6000, 16, D), for instance `self.tokens`; None for a plain SiT.
-            batch: images per step.
+            state: Updated in place.
+            steps: Training steps.
+            targets: Tokens to align with (6000, 16, D), for instance `self.tokens`; None for a plain SiT.
+            batch: Images per step.
+            seed: Seed of batches, times and noise.
+            warmup: Steps over which the learning rates rise.
+            label: Name of the progress bar.
+
+        Returns:
+            The losses of each step.
         """
         rates = {name: optimizer.param_groups[0]["lr"] for name, optimizer in state.optimizers.items()}
         mean, std = self.latents(state.vae) if "vae" not in state.optimizers else (None, None)
@@ -208,7 +215,7 @@ class SmallScale:
 
     @torch.no_grad()
     def reconstruct(self, vae: AutoencoderKL) -> Tensor:
-        """The evaluation images through the VAE, posterior mean: uint8 (2000, 3, 32, 32)."""
+        """The evaluation images, reconstructed from posterior means: uint8 (2000, 3, 32, 32)."""
         batches = to_unit_range(self.eval_images).split(250)
         return torch.cat([to_uint8(vae.decode(vae.encode(x).mode())) for x in batches])
 
@@ -218,15 +225,16 @@ class SmallScale:
         return torch.cat([vae.encode(x).mode() for x in to_unit_range(self.eval_images).split(250)])
 
     def score(self, samples: Tensor, labels: Tensor, reconstructions: Tensor) -> dict[str, float]:
-        """What the scoreboard shows of one run; all on the evaluation split.
+        """What the scoreboard shows for one run, all measured on the evaluation split.
 
         Args:
-            samples: generated images uint8 (N, 3, 32, 32); labels: the classes asked for (N,).
-            reconstructions: `reconstruct` of the same run's VAE.
+            samples: Generated images, uint8 (N, 3, 32, 32).
+            labels: The classes asked for (N,).
+            reconstructions: `reconstruct` with the same run's VAE.
 
         Returns:
-            "frechet" to real images; "frechet_to_reconstructions", which leaves the decoder's faults out;
-            "class_accuracy" of samples; "psnr" (dB) and "reconstruction_frechet" of the VAE.
+            "frechet" to real images; "frechet_to_reconstructions", which leaves out the decoder's faults;
+            "class_accuracy" of the samples; "psnr" (dB) and "reconstruction_frechet" of the VAE.
         """
         x = to_unit_range(samples)
         generated = feature_stats(_features(self.evaluator, x))
@@ -243,22 +251,18 @@ class SmallScale:
 
 
 def learning_rate(step: int, steps: int, warmup: int = 50) -> float:
-    """The share of the full learning rate at a step: rises over `warmup` steps, falls to zero over the second
-    half.
-    """
+    """The factor on the learning rate: it rises over `warmup` steps and falls to 0 over the second half."""
     return min((step + 1) / warmup, 2 * (steps - step) / steps, 1.0)
 
 
 def progress(items: Iterable, total: int, label: str) -> Iterator:
-    """Yields the items with a bar in the notebook that ends as one line of text; in a terminal it is tqdm's."""
-    try:
-        from IPython import get_ipython  # comes with JupyterLab; the library does without
-        from IPython.display import HTML, display
-    except ImportError:
-        get_ipython = lambda: None  # noqa: E731
-    if get_ipython() is None:
+    """Yields the items, with tqdm's bar in a terminal, or in a notebook one that ends as a line of text."""
+    ipython = sys.modules.get("IPython")  # a notebook has loaded it; the library does without
+    if ipython is None or ipython.get_ipython() is None:
         yield from tqdm(items, total=total, desc=label, mininterval=2)
         return
+    from IPython.display import HTML, display
+
     start = shown = time.perf_counter()
     handle = display(HTML(f"{label} …"), display_id=True)
     for done, item in enumerate(items):

@@ -1,4 +1,4 @@
-"""Controls over a figure: the explorer near the end of every chapter of `notebooks/`."""
+"""Controls above a figure: the explorer near the end of every chapter in `notebooks/`."""
 
 import html
 from collections.abc import Callable
@@ -9,28 +9,28 @@ from repae_lite.teaching.figures import Figure
 
 
 def explore(draw: Callable[..., Figure], **controls) -> ipywidgets.VBox:
-    """Sliders and menus over a figure that is drawn anew whenever one of them moves; shown when it is a
-    cell's last value.
+    """Sliders and menus above a figure that is redrawn whenever one of them moves.
 
-    Like `ipywidgets.interact`, but the figure is a picture of its own and no captured output. Who runs a
-    notebook without a browser (papermill, nbclient) answers captured output on the socket on which it awaits
-    the cell's end; when both meet, it misses the end and waits for ever. And a figure that cannot be drawn at
-    first is an error of its cell.
+    A notebook shows it when it is the last value of a cell. It works like `ipywidgets.interact`, but the
+    figure is an image widget instead of captured output. Programs that run a notebook without a browser
+    (papermill, nbclient) handle captured output on the same socket on which they wait for the end of the
+    cell; when the two coincide, they miss the end and wait for ever. Also, a figure that cannot be drawn the
+    first time fails in its cell.
 
     Args:
-        draw: makes the figure from one keyword per control.
-        controls: widgets, or what `interact` takes for one: (low, high), a list of choices or of (label,
-            value), a number, True.
+        draw: Makes the figure; it gets one keyword argument per control.
+        controls: Widgets, or anything that `interact` makes one from: (low, high), a list of choices or of
+            (label, value) pairs, a number, or True.
 
     Raises:
-        TypeError: nothing can be made of a control.
+        TypeError: No widget can be made from a control.
     """
     made = {name: ipywidgets.interactive.widget_from_abbrev(given) for name, given in controls.items()}
     for name, control in made.items():
         if control is None:
             raise TypeError(
-                f"{name}={controls[name]!r} is no control: give a widget, (low, high), a list of choices, a "
-                "number or True"
+                f"{name}={controls[name]!r} is not a control: give a widget, (low, high), a list of choices, "
+                "a number or True"
             )
         control.description = control.description or name
     picture = ipywidgets.Image(
@@ -45,8 +45,7 @@ def explore(draw: Callable[..., Figure], **controls) -> ipywidgets.VBox:
         try:
             redraw()
             problem.value = ""
-        # a callback has no cell to fail in: said under the picture, which is of the last good choice
-        except Exception as error:
+        except Exception as error:  # a callback has no cell to fail in: say it under the last good picture
             problem.value = html.escape(f"{type(error).__name__}: {error}")
 
     redraw()

@@ -1,14 +1,12 @@
-"""The small scale's metrics against closed forms, scipy and plain loops."""
+"""Metrics against closed forms, scipy and plain loops."""
 
 import math
 
 import numpy as np
 import pytest
 import scipy.linalg
-import scipy.stats
 import torch
 
-from repae_lite.evaluation.evaluation_net import EvaluationNet
 from repae_lite.evaluation.metrics import (
     FeatureStats,
     cknna,
@@ -20,32 +18,11 @@ from repae_lite.evaluation.metrics import (
     psnr,
     ssim,
 )
-from repae_lite.evaluation.statistics import difference_interval, seed_spread
 
 
 @pytest.fixture
 def generator():
     return torch.Generator().manual_seed(0)
-
-
-# ---- evaluation network
-
-
-def test_evaluation_net_shapes_and_size(generator):
-    net = EvaluationNet(num_classes=7).eval()
-    x = torch.rand(3, 3, 32, 32, generator=generator) * 2 - 1
-    assert net(x).shape == (3, 7)
-    assert net.features(x).shape == (3, EvaluationNet.width)
-    assert 300_000 <= sum(p.numel() for p in net.parameters()) <= 400_000
-    torch.testing.assert_close(net(x), net.head(net.features(x)))
-
-
-def test_evaluation_net_names_wrong_images():
-    net = EvaluationNet()
-    with pytest.raises(ValueError, match=r"needs images \(B, 3, 32, 32\), got \(1, 3, 64, 64\)"):
-        net(torch.zeros(1, 3, 64, 64))
-    with pytest.raises(TypeError, match=r"float images in \[-1, 1\], got torch.uint8"):
-        net(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
 
 
 # ---- Fréchet distance
@@ -264,39 +241,6 @@ def test_latent_structure_errors():
         latent_structure(torch.zeros(2, 3, 8))
     with pytest.raises(ValueError, match="not finite"):
         latent_structure(torch.full((1, 1, 2, 2), math.nan))
-
-
-# ---- spread
-
-
-def test_seed_spread():
-    assert seed_spread([1, 2, 3, 6]) == (3, pytest.approx(np.std([1, 2, 3, 6], ddof=1)), 4)
-    assert math.isnan(seed_spread([2.0]).std) and str(seed_spread([2.0])) == "2 (n = 1)"
-    assert str(seed_spread([1.0, 3.0])) == "2 ± 1.4 (n = 2)"
-    with pytest.raises(ValueError, match="1 or more finite values"):
-        seed_spread([])
-
-
-@pytest.mark.parametrize("paired", [True, False])
-def test_difference_interval_agrees_with_scipy(paired):
-    a, b = [12.1, 12.9, 11.7, 12.4, 12.2], [13.0, 13.4, 12.9, 13.1, 12.2]
-    found = difference_interval(a, b, level=0.9, paired=paired)
-    test = scipy.stats.ttest_rel(a, b) if paired else scipy.stats.ttest_ind(a, b, equal_var=False)
-    expected = test.confidence_interval(0.9)
-    assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
-    assert found.excludes_zero == (test.pvalue < 0.1)
-
-
-def test_difference_interval_verdicts_and_errors():
-    assert "inside the noise" in str(difference_interval([1.0, 2.0, 3.0], [1.5, 2.0, 2.6]))
-    assert "outside the noise" in str(difference_interval([1.0, 1.1, 0.9], [2.0, 2.1, 1.9]))
-    assert not difference_interval([1.0, 1.0], [1.0, 1.0]).excludes_zero
-    with pytest.raises(ValueError, match="2 or more finite values"):
-        difference_interval([1.0], [1.0, 2.0])
-    with pytest.raises(ValueError, match="got 2 and 3: use paired=False"):
-        difference_interval([1.0, 2.0], [1.0, 2.0, 3.0], paired=True)
-    with pytest.raises(ValueError, match="got 95"):
-        difference_interval([1.0, 2.0], [1.0, 2.0], level=95)
 
 
 def test_effective_dimensions_against_eigenvalues_and_extremes():

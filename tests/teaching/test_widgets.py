@@ -49,7 +49,7 @@ def test_controls_may_be_widgets_and_keep_their_description():
 def test_what_cannot_be_drawn_at_first_fails_in_its_cell():
     with pytest.raises(ValueError, match="too many"):
         explore(tiles, name=["dark"], count=ipywidgets.IntSlider(3))
-    with pytest.raises(TypeError, match=r"name=None is no control: give a widget, \(low, high\)"):
+    with pytest.raises(TypeError, match=r"name=None is not a control: give a widget, \(low, high\)"):
         explore(tiles, name=None)
 
 
