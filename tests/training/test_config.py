@@ -238,9 +238,9 @@ def test_every_preset_is_valid_and_names_its_run(name):
     config = TrainConfig.build(preset.command, **{"vae_ckpt": "none"} | preset.options)
     assert config.exp_name == name
     assert replace(preset.config, vae_ckpt=config.vae_ckpt) == config
-    if config.vae != "tiny":  # what claims to be the official run has its two slips as well
-        official = "official" if preset.command == "repae" else "corrected"
-        assert config.train_pos_embed and config.lpips_range == official
+    if config.vae != "tiny":  # what claims to be the official joint run has its two slips as well (D1, D2)
+        joint = preset.command == "repae"
+        assert config.train_pos_embed == joint and config.lpips_range == ("official" if joint else "corrected")
         assert len(preset.released) == 1 and preset.images == 1_281_167  # ImageNet's training images
     else:
         assert not preset.released and preset.images == 6000
