@@ -1,4 +1,4 @@
-"""The losses of REPA-E as functions of tensors: alignment, velocity, and the VAE's regularisation loss.
+"""The losses of REPA-E: velocity, alignment, and what keeps a VAE a VAE.
 
 REPA-E sections 3.1 and 3.3 (eq. 1 to 4); taught in `notebooks/01_vae.ipynb` and `notebooks/03_repa.ipynb`.
 Which loss may reach which network is not decided here but in `repae_lite.method.steps`.
@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from repae_lite.method.interpolant import Interpolant, get_interpolant, interpolate, sample_time
 from repae_lite.networks.layers import full_precision
+from repae_lite.networks.sit import SiT
 from repae_lite.utils.files import data_small_dir
 from repae_lite.utils.state_dicts import load_weights
 
@@ -55,6 +57,100 @@ def alignment_loss(projected: Sequence[Tensor], targets: Sequence[Tensor]) -> Te
         cosine = F.normalize(h_proj.float(), dim=-1) * F.normalize(target.float(), dim=-1)
         similarities.append(cosine.sum(-1).mean())
     return -torch.stack(similarities).mean()
+
+
+@dataclass
+class LossOutput:
+    """What `sit_losses` computes.
+
+    Attributes:
+        denoising_loss: mean squared velocity error per image (B,); None when only aligned.
+        align_loss: mean negative cosine similarity, a scalar in [-1, 1]; None without targets.
+        projected: projected features, one (B, N, D) per target.
+        v_hat: predicted velocity (B, C, h, w); None when only aligned.
+        z_t: the noised, normalised latents that SiT saw (B, C, h, w).
+        t: times (B,).
+        eps: noise (B, C, h, w).
+    """
+
+    denoising_loss: Tensor | None
+    align_loss: Tensor | None
+    projected: list[Tensor]
+    v_hat: Tensor | None
+    z_t: Tensor
+    t: Tensor
+    eps: Tensor
+
+
+def as_list(targets: Tensor | Sequence[Tensor] | None) -> list[Tensor]:
+    """Encoder tokens as a list, one tensor per encoder; empty for None."""
+    return [] if targets is None else [targets] if isinstance(targets, Tensor) else list(targets)
+
+
+def sit_losses(
+    sit: SiT,
+    z: Tensor,
+    labels: Tensor,
+    targets: Tensor | Sequence[Tensor] | None = None,
+    *,
+    t: Tensor | None = None,
+    eps: Tensor | None = None,
+    path: str | Interpolant = "linear",
+    weighting: str = "uniform",
+    align_only: bool = False,
+    label_drop: Tensor | None = None,
+    batch_stats: bool | None = None,
+) -> LossOutput:
+    """Normalises and noises latents, lets SiT predict their velocity, and compares: velocity with velocity,
+    features at the tap with encoder tokens (REPA-E eq. 1 and 3).
+
+    SiT's parameters are used in one call of the module, so it may be wrapped in DistributedDataParallel.
+
+    Args:
+        sit: in train mode its BatchNorm follows the batch, and labels are dropped.
+        z: un-normalised latents (B, C, h, w), straight from the VAE.
+        labels: classes (B,).
+        targets: encoder tokens (B, N, D), or one such tensor per encoder; None skips alignment.
+        t: times (B,); drawn by `weighting` when None.
+        eps: noise like z; drawn when None.
+        path: "linear" or "cosine".
+        weighting: "uniform" or "lognormal" times.
+        align_only: stop at the tap, which is all that the VAE's update needs.
+        label_drop: which labels become the null class, bool (B,); drawn in train mode when None.
+        batch_stats: see `SiT.normalize`.
+
+    Raises:
+        ValueError: shapes, labels or token counts do not fit.
+    """
+    network, targets, path = getattr(sit, "module", sit), as_list(targets), get_interpolant(path)
+    network.check_input(z, labels)  # before BatchNorm takes notice
+    if targets:
+        network.check_targets(len(z), targets)
+    if t is None:
+        t = sample_time(len(z), weighting=weighting, path=path, device=z.device)
+    t, eps = t.flatten(), torch.randn_like(z) if eps is None else eps
+    if len(t) != len(z) or eps.shape != z.shape:
+        raise ValueError(
+            f"{len(t)} times and noise of shape {tuple(eps.shape)} for latents {tuple(z.shape)}: "
+            "draw one time per latent and noise like z"
+        )
+    z_t, v = interpolate(network.normalize(z, batch_stats), eps, t, path)
+    dropout = network.config.label_dropout
+    if label_drop is None and sit.training and dropout:
+        label_drop = torch.rand(len(z), device=z.device) < dropout
+    if label_drop is not None:
+        labels = torch.where(label_drop, network.null_class, labels)
+    out = sit(z_t, t, labels, project=bool(targets), align_only=align_only)
+    v_hat, projected = out if targets else (out, [])
+    return LossOutput(
+        denoising_loss=None if align_only else velocity_loss(v_hat, v),
+        align_loss=alignment_loss(projected, targets) if targets else None,
+        projected=projected,
+        v_hat=v_hat,
+        z_t=z_t,
+        t=t,
+        eps=eps,
+    )
 
 
 def spatial_norm(tokens: Tensor, gamma: float = 0.6, eps: float = 1e-6) -> Tensor:

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from repae_lite.method.interpolant import Path, get_path, score_from_velocity
+from repae_lite.method.interpolant import Interpolant, get_interpolant, score_from_velocity
 from repae_lite.networks.sit import SiT, check_label_count
+from repae_lite.networks.vae import AutoencoderKL
+from repae_lite.utils.pixels import to_uint8
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ def sample_ode(
     steps: int = 50,
     solver: str = "euler",
     guidance: Guidance | None = None,
-    path: str | Path = "linear",
+    path: str | Interpolant = "linear",
 ) -> Tensor:
     """Solves the probability-flow ODE from noise to latents on evenly spaced times.
 
@@ -75,7 +77,7 @@ def sample_ode(
     """
     if solver not in ("euler", "heun"):
         raise ValueError(f"unknown solver {solver!r}: choose euler or heun")
-    get_path(path)
+    get_interpolant(path)
     _check(sit, eps, labels, steps, minimum=1)
     guidance = guidance or Guidance()
     times = torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()
@@ -99,7 +101,7 @@ def sample_sde(
     *,
     steps: int = 250,
     guidance: Guidance | None = None,
-    path: str | Path = "linear",
+    path: str | Interpolant = "linear",
     noise: Tensor | None = None,
     generator: torch.Generator | None = None,
     last_time: float = 0.04,
@@ -126,7 +128,7 @@ def sample_sde(
     Raises:
         ValueError: unknown path, fewer than two steps, or labels out of range.
     """
-    path = get_path(path)
+    path = get_interpolant(path)
     _check(sit, eps, labels, steps, minimum=2)
     if not 0 < last_time < 1:
         raise ValueError(
@@ -140,17 +142,10 @@ def sample_sde(
     times = [*torch.linspace(1, last_time, steps, dtype=torch.float64).tolist(), 0.0]
     z_t = eps.double()
     for i, (t, t_next) in enumerate(itertools.pairwise(times)):
-        d = _guided(
-            [
-                v
-                - t
-                * score_from_velocity(
-                    v, z_t, torch.full((len(z_t),), t, dtype=torch.float64, device=z_t.device), path
-                )
-                for v in _velocities(sit, z_t, t, labels, guidance.active(t))
-            ],
-            guidance.scale,
-        )
+        times_now = torch.full((len(z_t),), t, dtype=torch.float64, device=z_t.device)
+        velocities = _velocities(sit, z_t, t, labels, guidance.active(t))
+        drifts = [v - t * score_from_velocity(v, z_t, times_now, path) for v in velocities]
+        d = _guided(drifts, guidance.scale)
         mean = z_t + (t_next - t) * d
         if t_next > 0:
             if noise is None:
@@ -160,6 +155,30 @@ def sample_sde(
             mean = mean + (2 * t * (t - t_next)) ** 0.5 * draw
         z_t = mean
     return z_t
+
+
+@torch.no_grad()
+def sample_images(
+    sit: SiT, vae: AutoencoderKL, eps: Tensor, labels: Tensor, *, batch: int = 32, **options
+) -> Tensor:
+    """From noise to pixels: `sample_ode`, SiT's own latent statistics, the decoder.
+
+    Args:
+        sit: velocity model; put it in eval mode.
+        vae: decodes what it is trained on.
+        eps: initial noise (N, C, h, w).
+        labels: classes (N,).
+        batch: images at a time.
+        options: of `sample_ode`.
+
+    Returns:
+        Images uint8 (N, 3, H, W).
+    """
+    images = []
+    for noise, wanted in zip(eps.split(batch), labels.split(batch), strict=True):
+        z = sit.denormalize(sample_ode(sit, noise, wanted, **options))
+        images.append(to_uint8(vae.decode(z)))
+    return torch.cat(images)
 
 
 def _check(sit: SiT, eps: Tensor, labels: Tensor, steps: int, minimum: int) -> None:

@@ -14,8 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from repae_lite.method.interpolant import Path, get_path, interpolate, sample_time
-from repae_lite.method.losses import alignment_loss, velocity_loss
 from repae_lite.networks.layers import BatchNorm2d, run
 from repae_lite.networks.projectors import PROJECTORS
 
@@ -137,28 +135,6 @@ SIT_PRESETS = {
 }
 
 
-@dataclass
-class LossOutput:
-    """What `SiT.loss_forward` computes.
-
-    Attributes:
-        denoising_loss: mean squared velocity error per image (B,); None when only aligned.
-        align_loss: mean negative cosine similarity, a scalar in [-1, 1]; None without targets.
-        projected: projected features, one (B, N, D) per target.
-        v_hat: predicted velocity (B, C, h, w); None when only aligned.
-        z_t: the noised, normalised latents the network saw (B, C, h, w).
-        t: times (B,). eps: noise (B, C, h, w).
-    """
-
-    denoising_loss: Tensor | None
-    align_loss: Tensor | None
-    projected: list[Tensor]
-    v_hat: Tensor | None
-    z_t: Tensor
-    t: Tensor
-    eps: Tensor
-
-
 def sincos_position_embedding(width: int, grid_size: int) -> Tensor:
     """Fixed 2-D sine-cosine embedding (1, grid_size^2, width): first half of the channels from the column,
     second from the row.
@@ -275,11 +251,6 @@ class FinalLayer(nn.Module):
     def forward(self, h: Tensor, condition: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(condition).chunk(2, dim=1)
         return self.linear(modulate(self.norm_final(h), shift, scale))
-
-
-def as_list(targets: Tensor | Sequence[Tensor] | None) -> list[Tensor]:
-    """Encoder tokens as a list, one tensor per encoder; empty for None."""
-    return [] if targets is None else [targets] if isinstance(targets, Tensor) else list(targets)
 
 
 def check_label_count(labels: Tensor, count: int, noun: str) -> None:
@@ -434,31 +405,28 @@ class SiT(nn.Module):
                     "resolution and SiT patch size with the same token grid, and its width in target_dims"
                 )
 
-    def _check_input(self, z_t: Tensor, labels: Tensor) -> None:
+    def check_input(self, z: Tensor, labels: Tensor) -> None:
+        """Refuses latents of another size than this SiT's, and labels that are not one per latent."""
         expected = (self.config.in_channels, self.config.input_size, self.config.input_size)
-        if z_t.ndim != 4 or tuple(z_t.shape[1:]) != expected:
+        if z.ndim != 4 or tuple(z.shape[1:]) != expected:
             raise ValueError(
-                f"latents have shape {tuple(z_t.shape)}: this SiT takes (B, "
-                f"{', '.join(map(str, expected))}); "
+                f"latents have shape {tuple(z.shape)}: this SiT takes (B, {', '.join(map(str, expected))}); "
                 "build it with the VAE's in_channels and input_size"
             )
-        check_label_count(labels, z_t.shape[0], "latent")
+        check_label_count(labels, z.shape[0], "latent")
         if (
             labels.device.type == "cpu" and not torch.compiler.is_compiling()
-        ):  # elsewhere it would wait for the device
+        ):  # a GPU would have to be waited for
             self.check_labels(labels)
 
     def _embed(self, z_t: Tensor, t: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens (B, N, width) and condition (B, width)."""
-        self._check_input(z_t, labels)
-        z_t = z_t.to(self.pos_embed.dtype)
-        h = self.x_embedder(z_t) + self.pos_embed
+        self.check_input(z_t, labels)
+        h = self.x_embedder(z_t.to(self.pos_embed.dtype)) + self.pos_embed
         return h, self.t_embedder(t) + self.y_embedder(labels)
 
     def features(self, z_t: Tensor, t: Tensor, labels: Tensor, depth: int | None = None) -> Tensor:
-        """Token features after `depth` blocks (the alignment depth by default): (B, N, width), for normalised
-        z_t.
-        """
+        """Token features (B, N, width) of normalised z_t after `depth` blocks, the alignment depth by default."""
         if depth is not None and not 0 <= depth <= self.config.depth:
             raise ValueError(
                 f"depth {depth} is outside 0 to {self.config.depth}, the number of blocks: choose one inside"
@@ -468,94 +436,33 @@ class SiT(nn.Module):
             h = block(h, condition)
         return h
 
-    def forward(self, z_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        """Velocity (B, C, h, w) at normalised, noised latents z_t (B, C, h, w), times t (B,) and labels (B,)."""
-        return self._run(z_t, t, labels)[0]
+    def forward(
+        self, z_t: Tensor, t: Tensor, labels: Tensor, *, project: bool = False, align_only: bool = False
+    ) -> Tensor | tuple[Tensor | None, list[Tensor]] | None:
+        """Predicts velocities, and what the tap sees on the way.
 
-    def _run(
-        self, z_t: Tensor, t: Tensor, labels: Tensor, align_only: bool = False
-    ) -> tuple[Tensor | None, Tensor]:
-        """Velocity (None when align_only) and the features at the tap."""
+        Args:
+            z_t: normalised, noised latents (B, C, h, w).
+            t: times (B,).
+            labels: classes (B,).
+            project: also return the projected features at the tap.
+            align_only: stop at the tap; the velocity is None.
+
+        Returns:
+            The velocity (B, C, h, w); with `project` the pair (velocity, [(B, N, D) per projector]).
+        """
         h, condition = self._embed(z_t, t, labels)
         for i, block in enumerate(self.blocks, start=1):
             h = run(self, block, h, condition)
             if i == self.config.alignment_depth:
                 tapped = h
                 if align_only:
-                    return None, tapped
-        return self._unpatchify(self.final_layer(h, condition)), tapped
+                    break
+        v_hat = None if align_only else self._unpatchify(self.final_layer(h, condition))
+        return (v_hat, [projector(tapped) for projector in self.projectors]) if project else v_hat
 
     def _unpatchify(self, h: Tensor) -> Tensor:
         """(B, N, p * p * C) to (B, C, h, w)."""
         grid, p, channels = self.config.grid_size, self.config.patch_size, self.config.in_channels
         h = h.reshape(h.shape[0], grid, grid, p, p, channels)
         return h.permute(0, 5, 1, 3, 2, 4).reshape(h.shape[0], channels, grid * p, grid * p)
-
-    def loss_forward(
-        self,
-        z: Tensor,
-        labels: Tensor,
-        targets: Tensor | list[Tensor] | None = None,
-        *,
-        t: Tensor | None = None,
-        eps: Tensor | None = None,
-        path: str | Path = "linear",
-        weighting: str = "uniform",
-        align_only: bool = False,
-        label_drop: Tensor | None = None,
-        batch_stats: bool | None = None,
-    ) -> LossOutput:
-        """Normalises and noises latents, predicts their velocity and aligns the features at the tap (REPA-E
-        eq. 1 and 3).
-
-        Args:
-            z: un-normalised latents (B, C, h, w), straight from the VAE.
-            labels: classes (B,).
-            targets: encoder tokens (B, N, D), or one such tensor per encoder; None skips alignment.
-            t: times (B,); drawn by `weighting` when None.
-            eps: noise like z; drawn when None.
-            path: "linear" or "cosine".
-            weighting: "uniform" or "lognormal" time.
-            align_only: stop at the tap (the VAE's step needs no more).
-            label_drop: which labels become the null class, bool (B,); drawn in train mode when None.
-            batch_stats: see `normalize`.
-
-        Raises:
-            ValueError: shapes, labels or token counts do not fit.
-        """
-        targets = as_list(targets)
-        path = get_path(path)
-        self._check_input(z, labels)  # before BatchNorm takes notice
-        if targets:
-            self.check_targets(z.shape[0], targets)
-        t = (
-            sample_time(z.shape[0], weighting=weighting, path=path, device=z.device)
-            if t is None
-            else t.flatten()
-        )
-        eps = torch.randn_like(z) if eps is None else eps
-        if len(t) != len(z) or eps.shape != z.shape:
-            raise ValueError(
-                f"{len(t)} times and noise of shape {tuple(eps.shape)} for latents {tuple(z.shape)}: "
-                "draw one time per latent and noise like z"
-            )
-        z_t, v = interpolate(self.normalize(z, batch_stats), eps, t, path)
-        v_hat, h = self._run(z_t, t, self._drop_labels(labels, label_drop), align_only)
-
-        projected = [project(h) for project in self.projectors] if targets else []
-        return LossOutput(
-            denoising_loss=None if align_only else velocity_loss(v_hat, v),
-            align_loss=alignment_loss(projected, targets) if targets else None,
-            projected=projected,
-            v_hat=v_hat,
-            z_t=z_t,
-            t=t,
-            eps=eps,
-        )
-
-    def _drop_labels(self, labels: Tensor, drop: Tensor | None) -> Tensor:
-        if drop is None:
-            if not self.training or self.config.label_dropout == 0:
-                return labels
-            drop = torch.rand(labels.shape[0], device=labels.device) < self.config.label_dropout
-        return torch.where(drop, self.null_class, labels)

@@ -4,7 +4,6 @@ Every check that can be made before the first step is made here. Taught in `note
 small scale.
 """
 
-import inspect
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,8 +26,8 @@ from repae_lite.training.option_files import read_loss_config
 from repae_lite.utils.files import data_small_dir
 from repae_lite.utils.pixels import to_unit_range
 
-# need a closure, sparse gradients, matrices alone, keep states of other shapes than the weights', or are none
-NOT_OFFERED = ("LBFGS", "SparseAdam", "Muon", "Adafactor", "Optimizer")
+ADAM = (torch.optim.AdamW, torch.optim.Adam, torch.optim.NAdam, torch.optim.RAdam)
+OPTIMIZERS = {kind.__name__.lower(): kind for kind in (*ADAM, torch.optim.SGD)}
 
 
 def open_data(config: TrainConfig) -> TrainingData:
@@ -73,7 +72,7 @@ def _open_latents(config: TrainConfig, folder: Path) -> CachedLatentsDataset:
 
 
 @dataclass
-class Parts:
+class TrainSetup:
     """The state that trains, and what it learns from.
 
     Attributes:
@@ -95,7 +94,7 @@ class Parts:
         return {name: module for name, module in found.items() if module is not None}
 
 
-def build(config: TrainConfig, num_classes: int, device: torch.device) -> Parts:
+def build(config: TrainConfig, num_classes: int, device: torch.device) -> TrainSetup:
     """Networks with their first weights, which follow from the seed, and optimisers.
 
     Raises:
@@ -133,7 +132,7 @@ def build(config: TrainConfig, num_classes: int, device: torch.device) -> Parts:
         trained["vae"] = (vae, config.vae_learning_rate)
     rates = {name: rate for name, (module, rate) in trained.items() if module is not None}
     optimizers = {name: new_optimizer(config, trained[name][0], rate) for name, rate in rates.items()}
-    return Parts(TrainState(vae, sit, ema, optimizers, steps, discriminator, perceptual), encoders, rates)
+    return TrainSetup(TrainState(vae, sit, ema, optimizers, steps, discriminator, perceptual), encoders, rates)
 
 
 def _start_vae(config: TrainConfig) -> tuple[AutoencoderKL, tuple[Tensor, Tensor] | None]:
@@ -189,6 +188,7 @@ def _step_config(config: TrainConfig) -> StepConfig:
     common = {"max_grad_norm": config.max_grad_norm, "ema_decay": config.ema_decay}
     if config.command != "ldm":
         common["vae_loss"] = VAELossConfig(**read_loss_config(config.loss_cfg_path))
+        common["loss_precision"] = config.loss_precision
     if config.command != "vae":
         common |= {"proj_coeff": config.proj_coeff, "path": config.path_type, "weighting": config.weighting}
     repae = config.command == "repae"
@@ -231,34 +231,23 @@ def new_optimizer(config: TrainConfig, module: nn.Module, rate: float) -> torch.
     """An optimiser of torch.optim by name, over the parameters that train, fused on a GPU where it can be.
 
     Raises:
-        ValueError: no such optimiser, or one that an option given means nothing to.
+        ValueError: no such optimiser, or an option that it does not have.
     """
-    known = {
-        name.lower(): kind
-        for name, kind in vars(torch.optim).items()
-        if inspect.isclass(kind) and issubclass(kind, torch.optim.Optimizer) and name not in NOT_OFFERED
-    }
-    kind = known.get(config.optimizer.lower())
+    kind = OPTIMIZERS.get(config.optimizer.lower())
     if kind is None:
-        raise ValueError(
-            f"unknown --optimizer {config.optimizer!r}: choose one of "
-            f"{', '.join(k.__name__ for k in known.values())}"
-        )
+        names = ", ".join(known.__name__ for known in OPTIMIZERS.values())
+        raise ValueError(f"unknown --optimizer {config.optimizer!r}: choose one of {names}")
     parameters = [p for p in module.parameters() if p.requires_grad]
-    accepted = inspect.signature(kind).parameters
     options = {"lr": rate, "weight_decay": config.adam_weight_decay}
-    if config.adam_weight_decay and "weight_decay" not in accepted:
-        raise ValueError(f"--adam-weight-decay means nothing to {kind.__name__}: leave it out")
-    if "betas" in accepted:
+    if kind in ADAM:
         options |= {"betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_epsilon}
     else:
-        defaults = TrainConfig(command=config.command)
         for name in ("adam_beta1", "adam_beta2", "adam_epsilon"):
-            if getattr(config, name) != getattr(defaults, name):
+            if getattr(config, name) != getattr(TrainConfig, name):
                 raise ValueError(f"--{name.replace('_', '-')} means nothing to {kind.__name__}: leave it out")
-    if "fused" in accepted and parameters[0].is_cuda:
-        options["fused"] = True
-    return kind(parameters, **{name: value for name, value in options.items() if name in accepted})
+    if kind in (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD):
+        options["fused"] = parameters[0].is_cuda or None
+    return kind(parameters, **options)
 
 
 # ---------------------------------------------------------------- measures

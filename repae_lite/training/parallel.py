@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler
 
 from repae_lite.method.interpolant import sample_time
-from repae_lite.method.steps import Mechanics
+from repae_lite.method.steps import Draws, Mechanics
 from repae_lite.utils.processes import mean_over_processes, process_count
 from repae_lite.utils.seeding import generator
 
@@ -81,19 +81,15 @@ def draw(
     path: str,
     weighting: str,
     label_dropout: float,
-) -> dict[str, Tensor]:
-    """All random numbers of a step, for the whole batch, on the CPU.
-
-    Returns:
-        "eps_posterior" and "eps" (batch, C, h, w), "t" (batch,), "label_drop" bool (batch,).
-    """
+) -> Draws:
+    """All random numbers of a step, for the whole batch, on the CPU; latents have shape `latent`, (C, h, w)."""
     g = generator("draws", seed, step)
-    return {
-        "eps_posterior": torch.randn(batch, *latent, generator=g),
-        "t": sample_time(batch, weighting=weighting, path=path, generator=g),
-        "eps": torch.randn(batch, *latent, generator=g),
-        "label_drop": torch.rand(batch, generator=g) < label_dropout,
-    }
+    return Draws(
+        eps_posterior=torch.randn(batch, *latent, generator=g),
+        t=sample_time(batch, weighting=weighting, path=path, generator=g),
+        eps=torch.randn(batch, *latent, generator=g),
+        label_drop=torch.rand(batch, generator=g) < label_dropout,
+    )
 
 
 @torch.no_grad()
@@ -108,8 +104,8 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
             bucket.append(gradients.pop(0))
             size += bucket[-1].numel()
         flat = mean_over_processes(torch.cat([g.flatten() for g in bucket]))
-        for g, part in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
-            g.copy_(part.view_as(g))
+        for g, mean in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
+            g.copy_(mean.view_as(g))
 
 
 class ParallelMechanics(Mechanics):
@@ -149,7 +145,7 @@ class ParallelMechanics(Mechanics):
         return torch.autocast(self.device.type, self.dtype) if self.dtype else nullcontext()
 
     def backward(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
-        """Adds the gradient of one part's share of the loss, scaled if it is fp16."""
+        """Adds the gradient of one micro-batch's share of the loss, scaled if it is fp16."""
         scaler = self._scaler_of.get(optimizer)
         (scaler.scale(loss) if scaler else loss).backward()
 

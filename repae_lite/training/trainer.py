@@ -25,8 +25,8 @@ from torch.utils.data import DataLoader
 from repae_lite.data.datasets import read_batches
 from repae_lite.data.latents import vae_fingerprint
 from repae_lite.method.losses import spatial_norm
-from repae_lite.method.sampling import sample_ode
-from repae_lite.method.steps import all_updates, sit_step, update_ema
+from repae_lite.method.sampling import sample_images
+from repae_lite.method.steps import GRAD_NORMS, Draws, all_updates, as_floats, latent_updates
 from repae_lite.training.build import build, latent_stats, open_data
 from repae_lite.training.config import TrainConfig, differences, values
 from repae_lite.training.divergence import Finding, Guard
@@ -130,7 +130,7 @@ class Trainer:
         cuts = config.gradient_accumulation_steps * config.micro_batches
         if cuts > self.share.stop - self.share.start:
             raise ValueError(
-                f"{self.share.stop - self.share.start} images per process cannot be cut into {cuts} parts: "
+                f"{self.share.stop - self.share.start} images per process cannot be cut into {cuts} micro-batches: "
                 "lower --micro-batches"
             )
         per_epoch = self._batches(range(0)).per_epoch
@@ -140,9 +140,9 @@ class Trainer:
             else config.max_train_steps
         )
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
-        self.parts = build(config, self.data.num_classes, self.device)
-        self.state = self.parts.state
-        self.networks = self.parts.networks()
+        setup = build(config, self.data.num_classes, self.device)
+        self.state, self.encoders, self.rates = setup.state, setup.encoders, setup.rates
+        self.networks = setup.networks()
         self.frozen_vae = vae_fingerprint(self.state.vae) if config.command == "ldm" else None
         self.precision = _precision(config.mixed_precision, self.device)
         self.mechanics = self.state.mechanics = ParallelMechanics(
@@ -245,7 +245,7 @@ class Trainer:
             pin_memory=cuda,
             generator=torch.Generator(),  # its own: the workers' seeds would come from torch's
             multiprocessing_context="spawn" if workers and cuda else None,
-            worker_init_fn=_deaf,
+            worker_init_fn=_ignore_stop_signals,
         )
 
     def _step(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -258,13 +258,10 @@ class Trainer:
         x = to_unit_range(batch["image"]) if "image" in batch else None
         targets = self._targets(batch.get("image"))
         if config.command != "ldm":
-            losses, z = all_updates(state, x, labels, targets, **draws)
-            return losses | {"latent_variance": z.detach().float().var((2, 3)).mean()}
-        z = self._frozen_latents(batch, x, draws.pop("eps_posterior"))
-        losses = sit_step(state, z, labels, targets, **draws)
-        update_ema(state.ema, state.sit, state.config.ema_decay)
-        state.step += 1
-        return losses
+            losses, z = all_updates(state, x, labels, targets, draws)
+            return losses | {"latent_variance": z.float().var((2, 3)).mean()}
+        z = self._frozen_latents(batch, x, draws.eps_posterior)
+        return latent_updates(state, z, labels, targets, draws)
 
     def _rates(self) -> Iterator[tuple[dict, float]]:
         """Every parameter group with the learning rate of the coming step."""
@@ -272,9 +269,9 @@ class Trainer:
         factor = min(1.0, (self.state.step + 1) / warmup) if warmup else 1.0
         for name, optimizer in self.state.optimizers.items():
             for group in optimizer.param_groups:
-                yield group, self.parts.rates[name] * factor * 0.5**self.rollbacks
+                yield group, self.rates[name] * factor * 0.5**self.rollbacks
 
-    def _draws(self) -> dict[str, Tensor]:
+    def _draws(self) -> Draws:
         """This process's share of the step's random numbers."""
         config, vae = self.config, self.state.vae.config
         side = config.resolution // vae.downsampling
@@ -287,15 +284,15 @@ class Trainer:
             weighting=config.weighting,
             label_dropout=config.cfg_prob,
         )
-        return {name: tensor[self.share].to(self.device, non_blocking=True) for name, tensor in drawn.items()}
+        return drawn[self.share].map(lambda numbers: numbers.to(self.device, non_blocking=True))
 
     def _targets(self, images: Tensor | None) -> list[Tensor]:
-        """The encoders' tokens, in parts as small as the step's."""
-        if not self.parts.encoders:
+        """The encoders' tokens, in micro-batches like the step's."""
+        if not self.encoders:
             return []
-        cuts = self.mechanics.parts(len(images))
+        chunks = [images[chunk] for chunk in self.mechanics.chunks(len(images))]
         with self.mechanics.autocast():
-            targets = [torch.cat([encoder(images[part]) for part in cuts]) for encoder in self.parts.encoders]
+            targets = [torch.cat([encoder(chunk) for chunk in chunks]) for encoder in self.encoders]
         gamma = self.config.spatial_norm
         return targets if gamma is None else [spatial_norm(target, gamma) for target in targets]
 
@@ -306,20 +303,15 @@ class Trainer:
             mean, std = batch["latent"].float().chunk(2, dim=1)
             return mean + std * eps
         latents = []
-        for part in self.mechanics.parts(len(x)):
+        for chunk in self.mechanics.chunks(len(x)):
             with self.mechanics.autocast():
-                latents.append(self.state.vae.encode(x[part]).sample(eps[part]))
+                latents.append(self.state.vae.encode(x[chunk]).sample(eps[chunk]))
         return torch.cat(latents)
 
     def _logged(self, losses: dict[str, Tensor], log: RunLog) -> Finding | None:
         """Writes the step down if it is to be, and asks the guard."""
         step, scales = self.state.step, self.mechanics.scales()
-        known = {
-            name: losses[f"grad_norm_{short}"]
-            for name, short in NORMS.items()
-            if f"grad_norm_{short}" in losses
-        }
-        norms = dict(zip(known, torch.stack(list(known.values())).tolist(), strict=True))
+        norms = as_floats({name: losses[norm] for name, norm in GRAD_NORMS.items() if norm in losses})
         record = None
         if step % self.config.logging_steps == 0 or step == self.last_step:
             read = mean_over_processes(
@@ -494,33 +486,24 @@ class Trainer:
                 x = to_unit_range(
                     torch.stack([self.data[i]["image"] for i in range(min(count, len(self.data)))])
                 ).to(self.device)
-                images = torch.cat([x, state.vae.decode(state.vae.encode(x).mode())])
+                images = to_uint8(torch.cat([x, state.vae.decode(state.vae.encode(x).mode())]))
             else:
                 size = state.ema.config
                 shape = (count, size.in_channels, size.input_size, size.input_size)
                 eps = torch.randn(shape, generator=generator("samples", self.config.seed)).to(self.device)
                 labels = torch.arange(count, device=self.device) % size.num_classes
-                z = sample_ode(state.ema, eps, labels, steps=SAMPLE_STEPS, path=self.config.path_type)
-                images = state.vae.decode(state.ema.denormalize(z))
+                options = {"steps": SAMPLE_STEPS, "path": self.config.path_type}
+                images = sample_images(state.ema, state.vae, eps, labels, **options)
             state.vae.train(training)
-            save_grid(self.folder.path / "samples" / f"{state.step:07d}.png", to_uint8(images).cpu())
+            save_grid(self.folder.path / "samples" / f"{state.step:07d}.png", images.cpu())
         self.accelerator.wait_for_everyone()
 
 
-def _deaf(_: int) -> None:
-    """Lets a loader's process outlive a signal to the whole group: the training process decides when to end,
-    and it needs its data.
-    """
+def _ignore_stop_signals(_: int) -> None:
+    """Lets a loader's process outlive a signal to the whole group: the training process decides when to end."""
     for name in STOPPING:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
-
-
-NORMS = {
-    "vae": "vae",
-    "discriminator": "disc",
-    "sit": "sit",
-}  # networks, and how their gradient norms are called among the losses
 
 
 def _precision(wanted: str, device: torch.device) -> str:

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from repae_lite.method.interpolant import PATHS
+from repae_lite.method.interpolant import INTERPOLANTS
 from repae_lite.method.sampling import Guidance, sample_ode, sample_sde
 from repae_lite.networks.sit import SiT
 
@@ -18,7 +18,7 @@ class GaussianVelocity(nn.Module):
     def __init__(self, path="linear", std=0.5):
         super().__init__()
         self.pos_embed = nn.Parameter(torch.zeros(1, dtype=torch.float64))
-        self.path, self.std, self.null_class = PATHS[path], std, 2
+        self.path, self.std, self.null_class = INTERPOLANTS[path], std, 2
         self.means = torch.tensor([-1.0, 2.0, 0.0], dtype=torch.float64)
         self.times = []
 
@@ -43,7 +43,7 @@ def noise(count=4000):
     return torch.randn(count, 1, 2, 2, generator=torch.Generator().manual_seed(0)), torch.arange(count) % 2
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", INTERPOLANTS)
 @pytest.mark.parametrize(("solver", "steps"), [("euler", 200), ("heun", 50)])
 def test_ode_reaches_the_data_distribution(path, solver, steps):
     eps, labels = noise()
@@ -53,7 +53,7 @@ def test_ode_reaches_the_data_distribution(path, solver, steps):
     assert_close(sample, expected.double(), atol=0.03, rtol=0)
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", INTERPOLANTS)
 def test_sde_reaches_the_data_distribution(path):
     eps, labels = noise()
     sample = sample_sde(

@@ -8,7 +8,7 @@ import torch
 from small_states import LABELS, make_batch, make_state
 from torch import nn
 
-from repae_lite.method.losses import VAELossConfig, hinge_discriminator_loss
+from repae_lite.method.losses import VAELossConfig, hinge_discriminator_loss, sit_losses
 from repae_lite.method.steps import (
     StepConfig,
     TrainState,
@@ -57,12 +57,12 @@ def losses_of(state: TrainState):
         state.sit.eval()
         with frozen(state.sit, state.discriminator):
             posterior, z = encode()
-            out = state.sit.loss_forward(z, LABELS, targets, t=t, eps=eps, align_only=align_only)
+            out = sit_losses(state.sit, z, LABELS, targets, t=t, eps=eps, align_only=align_only)
             return posterior, z, out
 
     def sit_side():
         state.sit.train()
-        return state.sit.loss_forward(encode()[1].detach(), LABELS, targets, t=t, eps=eps)
+        return sit_losses(state.sit, encode()[1].detach(), LABELS, targets, t=t, eps=eps)
 
     def reconstruction():
         with frozen(state.sit, state.discriminator):
@@ -239,9 +239,8 @@ def test_step_reuses_time_noise_and_latents():
     drop = torch.zeros(4, dtype=torch.bool)
     losses = repae_step(state, x, LABELS, targets, **draws, label_drop=drop)
     z = reference.vae.encode(x).sample(draws["eps_posterior"])
-    out = reference.sit.train().loss_forward(
-        z, LABELS, targets, t=draws["t"], eps=draws["eps"], label_drop=drop
-    )
+    sit = reference.sit.train()
+    out = sit_losses(sit, z, LABELS, targets, t=draws["t"], eps=draws["eps"], label_drop=drop)
     assert losses["denoising"] == pytest.approx(out.denoising_loss.mean().item(), rel=1e-5)
     assert losses["sit_total"] == pytest.approx(losses["denoising"] + 0.5 * losses["sit_align"], rel=1e-5)
     assert losses["vae_total"] == pytest.approx(losses["vae_reg"] + 1.5 * losses["vae_align"], rel=1e-5)
@@ -409,6 +408,6 @@ def test_losses_and_times_stay_in_full_precision_under_autocast(dtype):
     with torch.no_grad(), torch.autocast("cpu", dtype=dtype):
         posterior = state.vae.encode(x)
         z = posterior.sample(draws["eps_posterior"])
-        out = state.sit.eval().loss_forward(z, LABELS, targets, eps=draws["eps"])
+        out = sit_losses(state.sit.eval(), z, LABELS, targets, eps=draws["eps"])
     for value in (posterior.kl(), z, out.t, out.denoising_loss, out.align_loss):
         assert value.dtype == torch.float32 and value.isfinite().all()

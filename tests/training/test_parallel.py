@@ -46,13 +46,13 @@ def test_batches_that_cannot_be_shared_or_filled_are_refused():
 def test_draws_follow_from_seed_and_step():
     one, same = (draw(3, 7, 6, (2, 4, 4), **DRAW) for _ in range(2))
     others = draw(3, 8, 6, (2, 4, 4), **DRAW), draw(4, 7, 6, (2, 4, 4), **DRAW)
-    assert {name: tuple(t.shape) for name, t in one.items()} == {
+    assert {name: tuple(t.shape) for name, t in vars(one).items()} == {
         "eps_posterior": (6, 2, 4, 4), "t": (6,), "eps": (6, 2, 4, 4), "label_drop": (6,)
     }  # fmt: skip
-    for name, tensor in one.items():
-        assert torch.equal(tensor, same[name])
-        assert name == "label_drop" or not any(torch.equal(tensor, other[name]) for other in others)
-    assert not torch.equal(one["eps"], one["eps_posterior"])
+    for name, tensor in vars(one).items():
+        assert torch.equal(tensor, getattr(same, name))
+        assert name == "label_drop" or not any(torch.equal(tensor, getattr(other, name)) for other in others)
+    assert not torch.equal(one.eps, one.eps_posterior)
     before = torch.get_rng_state()
     draw(0, 0, 2, (1, 2, 2), **DRAW)
     assert torch.equal(torch.get_rng_state(), before)
@@ -60,8 +60,8 @@ def test_draws_follow_from_seed_and_step():
 
 def test_draws_have_the_right_distributions():
     drawn = draw(0, 0, 4000, (1, 2, 2), **DRAW)
-    assert abs(drawn["eps"].mean()) < 0.03 and abs(drawn["eps"].std() - 1) < 0.03
-    assert abs(drawn["t"].mean() - 0.5) < 0.03 and abs(drawn["label_drop"].float().mean() - 0.5) < 0.03
+    assert abs(drawn.eps.mean()) < 0.03 and abs(drawn.eps.std() - 1) < 0.03
+    assert abs(drawn.t.mean() - 0.5) < 0.03 and abs(drawn.label_drop.float().mean() - 0.5) < 0.03
 
 
 def test_keys_give_independent_generators():

@@ -613,7 +613,7 @@ def refused(capsys, tmp_path: Path, *words: str, command: str = "train-repae", l
     ("words", "message"),
     [
         ("--batch-size 7000", "a step takes 7000 images but the data has 6000"),
-        ("--micro-batches 5", "4 images per process cannot be cut into 5 parts"),
+        ("--micro-batches 5", "4 images per process cannot be cut into 5 micro-batches"),
         ("--data-dir nowhere", "there is no image file or folder nowhere"),
         ("--resolution 64", "the tiny encoder takes 32-pixel images|have 32 × 32 pixels and not 64 × 64"),
         ("--num-classes 3", "the data has 10 classes but --num-classes is 3"),
