@@ -16,13 +16,21 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Interpolant:
-    """A path from data to noise: `alpha(t)`, `sigma(t)` and their derivatives, functions of a tensor of times."""
+    """A path from data to noise; every field is a function of a tensor, element by element.
 
-    name: str
+    Attributes:
+        alpha: share of the data at times t.
+        sigma: share of the noise.
+        d_alpha: derivative of alpha.
+        d_sigma: derivative of sigma.
+        time_at: the times at which sigma / alpha has given values.
+    """
+
     alpha: Callable[[Tensor], Tensor]
     sigma: Callable[[Tensor], Tensor]
     d_alpha: Callable[[Tensor], Tensor]
     d_sigma: Callable[[Tensor], Tensor]
+    time_at: Callable[[Tensor], Tensor]
 
 
 _HALF_PI = math.pi / 2
@@ -30,18 +38,18 @@ _HALF_PI = math.pi / 2
 WEIGHTINGS = ("uniform", "lognormal")
 INTERPOLANTS = {
     "linear": Interpolant(
-        "linear",
         alpha=lambda t: 1 - t,
         sigma=lambda t: t,
         d_alpha=lambda t: -torch.ones_like(t),
         d_sigma=torch.ones_like,
+        time_at=lambda ratio: ratio / (1 + ratio),
     ),
     "cosine": Interpolant(
-        "cosine",
         alpha=lambda t: torch.cos(_HALF_PI * t),
         sigma=lambda t: torch.sin(_HALF_PI * t),
         d_alpha=lambda t: -_HALF_PI * torch.sin(_HALF_PI * t),
         d_sigma=lambda t: _HALF_PI * torch.cos(_HALF_PI * t),
+        time_at=lambda ratio: torch.atan(ratio) / _HALF_PI,
     ),
 }
 
@@ -108,21 +116,13 @@ def sample_time(
     """Draws training times (B,) in [0, 1].
 
     "uniform" draws t evenly. "lognormal" draws s = exp(N(0, 1)), EDM's noise-to-signal ratio, and takes the t
-    at which sigma / alpha = s: s / (1 + s) on the linear path, (2 / pi) atan(s) on the cosine path.
+    at which sigma / alpha = s.
 
     Raises:
-        ValueError: the weighting is unknown, or has no formula for this path.
+        ValueError: the weighting or the path is unknown.
     """
     if weighting == "uniform":
         return torch.rand(batch, device=device, generator=generator)
     if weighting != "lognormal":
         raise ValueError(f"unknown time weighting {weighting!r}: choose uniform or lognormal")
-    ratio = torch.randn(batch, device=device, generator=generator).exp()
-    name = get_interpolant(path).name
-    if name == "linear":
-        return ratio / (1 + ratio)
-    if name == "cosine":
-        return torch.atan(ratio) / _HALF_PI
-    raise ValueError(
-        f"lognormal time is defined for the linear and cosine paths, not for {name!r}: use uniform"
-    )
+    return get_interpolant(path).time_at(torch.randn(batch, device=device, generator=generator).exp())

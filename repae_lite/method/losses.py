@@ -25,8 +25,7 @@ def velocity_loss(v_hat: Tensor, v: Tensor) -> Tensor:
 
 
 def alignment_loss(projected: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
-    """Mean negative cosine similarity of projected features and encoder tokens (REPA-E eq. 1): a scalar in
-    [-1, 1].
+    """Mean negative cosine similarity of projected features and encoder tokens (REPA-E eq. 1), in [-1, 1].
 
     The mean runs over encoders, images and tokens. Both sides are normalised in float32 whatever the autocast
     dtype: in float16 the squares inside the norm over- and underflow (D7).
@@ -36,7 +35,7 @@ def alignment_loss(projected: Sequence[Tensor], targets: Sequence[Tensor]) -> Te
         targets: frozen encoder tokens of the clean images, same shapes.
 
     Raises:
-        ValueError: another number of encoders, or shapes that do not match.
+        ValueError: the number of encoders or their shapes do not match.
     """
     if len(projected) != len(targets):
         raise ValueError(
@@ -101,13 +100,12 @@ def sit_losses(
     label_drop: Tensor | None = None,
     batch_stats: bool | None = None,
 ) -> LossOutput:
-    """Normalises and noises latents, lets SiT predict their velocity, and compares: velocity with velocity,
-    features at the tap with encoder tokens (REPA-E eq. 1 and 3).
+    """SiT's velocity and alignment losses: normalise, interpolate, run, compare (REPA-E eq. 1 and 3).
 
-    SiT's parameters are used in one call of the module, so it may be wrapped in DistributedDataParallel.
+    All parameters are used in one call of the module, so SiT may be wrapped in DistributedDataParallel.
 
     Args:
-        sit: in train mode its BatchNorm follows the batch, and labels are dropped.
+        sit: in train mode its BatchNorm follows the batch and labels are dropped.
         z: un-normalised latents (B, C, h, w), straight from the VAE.
         labels: classes (B,).
         targets: encoder tokens (B, N, D), or one such tensor per encoder; None skips alignment.
@@ -158,9 +156,8 @@ def spatial_norm(tokens: Tensor, gamma: float = 0.6, eps: float = 1e-6) -> Tenso
 
     Args:
         tokens: of a frozen encoder (B, N, D), N at least 2.
-        gamma: how much of the mean over an image's tokens is subtracted, 1 for all; 0.6 is the default of
-            iREPA's code.
-        eps: added to the standard deviation over the tokens, by which the rest is divided.
+        gamma: share of the mean over an image's tokens that is subtracted; iREPA's code has 0.6.
+        eps: added to the standard deviation over the tokens, by which the difference is divided.
 
     Returns:
         (B, N, D), at least in float32.
@@ -170,9 +167,7 @@ def spatial_norm(tokens: Tensor, gamma: float = 0.6, eps: float = 1e-6) -> Tenso
 
 
 def hinge_discriminator_loss(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
-    """Hinge loss of a discriminator: real logits should exceed 1, fake ones fall below -1 (Lim & Ye 2017,
-    arXiv 1705.02894).
-    """
+    """Hinge loss (Lim & Ye 2017, arXiv 1705.02894): real logits should exceed 1, fake ones fall below -1."""
     return 0.5 * (F.relu(1.0 - logits_real).mean() + F.relu(1.0 + logits_fake).mean())
 
 
@@ -182,7 +177,10 @@ class VAELossConfig:
 
     Attributes:
         pixel: "l1", as the official configuration does, or "l2", as the paper writes (D3).
-        pixel_weight, perceptual_weight, kl_weight, gan_weight: weight of each term; 0 leaves it out.
+        pixel_weight: of the pixel term.
+        perceptual_weight: of the perceptual distance; 0 leaves it out.
+        kl_weight: of the KL divergence.
+        gan_weight: of the adversarial term; 0 leaves it out.
         gan_start: first training step with the adversarial term (and with discriminator updates).
     """
 
@@ -245,18 +243,17 @@ class LPIPSLoss(nn.Module):
     """LPIPS with a VGG-16 trunk (Zhang et al. 2018, arXiv 1801.03924), through the `lpips` package; frozen.
 
     Args:
-        lpips_range: "corrected" feeds images as they are, in [-1, 1]. "official" repeats the released
-            training run, which rescales them once more, as if they were in [0, 1], so that LPIPS sees [-3, 1]
-            (D1).
-        pretrained_trunk: False leaves the VGG trunk at random weights, for offline tests; the metric then has
-            no meaning.
+        lpips_range: "corrected" feeds images as they are, in [-1, 1]. "official" repeats the released run,
+            which rescales them once more as if they were in [0, 1], so that LPIPS sees [-3, 1] (D1).
+        pretrained_trunk: False leaves the VGG trunk at random weights, for offline tests; the distance then
+            means nothing.
     """
 
     def __init__(self, lpips_range: str = "corrected", pretrained_trunk: bool = True):
         super().__init__()
         if lpips_range not in ("corrected", "official"):
             raise ValueError(f"unknown lpips_range {lpips_range!r}: choose corrected or official")
-        import lpips  # heavy: only who trains with LPIPS pays for it
+        import lpips  # slow to import: only training with LPIPS pays for it
 
         self.lpips_range = lpips_range
         with warnings.catch_warnings():
@@ -276,13 +273,11 @@ class LPIPSLoss(nn.Module):
 
 
 class TinyPerceptualLoss(nn.Module):
-    """The embedded scale's stand-in for LPIPS: distance between features of a small convolutional network;
-    frozen.
+    """The embedded scale's stand-in for LPIPS: distance between features of a small frozen network.
 
-    The network (data_small/perceptual.safetensors) learnt to tell by how many quarter turns an image was
-    rotated, so it has never seen a label. As in LPIPS, the features of each stage are normalised to unit
-    length at every position; their squared distances are summed over channels and averaged over positions and
-    stages.
+    The network (data_small/perceptual.safetensors) learnt by how many quarter turns an image was rotated, so
+    it has never seen a label. As in LPIPS, the features of each stage are normalised to unit length at every
+    position; their squared distances are summed over channels, then averaged over positions and stages.
     """
 
     def __init__(self):

@@ -2,8 +2,8 @@
 
 Deterministic samplers solve the probability-flow ODE dz = v dt; the stochastic one solves the reverse SDE
 with diffusion 2t (SiT, arXiv 2401.08740, section 2; official REPA-E samplers). Taught in
-`notebooks/02_latent_diffusion.ipynb`. The state is kept in float64, the network runs in its own dtype. What
-comes back is normalised: `sit.denormalize(sample)` is what the VAE decodes.
+`notebooks/02_latent_diffusion.ipynb`. The state is kept in float64, the network runs in its own dtype. The
+result is normalised: `sit.denormalize(sample)` is what the VAE decodes.
 """
 
 import itertools
@@ -24,7 +24,8 @@ class Guidance:
 
     Attributes:
         scale: 1 is off; s means unconditional + s * (conditional - unconditional).
-        low, high: guidance acts where low <= t <= high.
+        low: guidance acts where low <= t <= high.
+        high: see low.
     """
 
     scale: float = 1.0
@@ -106,8 +107,7 @@ def sample_sde(
     generator: torch.Generator | None = None,
     last_time: float = 0.04,
 ) -> Tensor:
-    """Solves the reverse SDE by Euler-Maruyama: steps - 1 noisy steps from t = 1 to `last_time`, then one
-    without noise to 0.
+    """Solves the reverse SDE by Euler-Maruyama: noisy steps down to `last_time`, then one without noise.
 
     The drift is v - t * score, the diffusion 2t. Guidance mixes conditional and unconditional *drifts*.
 
@@ -189,7 +189,7 @@ def _check(sit: SiT, eps: Tensor, labels: Tensor, steps: int, minimum: int) -> N
 
 
 def _velocities(sit: SiT, z_t: Tensor, t: float, labels: Tensor, guided: bool) -> list[Tensor]:
-    """Float64 velocities [conditional], or [conditional, unconditional] from one doubled batch when guided."""
+    """Float64 velocities: [conditional], or guided [conditional, unconditional] from a doubled batch."""
     if guided:
         z_t, labels = torch.cat([z_t, z_t]), torch.cat([labels, torch.full_like(labels, sit.null_class)])
     times = torch.full(

@@ -3,18 +3,17 @@
 REPA-E section 3.3 and the official training script; taught in `notebooks/04_stop_gradient.ipynb` and
 `notebooks/05_end_to_end.ipynb`. This file is the only place where gradients are routed:
 
-| loss                        | VAE encoder | VAE decoder | SiT to the tap, projector | SiT after the tap | discriminator |
-|-----------------------------|-------------|-------------|---------------------------|-------------------|---------------|
-| reconstruction, perceptual  | yes         | yes         | -                         | -                 | -             |
-| KL                          | yes         | -           | -                         | -                 | -             |
-| adversarial                 | yes         | yes         | -                         | -                 | -             |
-| alignment, VAE step         | yes         | -           | passes through, unchanged | -                 | -             |
-| hinge                       | -           | -           | -                         | -                 | yes           |
-| velocity                    | **no**      | -           | yes                       | yes               | -             |
-| alignment, SiT step         | -           | -           | yes                       | -                 | -             |
+| loss                       | VAE encoder | VAE decoder | SiT to tap, proj. | SiT after tap | discriminator |
+|----------------------------|-------------|-------------|-------------------|---------------|---------------|
+| reconstruction, perceptual | yes         | yes         | -                 | -             | -             |
+| KL                         | yes         | -           | -                 | -             | -             |
+| adversarial                | yes         | yes         | -                 | -             | -             |
+| alignment, VAE step        | yes         | -           | passes through    | -             | -             |
+| hinge                      | -           | -           | -                 | -             | yes           |
+| velocity                   | **no**      | -           | yes               | yes           | -             |
+| alignment, SiT step        | -           | -           | yes               | -             | -             |
 
-The one bold "no" is the stop-gradient: with it lifted, the VAE learns latents that are easy to denoise and
-empty.
+The bold "no" is the stop-gradient: without it the VAE learns latents that are easy to denoise, and empty.
 """
 
 import itertools
@@ -35,7 +34,7 @@ from repae_lite.method.losses import (
     sit_losses,
     vae_regularization_loss,
 )
-from repae_lite.networks.layers import full_precision, recompute
+from repae_lite.networks.layers import full_precision, run
 from repae_lite.networks.sit import SiT, check_label_count
 from repae_lite.networks.vae import AutoencoderKL
 
@@ -49,12 +48,13 @@ class StepConfig:
 
     Attributes:
         vae_loss: the VAE's regularisation terms.
-        vae_align_coeff: weight of the alignment loss that reaches the VAE through SiT; 0 makes the `vae-only`
-            control.
+        vae_align_coeff: weight of the alignment loss that reaches the VAE through SiT; 0 is the
+            control "vae-only".
         vae_diffusion_coeff: weight of the velocity loss that reaches the VAE. 0 is REPA-E's stop-gradient;
             more is the naive end-to-end training that collapses the latents, for study.
         proj_coeff: weight of the alignment loss in the SiT step; 0 makes a plain SiT.
-        path, weighting: see `repae_lite.method.interpolant`.
+        path: "linear" or "cosine", see `repae_lite.method.interpolant`.
+        weighting: how times are drawn, "uniform" or "lognormal".
         vae_step_batch_stats: False normalises latents by running statistics in the VAE step, as the official
             code does; True by the batch's own.
         loss_precision: with mixed precision, "float32" keeps the perceptual network and the discriminator out
@@ -89,8 +89,7 @@ class StepConfig:
 
 @dataclass(frozen=True)
 class Draws:
-    """The random numbers of a step; None where the step is to draw them itself. `draws[2:4]` are those of two
-    images.
+    """The random numbers of a step, None where the step draws them itself; a slice has those of some images.
 
     Attributes:
         eps_posterior: noise of the VAE's posterior (B, C, h, w).
@@ -105,7 +104,7 @@ class Draws:
     label_drop: Tensor | None = None
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Draws":
-        """Those that are given, each changed in the same way."""
+        """The same change to all that are given."""
         return Draws(*(None if drawn is None else change(drawn) for drawn in vars(self).values()))
 
     def __getitem__(self, images: slice) -> "Draws":
@@ -113,16 +112,16 @@ class Draws:
 
 
 class Mechanics:
-    """How a loss becomes an update: here on one process, in the networks' own precision
-    (`repae_lite.training.parallel` has another).
+    """How a loss becomes an update: one process, the networks' own precision.
+
+    `repae_lite.training.parallel` has a subclass for more.
 
     Attributes:
         micro_batches: how many each batch is cut into, to save memory; losses and gradients are those of the
             whole batch, and so are SiT's latent statistics. (Only a discriminator's BatchNorm sees each
             micro-batch alone.)
         gradient_checkpointing: recompute the perceptual network and the discriminator in the VAE step instead
-            of keeping their activations; VAE and SiT have a switch of their own
-            (`repae_lite.networks.layers.set_gradient_checkpointing`).
+            of keeping their activations; VAE and SiT have their own switch, `set_gradient_checkpointing`.
     """
 
     def __init__(self, *, micro_batches: int = 1, gradient_checkpointing: bool = False):
@@ -170,8 +169,8 @@ class TrainState:
     """Everything a step changes, and the frozen networks it consults.
 
     Attributes:
-        vae, sit: the two models; `vae` may be any module with `encode` and `decode`. Without a sit,
-            `vae_step` and `discriminator_step` train a VAE alone.
+        vae: any module with `encode` and `decode`.
+        sit: None trains a VAE alone, by `vae_step` and `discriminator_step`.
         ema: moving average of sit (`make_ema`).
         optimizers: by name: "sit", and where they train "vae" and "discriminator".
         config: see `StepConfig`.
@@ -334,13 +333,13 @@ def _check_ready(state: TrainState, targets: Tensor | Sequence[Tensor] | None) -
 def _update(
     state: TrainState, name: str, losses_of: Callable[..., tuple], *batch: Tensor | list[Tensor] | Draws
 ) -> tuple[dict[str, Tensor], list[Tensor | None]]:
-    """One update of a network: zero_grad, backward, clip, step. All else here serves micro-batches and precision.
+    """One update of a network: zero_grad, backward, clip, step; the rest is for micro-batches.
 
     Args:
         state: updated in place: this network's weights and its optimiser.
         name: of the network.
         losses_of: maps the state and a batch to the loss to follow, all losses by name, and other outputs.
-        batch: what it takes, the first a tensor; cut into micro-batches together.
+        batch: what `losses_of` takes; its first entry is a tensor.
 
     Returns:
         The losses of the whole batch with the gradient norm before clipping, and the other outputs, joined.
@@ -367,7 +366,7 @@ def _cut(value: Tensor | list[Tensor] | Draws, chunk: slice) -> Tensor | list[Te
 
 @contextmanager
 def _loss_precision(config: StepConfig, *images: Tensor) -> Iterator[Sequence[Tensor]]:
-    """The images as loss networks see them; inside, autocast is off unless the losses shall run in it (D11)."""
+    """The images as the loss networks see them; inside, autocast is off if they are kept out of it (D11)."""
     device = images[0].device.type
     if config.loss_precision == "autocast" or not torch.is_autocast_enabled(device):
         yield images
@@ -386,11 +385,10 @@ def vae_step(
     targets: Tensor | Sequence[Tensor] | None,
     **draws: Tensor | None,
 ) -> VAEStepOutput:
-    """Official step 1: the VAE learns to reconstruct, and to have latents whose SiT features align (REPA-E
-    eq. 3 and 4).
+    """Official step 1: the VAE learns to reconstruct, and to have latents whose SiT features align.
 
-    SiT is frozen and in eval mode: no label dropout, running BatchNorm statistics, gradients pass through it
-    to z. Without a SiT the VAE only learns to reconstruct.
+    SiT is frozen and in eval mode: gradients pass through it to z (REPA-E eq. 3 and 4). Without a SiT the VAE
+    only learns to reconstruct.
 
     Args:
         state: updated in place: the VAE's weights and its optimiser.
@@ -412,12 +410,19 @@ def vae_step(
 
 def vae_losses(state: TrainState, x: Tensor, labels: Tensor, targets: list[Tensor], draws: Draws) -> tuple:
     """The VAE's loss on a batch; all its terms by name; z, x_hat, and the t and eps that were used."""
-    config = state.config
+    config, network = state.config, partial(run, state.mechanics)  # which may recompute activations
     posterior = state.vae.encode(x)
     z = posterior.sample(draws.eps_posterior)
     x_hat = state.vae.decode(z)
-    with _loss_precision(config, x, x_hat) as images:
-        losses = _reconstruction_losses(state, *images, posterior.kl())
+    with _loss_precision(config, x, x_hat) as (real, fake):
+        losses = vae_regularization_loss(
+            real,
+            fake,
+            posterior.kl(),
+            config.vae_loss,
+            perceptual=state.perceptual and partial(network, state.perceptual),
+            logits_fake=network(state.discriminator, fake) if state.gan_active else None,
+        )
     loss, t, eps = losses["vae_reg"], draws.t, draws.eps
     if state.sit is not None:  # only as deep as the tap; to the end only in the naive variant
         out = sit_losses(
@@ -443,18 +448,6 @@ def vae_losses(state: TrainState, x: Tensor, labels: Tensor, targets: list[Tenso
     return loss, losses | {"vae_total": loss}, z, x_hat, t, eps
 
 
-def _reconstruction_losses(state: TrainState, x: Tensor, x_hat: Tensor, kl: Tensor) -> dict[str, Tensor]:
-    """The VAE's regularisation terms, with the networks behind them recomputed in the backward pass on request."""
-    perceptual, discriminator = state.perceptual, state.discriminator
-    if state.mechanics.gradient_checkpointing:
-        perceptual = perceptual and partial(recompute, perceptual)
-        discriminator = discriminator and partial(recompute, discriminator)
-    logits_fake = discriminator(x_hat) if state.gan_active else None
-    return vae_regularization_loss(
-        x, x_hat, kl, state.config.vae_loss, perceptual=perceptual, logits_fake=logits_fake
-    )
-
-
 def discriminator_step(state: TrainState, x: Tensor, x_hat: Tensor) -> dict[str, Tensor]:
     """Official step 2: the discriminator learns to tell images from reconstructions, both (B, 3, H, W)."""
     state.discriminator.train()
@@ -476,8 +469,7 @@ def sit_step(
     targets: Tensor | Sequence[Tensor] | None,
     **draws: Tensor | None,
 ) -> dict[str, Tensor]:
-    """Official step 3: SiT learns velocity and alignment on latents that carry no gradient (REPA-E's
-    stop-gradient).
+    """Official step 3: SiT learns velocity and alignment on latents without gradient, REPA-E's stop-gradient.
 
     Called alone, with latents of a frozen VAE, this is REPA; without targets it is a plain SiT.
 
@@ -539,14 +531,17 @@ def repae_step(
         x: images (B, 3, H, W) in [-1, 1].
         labels: classes (B,).
         targets: encoder tokens of the clean images (B, N, D), or one such tensor per encoder.
-        eps_posterior, eps: noise (B, C, h, w); t: times (B,); label_drop: bool (B,). Drawn when None.
+        eps_posterior: noise of the VAE's posterior (B, C, h, w); drawn when None.
+        t: times (B,); drawn when None.
+        eps: noise of the diffusion (B, C, h, w); drawn when None.
+        label_drop: which labels become the null class in the SiT step, bool (B,); drawn when None.
 
     Returns:
         Every loss and every gradient norm before clipping, as floats.
 
     Raises:
-        ValueError: a batch that would train silently wrong (see `check_batch`), or a part that the
-            configuration needs is missing.
+        ValueError: a batch that would train silently wrong (see `check_batch`), or a network or optimiser
+            that the configuration needs is missing.
         FloatingPointError: a gradient is not finite.
     """
     _check_ready(state, targets)
@@ -557,7 +552,7 @@ def repae_step(
 def all_updates(
     state: TrainState, x: Tensor, labels: Tensor, targets: Tensor | Sequence[Tensor] | None, draws: Draws
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """`repae_step` without its checks and without waiting for the device; a VAE alone if the state has no SiT.
+    """`repae_step` unchecked and without waiting for the device; a VAE alone if the state has no SiT.
 
     Returns:
         The losses and gradient norms, still on the device, and the latents z (B, C, h, w).
@@ -609,7 +604,7 @@ def latent_step(
 def latent_updates(
     state: TrainState, z: Tensor, labels: Tensor, targets: Tensor | Sequence[Tensor] | None, draws: Draws
 ) -> dict[str, Tensor]:
-    """`latent_step` without its checks and without waiting for the device."""
+    """`latent_step` unchecked and without waiting for the device."""
     losses = sit_step(state, z, labels, targets, **vars(draws))
     update_ema(state.ema, state.sit, state.config.ema_decay)
     state.step += 1

@@ -2,8 +2,7 @@
 
 Architecture of DiT (Peebles & Xie 2023) and SiT (arXiv 2401.08740); tap and projector of REPA (arXiv
 2410.06940); latent BatchNorm of REPA-E section 3. Taught in `notebooks/02_latent_diffusion.ipynb` and
-`notebooks/03_repa.ipynb`. Module names follow the released checkpoints, so their state dicts load with
-`strict=True`.
+`notebooks/03_repa.ipynb`. Module names follow the released checkpoints: state dicts load with `strict=True`.
 """
 
 import math
@@ -26,20 +25,20 @@ class SiTConfig:
         in_channels: latent channels C.
         input_size: latent height and width.
         patch_size: latent pixels per token, along each side.
-        width: token width; depth: number of blocks; heads: attention heads.
-        num_classes: classes; one more row of the label table, number `num_classes`, is the null class of
-            guidance.
+        width: token width.
+        depth: number of blocks.
+        heads: attention heads.
+        num_classes: classes; one more row of the label table, the last, is the null class of guidance.
         label_dropout: share of training labels replaced by the null class.
         target_dims: widths of the vision encoders' tokens to align with; empty for a plain SiT.
         alignment_depth: the features after this many blocks are aligned.
-        projector: "mlp", REPA's, or "conv", iREPA's (arXiv 2512.10794). projector_width: hidden width of the
-            former.
+        projector: "mlp", REPA's, or "conv", iREPA's (arXiv 2512.10794).
+        projector_width: hidden width of the former.
         bn_momentum: weight of a new batch in the running latent statistics.
         fixed_latent_stats: normalise by the statistics set at the start, always, as latent diffusion did
             before REPA-E (its ablation "no BatchNorm").
         label_std: standard deviation of the initial label embeddings.
-        train_pos_embed: lets the sin-cos position embedding train, as it does by accident in the official run
-            (D2).
+        train_pos_embed: train the sin-cos position embedding, as the official run does by accident (D2).
     """
 
     in_channels: int = 4
@@ -136,9 +135,7 @@ SIT_PRESETS = {
 
 
 def sincos_position_embedding(width: int, grid_size: int) -> Tensor:
-    """Fixed 2-D sine-cosine embedding (1, grid_size^2, width): first half of the channels from the column,
-    second from the row.
-    """
+    """2-D sine-cosine embedding (1, grid_size^2, width): half the channels for columns, half for rows."""
     omega = 1.0 / 10000 ** (torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     angles = torch.arange(grid_size, dtype=torch.float64)[:, None] * omega  # (grid, width/4)
     axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # (grid, width/2)
@@ -221,9 +218,7 @@ def modulate(h: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 class SiTBlock(nn.Module):
-    """A transformer block whose norms are shifted, scaled and gated by the condition (adaLN-zero: it starts
-    as the identity).
-    """
+    """A transformer block whose norms the condition shifts, scales and gates; it starts as the identity."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -254,7 +249,7 @@ class FinalLayer(nn.Module):
 
 
 def check_label_count(labels: Tensor, count: int, noun: str) -> None:
-    """Refuses labels that are not one per image, latent or sample (the noun): they would broadcast silently."""
+    """Refuses labels that are not one per image, latent or sample (the noun): they would broadcast."""
     if labels.shape != (count,):
         raise ValueError(
             f"labels have shape {tuple(labels.shape)} for {count} {noun}s: give one class number per {noun}"
@@ -292,8 +287,11 @@ class SiT(nn.Module):
 
     @classmethod
     def from_preset(cls, name: str, **changes) -> "SiT":
-        """Builds a named size with fresh weights: "SiT-{S,B,L,XL}/{1,2,4,8}" or "tiny"; keywords replace
-        fields of its `SiTConfig`.
+        """Builds a named size with fresh weights; keywords replace fields of its `SiTConfig`.
+
+        Args:
+            name: "SiT-{S,B,L,XL}/{1,2,4,8}" or "tiny".
+            changes: fields of the configuration.
 
         Raises:
             ValueError: the name is not a preset, or the sizes do not fit together.
@@ -303,9 +301,7 @@ class SiT(nn.Module):
         return cls(replace(SIT_PRESETS[name], **changes))
 
     def _initialise(self) -> None:
-        """DiT's initialisation: Xavier everywhere, zero where adaLN gates and the output are, so every block
-        starts as identity.
-        """
+        """DiT's initialisation: Xavier, but zero for adaLN and output: blocks start as the identity."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -330,20 +326,17 @@ class SiT(nn.Module):
         return self.config.num_classes
 
     def set_latent_stats(self, scale: Tensor, bias: Tensor) -> None:
-        """Starts the running statistics from a VAE's: bias (C,) = mean, scale (C,) = 1 / std of its latents."""
+        """Starts the running statistics from a VAE's latents: scale (C,) = 1 / std, bias (C,) = mean."""
         if scale.numel() != self.config.in_channels or bias.numel() != self.config.in_channels:
             raise ValueError(
                 f"latent statistics of {scale.numel()} and {bias.numel()} channels for a SiT of "
-                f"{self.config.in_channels}: "
-                "use those of the VAE that the SiT was built for"
+                f"{self.config.in_channels}: use those of the VAE that the SiT was built for"
             )
         self.bn.running_mean.copy_(bias.reshape(-1))
         self.bn.running_var.copy_(scale.reshape(-1).square().reciprocal())
 
     def latent_stats(self) -> tuple[Tensor, Tensor]:
-        """(scale, bias), each (C,): running 1 / std (without BatchNorm's eps, as in the official code) and
-        mean.
-        """
+        """Running (scale, bias), each (C,): 1 / std, officially without BatchNorm's eps, and mean."""
         return self.bn.running_var.rsqrt(), self.bn.running_mean.clone()
 
     def normalize(self, z: Tensor, batch_stats: bool | None = None) -> Tensor:
@@ -354,22 +347,17 @@ class SiT(nn.Module):
             batch_stats: None follows train/eval mode. True in eval mode uses this batch's statistics and
                 leaves the running ones alone; False in train mode uses the running ones.
         """
-        batch_stats = False if self.config.fixed_latent_stats else batch_stats
-        return self.bn(z, batch_stats)
+        return self.bn(z, False if self.config.fixed_latent_stats else batch_stats)
 
     def denormalize(self, sample: Tensor) -> Tensor:
-        """Brings sampled latents (B, C, h, w) back to the VAE's scale, in the model's dtype: sample / scale +
-        bias.
-        """
+        """Brings sampled latents (B, C, h, w) back to the VAE's scale, in the model's dtype."""
         scale, bias = self.latent_stats()
-        z = sample / scale[:, None, None] + bias[:, None, None]
-        return z.to(self.pos_embed.dtype)
+        return (sample / scale[:, None, None] + bias[:, None, None]).to(self.pos_embed.dtype)
 
     # ---------------------------------------------------------------- network
 
     def check_labels(self, labels: Tensor, *, allow_null: bool = True) -> None:
-        """Refuses labels out of range; the null class is for sampling, not a training label. Synchronises a
-        GPU: once per batch.
+        """Refuses labels out of range; the null class is for sampling only. Waits for a GPU: once per batch.
 
         Raises:
             ValueError: wrong dtype, or a label out of range.
@@ -380,15 +368,15 @@ class SiT(nn.Module):
         if low < 0 or high > self.null_class - (not allow_null):
             raise ValueError(
                 f"label {low if low < 0 else high} is outside 0 to {self.null_class - 1} (null class "
-                f"{self.null_class}): "
-                "fix the labels (they count from 0) or build the SiT with more num_classes"
+                f"{self.null_class}): fix the labels (they count from 0) or build the SiT with more "
+                "num_classes"
             )
 
     def check_targets(self, batch: int, targets: Sequence[Tensor]) -> None:
         """Refuses encoder tokens that do not fit this SiT's grid and projectors.
 
         Raises:
-            ValueError: another number of encoders, or another shape than (batch, N, D).
+            ValueError: the wrong number of encoders, or a shape that is not (batch, N, D).
         """
         dims = self.config.target_dims
         if len(targets) != len(dims):
@@ -401,8 +389,8 @@ class SiT(nn.Module):
             if tuple(target.shape) != expected:
                 raise ValueError(
                     f"targets[{i}] have shape {tuple(target.shape)} but this SiT needs {expected} (B, N, D): "
-                    "choose an encoder "
-                    "resolution and SiT patch size with the same token grid, and its width in target_dims"
+                    "choose an encoder resolution and SiT patch size with the same token grid, and its width "
+                    "in target_dims"
                 )
 
     def check_input(self, z: Tensor, labels: Tensor) -> None:
@@ -426,7 +414,7 @@ class SiT(nn.Module):
         return h, self.t_embedder(t) + self.y_embedder(labels)
 
     def features(self, z_t: Tensor, t: Tensor, labels: Tensor, depth: int | None = None) -> Tensor:
-        """Token features (B, N, width) of normalised z_t after `depth` blocks, the alignment depth by default."""
+        """Token features (B, N, width) of normalised z_t after `depth` blocks, by default at the tap."""
         if depth is not None and not 0 <= depth <= self.config.depth:
             raise ValueError(
                 f"depth {depth} is outside 0 to {self.config.depth}, the number of blocks: choose one inside"

@@ -1,7 +1,7 @@
-"""What a run is made of, from its options: data, encoders, networks, optimisers.
+"""From a run's options to its data, encoders, networks and optimisers.
 
-Every check that can be made before the first step is made here. Taught in `notebooks/05_end_to_end.ipynb`, at
-small scale.
+Every check that can be made before the first step is made here. Taught at small scale in
+`notebooks/05_end_to_end.ipynb`, section 3.
 """
 
 from dataclasses import dataclass
@@ -34,8 +34,8 @@ def open_data(config: TrainConfig) -> TrainingData:
     """The training data of a run.
 
     Raises:
-        FileNotFoundError: nothing there. ValueError: see `repae_lite.open_dataset`; latents of another VAE;
-            too many classes.
+        FileNotFoundError: nothing is there.
+        ValueError: see `repae_lite.open_dataset`; latents of another VAE; too many classes.
     """
     folder = data_small_dir() / "train" if config.data_dir == "embedded" else Path(config.data_dir)
     images = latents = None
@@ -61,9 +61,7 @@ def _open_latents(config: TrainConfig, folder: Path) -> CachedLatentsDataset:
     if latents.shape != expected:
         raise ValueError(
             f"the latents in {path} have shape {latents.shape} and not {expected}, which {config.vae} makes "
-            "of "
-            f"{config.resolution}-pixel images: cache them again, or choose --vae and --resolution as they "
-            "were"
+            f"of {config.resolution}-pixel images: cache them again, or choose their --vae and --resolution"
         )
     return latents
 
@@ -73,7 +71,7 @@ def _open_latents(config: TrainConfig, folder: Path) -> CachedLatentsDataset:
 
 @dataclass
 class TrainSetup:
-    """The state that trains, and what it learns from.
+    """What a training run starts from.
 
     Attributes:
         state: networks and optimisers; its mechanics are still the plain ones.
@@ -98,31 +96,27 @@ def build(config: TrainConfig, num_classes: int, device: torch.device) -> TrainS
     """Networks with their first weights, which follow from the seed, and optimisers.
 
     Raises:
-        ValueError: sizes that do not fit together, weights of another architecture. FileNotFoundError:
-            weights that are not there.
-        ConnectionError: weights that are neither here nor to be had.
+        ValueError: sizes that do not fit together, weights of another architecture.
+        FileNotFoundError: weights that are not there.
+        ConnectionError: weights that are not here and cannot be downloaded.
     """
     torch.manual_seed(config.seed)
     vae, stats = _start_vae(config)
     encoders = _encoders(config) if config.encoders else []
-    sit = ema = discriminator = None
+    sit = ema = discriminator = perceptual = None
+    steps = _step_config(config)
     if config.command != "vae":
         sit = _new_sit(config, num_classes, vae, encoders)
         if stats is not None:
             sit.set_latent_stats(*stats)
-        ema = make_ema(sit).to(device)
-        sit.to(device)
-    steps = _step_config(config)
-    perceptual = None
+        ema = make_ema(sit)
     if config.command == "ldm":
         vae.requires_grad_(False)
     else:
         discriminator = _new_discriminator(config, steps.vae_loss)
         perceptual = _perceptual(config) if steps.vae_loss.perceptual_weight else None
-    vae.to(device)
-    for module in (discriminator, perceptual, *encoders):
-        if module is not None:
-            module.to(device)
+    for module in filter(None, (vae, sit, ema, discriminator, perceptual, *encoders)):
+        module.to(device)
     set_gradient_checkpointing(config.gradient_checkpointing, vae, *([sit] if sit else []))
     trained = {
         "sit": (sit, config.learning_rate),
@@ -132,7 +126,8 @@ def build(config: TrainConfig, num_classes: int, device: torch.device) -> TrainS
         trained["vae"] = (vae, config.vae_learning_rate)
     rates = {name: rate for name, (module, rate) in trained.items() if module is not None}
     optimizers = {name: new_optimizer(config, trained[name][0], rate) for name, rate in rates.items()}
-    return TrainSetup(TrainState(vae, sit, ema, optimizers, steps, discriminator, perceptual), encoders, rates)
+    state = TrainState(vae, sit, ema, optimizers, steps, discriminator, perceptual)
+    return TrainSetup(state, encoders, rates)
 
 
 def _start_vae(config: TrainConfig) -> tuple[AutoencoderKL, tuple[Tensor, Tensor] | None]:
@@ -141,7 +136,7 @@ def _start_vae(config: TrainConfig) -> tuple[AutoencoderKL, tuple[Tensor, Tensor
     if config.resolution % preset.downsampling:
         raise ValueError(
             f"--resolution {config.resolution} is not a multiple of {preset.downsampling}, by which "
-            f"{config.vae} reduces"
+            f"{config.vae} reduces it"
         )
     if config.vae_ckpt == NONE:
         return AutoencoderKL(preset), None
@@ -150,8 +145,8 @@ def _start_vae(config: TrainConfig) -> tuple[AutoencoderKL, tuple[Tensor, Tensor
         fitting = [name for name, other in VAE_PRESETS.items() if other == vae.config]
         raise ValueError(
             f"the VAE in {config.vae_ckpt} is no {config.vae} (it has {vae.config.latent_channels} latent "
-            "channels and reduces "
-            f"{vae.config.downsampling}x): {f'say --vae {fitting[0]}' if fitting else 'no --vae is like it'}"
+            f"channels and reduces {vae.config.downsampling}x): "
+            f"{f'say --vae {fitting[0]}' if fitting else 'no --vae is like it'}"
         )
     return vae, load_latent_stats(config.vae_ckpt) if config.command != "vae" else None
 
@@ -178,7 +173,7 @@ def _new_sit(config: TrainConfig, num_classes: int, vae: AutoencoderKL, encoders
         target_dims=tuple(encoder.embed_dim for encoder in encoders),
         projector=config.projector,
         bn_momentum=config.bn_momentum,
-        fixed_latent_stats=config.command == "ldm",  # the official run on a frozen VAE keeps them as well
+        fixed_latent_stats=config.command == "ldm",  # as in the official run on a frozen VAE
         train_pos_embed=config.train_pos_embed,
         **({"alignment_depth": config.encoder_depth} if config.encoder_depth else {}),
     )
@@ -219,8 +214,7 @@ def _perceptual(config: TrainConfig) -> nn.Module:
     except OSError as error:
         raise ConnectionError(
             f"cannot download the VGG-16 network of LPIPS ({error}): connect once, take --perceptual tiny, "
-            "or a --loss-cfg-path with "
-            "perceptual_weight: 0"
+            "or a --loss-cfg-path with perceptual_weight: 0"
         ) from None
 
 
@@ -257,9 +251,7 @@ def new_optimizer(config: TrainConfig, module: nn.Module, rate: float) -> torch.
 def latent_stats(
     vae: AutoencoderKL, data: TrainingData, device: torch.device, images: int = 512
 ) -> tuple[Tensor, Tensor]:
-    """(scale = 1 / std, bias = mean), each (C,), of the latents of the data's first images, in the VAE's own
-    mode.
-    """
+    """Statistics of the latents of the data's first images: scale = 1 / std and bias = mean, each (C,)."""
     moments = []
     for start in range(0, min(images, len(data)), 32):
         batch = torch.stack([data[i]["image"] for i in range(start, min(start + 32, images, len(data)))])

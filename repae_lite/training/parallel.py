@@ -1,8 +1,8 @@
-"""One training step on many processes: whose are which images, draws and gradients.
+"""One training step on many processes: which of them has which images, draws and gradients.
 
 Everything random in step s follows from the seed and s, for the whole batch; each process takes its slice. So
-N processes with b images make the step of one process with N * b, and a run that is resumed needs no
-generator's state to go on as if it had not stopped.
+N processes with b images make the step of one process with N * b, and a resumed run needs no generator's
+state to continue as if it had never stopped.
 """
 
 from collections.abc import Iterable, Iterator
@@ -35,14 +35,17 @@ def share_of(total: int, rank: int, processes: int) -> slice:
 
 
 class StepBatches(Sampler):
-    """Index lists, one per training step and of one process, from any step on.
+    """The indices of one process's images, a list per training step, from any step on.
 
     Each epoch is a permutation of its own; what does not fill a batch at its end is left out, as in the
     official run.
 
     Args:
-        count: images in the data. batch: images of a step, over all processes. share: this process's in it.
-        seed: of the permutations. steps: the steps to come.
+        count: images in the data.
+        batch: images of a step, over all processes.
+        share: this process's slice of them.
+        seed: of the permutations.
+        steps: the steps to come.
 
     Attributes:
         per_epoch: steps of an epoch.
@@ -82,7 +85,7 @@ def draw(
     weighting: str,
     label_dropout: float,
 ) -> Draws:
-    """All random numbers of a step, for the whole batch, on the CPU; latents have shape `latent`, (C, h, w)."""
+    """All random numbers of a step for the whole batch, on the CPU; `latent` is the shape (C, h, w)."""
     g = generator("draws", seed, step)
     return Draws(
         eps_posterior=torch.randn(batch, *latent, generator=g),
@@ -109,18 +112,17 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 
 class ParallelMechanics(Mechanics):
-    """Updates with gradients averaged over processes, in mixed precision, with a loss scale for each
-    optimiser if that is fp16.
+    """Updates in mixed precision, with gradients averaged over processes.
 
     Gradients are averaged here, and not by DistributedDataParallel, so that SiT's and the VAE's methods stay
-    plain calls.
+    plain calls. With fp16 each optimiser has its own loss scale.
 
     Args:
         device: where the networks are.
         precision: "no", "fp16" or "bf16".
         optimizers: by name.
-        strict: a norm that is not finite raises; else the update is left out. (fp16 always leaves it out and
-            lowers its scale.)
+        strict: a norm that is not finite raises an error; otherwise the update is left out. (fp16 always
+            leaves it out and lowers its scale.)
         more: see `Mechanics`.
     """
 
@@ -150,16 +152,14 @@ class ParallelMechanics(Mechanics):
         (scaler.scale(loss) if scaler else loss).backward()
 
     def update(self, module: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
-        """Averages, clips and applies the gradients; returns their norm before clipping. Waits for the
-        device.
-        """
+        """Averages, clips and applies the gradients; returns their norm before clipping."""
         parameters = [p for p in module.parameters() if p.requires_grad]
         average_gradients(parameters)
         scaler = self._scaler_of.get(optimizer)
         if scaler:
             scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(parameters, max_norm)
-        finite = bool(norm.isfinite())
+        finite = bool(norm.isfinite())  # waits for the device
         if scaler:
             scaler.step(optimizer)  # does nothing if a gradient is not finite
             scaler.update()
@@ -180,9 +180,7 @@ class ParallelMechanics(Mechanics):
         return {name: scaler.state_dict() for name, scaler in self.scalers.items()}
 
     def load_state_dict(self, state: dict, factor: float = 1.0) -> None:
-        """Goes on from a `state_dict`, with scales multiplied by a factor. One of a run without fp16 leaves
-        them as they are.
-        """
+        """Takes the scales of a `state_dict`, times a factor; without fp16 it has none."""
         for name, scaler in self.scalers.items():
             if name in state:
                 scaler.load_state_dict(state[name] | {"scale": state[name]["scale"] * factor})

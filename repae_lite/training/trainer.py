@@ -1,12 +1,13 @@
 """The training loop: `repae train-repae`, `train-ldm` and `train-vae`, on one CPU core or many machines.
 
 The method is in `repae_lite.method.steps`; here is what keeps a long run alive. A run that is stopped, killed
-or resumed gives the numbers of one that was not, because nothing random depends on the past
+and resumed gives the numbers of one that was not, because nothing random depends on the past
 (`repae_lite.training.parallel`) and a checkpoint is whole or not there (`repae_lite.training.run_folder`).
 Taught in `notebooks/05_end_to_end.ipynb`: this is its loop, with a folder around it.
 """
 
 import json
+import math
 import shutil
 import signal
 import sys
@@ -57,18 +58,18 @@ def train(config: TrainConfig) -> None:
     """Trains until the last step, a signal, or a collapse.
 
     Raises:
-        ValueError, FileNotFoundError, OSError: an option, the data or the disk, in one sentence; nothing was
-            overwritten.
+        ValueError, FileNotFoundError, OSError: an option, the data or the disk; nothing was overwritten.
         SystemExit: 143 or 130 after a signal, 3 when the collapse guard halted the run.
     """
     check_tracker(config.report_to)
-    trackers = {}
-    if config.report_to != "none":
-        places = ProjectConfiguration(
+    accelerator = Accelerator(
+        mixed_precision="no",
+        cpu=config.cpu,
+        log_with=None if config.report_to == "none" else config.report_to,
+        project_config=ProjectConfiguration(
             project_dir=config.output_dir, logging_dir=str(Path(config.output_dir) / config.logging_dir)
-        )
-        trackers = {"log_with": config.report_to, "project_config": places}
-    accelerator = Accelerator(mixed_precision="no", cpu=config.cpu, **trackers)
+        ),
+    )
     with ExitStack() as stack:
         folder = RunFolder(config.folder)
         source = refusal = None
@@ -80,19 +81,18 @@ def train(config: TrainConfig) -> None:
                 folder.remove_leftovers()
             except (ValueError, OSError) as error:
                 refusal = error
-        if broadcast_object_list([refusal is not None])[
-            0
-        ]:  # the first process says why, and none waits for it
+        refused = broadcast_object_list([refusal is not None])[0]
+        if refused:  # the first process says why, and none waits for it
             raise refusal or SystemExit(2)
         if config.resume_from:
             source = find_checkpoint(config.resume_from, folder)
         try:
             Trainer(config, accelerator, folder).run(source)
-        except RuntimeError as error:  # raised wherever the process happens to be
+        except RuntimeError as error:  # raised wherever the training process happens to be
             if "DataLoader worker" not in str(error):
                 raise
             raise OSError(
-                "a loader process died, perhaps for want of memory: go on with --resume latest, with fewer "
+                "a loader process died, perhaps for lack of memory: go on with --resume latest, with fewer "
                 "--num-workers if need be"
             ) from None
 
@@ -130,15 +130,11 @@ class Trainer:
         cuts = config.gradient_accumulation_steps * config.micro_batches
         if cuts > self.share.stop - self.share.start:
             raise ValueError(
-                f"{self.share.stop - self.share.start} images per process cannot be cut into {cuts} micro-batches: "
-                "lower --micro-batches"
+                f"{self.share.stop - self.share.start} images per process cannot be cut into {cuts} "
+                "micro-batches: lower --micro-batches"
             )
         per_epoch = self._batches(range(0)).per_epoch
-        self.last_step = (
-            min(config.max_train_steps, per_epoch * config.epochs)
-            if config.epochs
-            else config.max_train_steps
-        )
+        self.last_step = min(config.max_train_steps, per_epoch * (config.epochs or math.inf))
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
         setup = build(config, self.data.num_classes, self.device)
         self.state, self.encoders, self.rates = setup.state, setup.encoders, setup.rates
@@ -177,13 +173,14 @@ class Trainer:
                 write_text(self.folder.path / "args.json", json.dumps(self._args(), indent=2) + "\n")
         if config.on_divergence == "rollback" and state.step == 0:
             self._save()
-        trained = {name: module for name, module in self.networks.items() if name in state.optimizers}
         log = RunLog(
             config,
             self.accelerator,
             self.folder,
             parameters={
-                name: sum(p.numel() for p in m.parameters() if p.requires_grad) for name, m in trained.items()
+                name: sum(p.numel() for p in module.parameters() if p.requires_grad)
+                for name, module in self.networks.items()
+                if name in state.optimizers
             },
             precision=self.precision,
             first=state.step,
@@ -199,7 +196,8 @@ class Trainer:
                     log.back_to(state.step)
                 elif self._stopped(caught):
                     self._save()
-                    log.ended = f"stopped by {signal.Signals(caught[0]).name if caught else 'a signal to another process'}"
+                    name = signal.Signals(caught[0]).name if caught else "a signal to another process"
+                    log.ended = f"stopped by {name}"
                     raise SystemExit(130 if caught and caught[0] == signal.SIGINT else 143)
             self._save()
             log.ended = "finished"
@@ -309,19 +307,14 @@ class Trainer:
         return torch.cat(latents)
 
     def _logged(self, losses: dict[str, Tensor], log: RunLog) -> Finding | None:
-        """Writes the step down if it is to be, and asks the guard."""
+        """Logs the step when it is due, and asks the guard."""
         step, scales = self.state.step, self.mechanics.scales()
         norms = as_floats({name: losses[norm] for name, norm in GRAD_NORMS.items() if norm in losses})
         record = None
         if step % self.config.logging_steps == 0 or step == self.last_step:
-            read = mean_over_processes(
-                torch.stack([value.detach().float() for value in losses.values()])
-            ).tolist()
+            read = mean_over_processes(torch.stack([value.float() for value in losses.values()])).tolist()
             record = dict(zip(losses, read, strict=True))
-            record |= {
-                f"lr_{name}": optimizer.param_groups[0]["lr"]
-                for name, optimizer in self.state.optimizers.items()
-            }
+            record |= {f"lr_{name}": o.param_groups[0]["lr"] for name, o in self.state.optimizers.items()}
             record |= {f"loss_scale_{name}": scale for name, scale in scales.items()}
             log.log(step, record)
         else:
@@ -331,7 +324,7 @@ class Trainer:
     # ---------------------------------------------------------------- checkpoints, collapse, samples
 
     def _save(self) -> None:
-        """Writes a checkpoint of the present step, and removes old ones."""
+        """Writes a checkpoint of the current step, and removes old ones."""
         self.accelerator.wait_for_everyone()
         if self.main and self.state.step not in self.folder.checkpoints():
             config, state = self.config, self.state
@@ -367,7 +360,7 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     def _args(self) -> dict:
-        """The options as they are stored, with what the networks made of those that were not said."""
+        """The options as they are stored, with what the networks made of those not given."""
         sit = self.state.sit and self.state.sit.config
         return values(self.config) | (
             {"num_classes": sit.num_classes, "encoder_depth": sit.alignment_depth} if sit else {}
@@ -382,8 +375,7 @@ class Trainer:
         return latent_stats(self.state.vae, self.data, self.device)
 
     def _resume(self, checkpoint: Checkpoint, *, own: bool) -> None:
-        """Goes on from a checkpoint; one of this run (own) must have been written with the same options and
-        data.
+        """Continues from a checkpoint; one of this run (own) must have the same options and data.
 
         Raises:
             ValueError: another architecture, other options, other data.
@@ -432,7 +424,7 @@ class Trainer:
         return asdict(self.state.config.vae_loss)
 
     def _is_of_this_vae(self, checkpoint: Checkpoint) -> bool:
-        """Whether a checkpoint's SiT was trained on the frozen VAE, as far as it tells."""
+        """Whether a checkpoint's SiT was trained on the frozen VAE, as far as can be told."""
         if "vae" in checkpoint.networks:
             own, other = self.state.vae.state_dict(), checkpoint.networks["vae"]
             return own.keys() == other.keys() and all(
@@ -453,8 +445,6 @@ class Trainer:
                 "since": finding.since,
                 "step": self.state.step,
                 "action": action,
-            }
-            content |= {
                 "last_good_checkpoint": step,
                 "rollbacks": self.rollbacks,
                 "history": list(self.guard.history),
@@ -474,9 +464,7 @@ class Trainer:
 
     @torch.no_grad()
     def _sample(self) -> None:
-        """A grid of what the moving average draws, always from the same noise; for a VAE alone, images above
-        reconstructions.
-        """
+        """Draws a grid of the moving average's samples, or of a lone VAE's reconstructions."""
         self.accelerator.wait_for_everyone()
         if self.main:
             state, count = self.state, self.config.sample_images
@@ -488,19 +476,18 @@ class Trainer:
                 ).to(self.device)
                 images = to_uint8(torch.cat([x, state.vae.decode(state.vae.encode(x).mode())]))
             else:
-                size = state.ema.config
-                shape = (count, size.in_channels, size.input_size, size.input_size)
-                eps = torch.randn(shape, generator=generator("samples", self.config.seed)).to(self.device)
+                size, g = state.ema.config, generator("samples", self.config.seed)
+                eps = torch.randn(count, size.in_channels, size.input_size, size.input_size, generator=g)
                 labels = torch.arange(count, device=self.device) % size.num_classes
                 options = {"steps": SAMPLE_STEPS, "path": self.config.path_type}
-                images = sample_images(state.ema, state.vae, eps, labels, **options)
+                images = sample_images(state.ema, state.vae, eps.to(self.device), labels, **options)
             state.vae.train(training)
             save_grid(self.folder.path / "samples" / f"{state.step:07d}.png", images.cpu())
         self.accelerator.wait_for_everyone()
 
 
 def _ignore_stop_signals(_: int) -> None:
-    """Lets a loader's process outlive a signal to the whole group: the training process decides when to end."""
+    """Lets a loader process outlive a signal to the whole group: the training process decides when to end."""
     for name in STOPPING:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
@@ -525,26 +512,20 @@ def _compile(state, device: torch.device) -> None:
     try:
         probe = torch.compile(torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.GELU()).to(device))
         probe(torch.randn(2, 4, device=device)).sum().backward()
-    except Exception as error:  # of many kinds: no C++ compiler, no Triton, a new Python
+    except Exception as error:  # many kinds: no C++ compiler, no Triton, a new Python
         reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
         print(
             f"torch.compile does not work here ({type(error).__name__}: {reason}): training without it",
             file=sys.stderr,
         )
         return
-    for module in (
-        state.vae.encoder,
-        state.vae.decoder,
-        *(state.sit.blocks if state.sit is not None else ()),
-    ):
+    for module in (state.vae.encoder, state.vae.decoder, *(state.sit.blocks if state.sit else ())):
         module.compile()
 
 
 @contextmanager
 def _signals() -> Iterator[list[int]]:
-    """The first SIGTERM, SIGUSR1 or SIGINT inside is noted instead of ending the process; a second Ctrl-C
-    ends it at once.
-    """
+    """Inside, the first SIGTERM, SIGUSR1 or SIGINT is noted; a second Ctrl-C ends the process at once."""
     caught: list[int] = []
     before: dict[int, Callable] = {}
 

@@ -1,4 +1,4 @@
-"""Which loss reaches which parameter: exactly zero where it must be zero; and the three updates, one by one."""
+"""Which loss reaches which parameter, exactly zero where it must be zero; the three updates one by one."""
 
 import copy
 import math
@@ -7,9 +7,12 @@ import pytest
 import torch
 from small_states import LABELS, make_batch, make_state
 from torch import nn
+from torch.testing import assert_close
 
 from repae_lite.method.losses import VAELossConfig, hinge_discriminator_loss, sit_losses
 from repae_lite.method.steps import (
+    Draws,
+    Mechanics,
     StepConfig,
     TrainState,
     check_batch,
@@ -20,6 +23,7 @@ from repae_lite.method.steps import (
     repae_step,
     sit_step,
     update_ema,
+    vae_losses,
     vae_step,
 )
 
@@ -397,6 +401,8 @@ def test_step_configuration_is_checked_when_it_is_made():
         StepConfig(path="vp")
     with pytest.raises(ValueError, match="unknown time weighting 'edm'"):
         StepConfig(weighting="edm")
+    with pytest.raises(ValueError, match="unknown loss_precision 'float16': choose one of float32, autocast"):
+        StepConfig(loss_precision="float16")
     with pytest.raises(ValueError, match="every parameter of this Linear is frozen"):
         make_optimizer(nn.Linear(2, 2).requires_grad_(False))
 
@@ -411,3 +417,128 @@ def test_losses_and_times_stay_in_full_precision_under_autocast(dtype):
         out = sit_losses(state.sit.eval(), z, LABELS, targets, eps=draws["eps"])
     for value in (posterior.kl(), z, out.t, out.denoising_loss, out.align_loss):
         assert value.dtype == torch.float32 and value.isfinite().all()
+
+
+# ---------------------------------------------------------------- mixed precision and micro-batches
+
+
+class Autocast(Mechanics):
+    def __init__(self, dtype: torch.dtype, **more):
+        super().__init__(**more)
+        self.dtype = dtype
+
+    def autocast(self):
+        return torch.autocast("cpu", self.dtype)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("precision", "inside"), [("float32", torch.float32), ("autocast", torch.bfloat16)])
+def test_loss_networks_stay_out_of_mixed_precision_unless_asked(precision, inside, checkpointing):
+    """D11: the perceptual network and the discriminator, in both of its steps; all else is in it."""
+    state = make_state(loss_precision=precision)
+    state.mechanics = Autocast(torch.bfloat16, gradient_checkpointing=checkpointing)
+    seen = {}
+
+    def note(name):
+        def hook(module, inputs, output):
+            seen.setdefault(name, set()).add((inputs[0].dtype, output.dtype))
+
+        return hook
+
+    state.perceptual.conv.register_forward_hook(note("perceptual"))
+    state.discriminator.main[0].register_forward_hook(note("discriminator"))
+    state.vae.decoder.conv_out.register_forward_hook(note("vae"))
+    state.sit.x_embedder.proj.register_forward_hook(note("sit"))
+    x, targets, draws = make_batch()
+    out = vae_step(state, x, LABELS, targets, **draws)
+    discriminator_step(state, x, out.x_hat)
+    for name in ("perceptual", "discriminator"):
+        inputs, outputs = zip(*seen[name], strict=True)
+        assert set(outputs) == {inside}, name
+        assert precision == "autocast" or set(inputs) == {torch.float32}, name
+    assert {dtype for name in ("vae", "sit") for _, dtype in seen[name]} == {torch.bfloat16}
+
+
+def test_float16_overflows_in_a_perceptual_network_only_inside_autocast():
+    x, targets, draws = make_batch()
+    finite = {}
+    for precision in ("float32", "autocast"):
+        state = make_state(loss_precision=precision)
+        state.perceptual.conv.weight.data.fill_(3e4)  # 27 of them make more than 65504
+        state.perceptual.conv.bias.data.fill_(6e4)
+        with torch.autocast("cpu", torch.float16):
+            loss, losses, *_ = vae_losses(state, x, LABELS, targets, Draws(**draws))
+        finite[precision] = bool(losses["perceptual"].isfinite() and loss.isfinite())
+    assert finite == {"float32": True, "autocast": False}
+
+
+def test_without_mixed_precision_both_loss_precisions_are_the_same():
+    x, targets, draws = make_batch()
+    updated = []
+    for precision in ("float32", "autocast"):
+        state = make_state(loss_precision=precision)
+        repae_step(state, x, LABELS, targets, **draws)
+        updated.append(state.vae.state_dict() | state.discriminator.state_dict())
+    assert all(torch.equal(a, updated[1][name]) for name, a in updated[0].items())
+
+
+def test_draws_are_cut_together():
+    draws = Draws(t=torch.arange(4.0), label_drop=torch.tensor([True, False, True, False]))
+    cut = draws[1:3]
+    assert cut.t.tolist() == [1, 2] and cut.label_drop.tolist() == [False, True]
+    assert cut.eps is None and cut.eps_posterior is None
+    assert draws.map(lambda drawn: drawn[:1]).t.tolist() == [0]
+
+
+class Recorded(Mechanics):
+    """Keeps the gradients that each update applies, before they are clipped."""
+
+    def __init__(self, **more):
+        super().__init__(**more)
+        self.gradients = {}
+
+    def update(self, module, optimizer, max_norm):
+        self.gradients[type(module).__name__] = {
+            name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None
+        }
+        return super().update(module, optimizer, max_norm)
+
+
+@pytest.mark.parametrize("micro_batches", [2, 3])
+def test_micro_batches_add_up_to_the_losses_and_gradients_of_the_whole_batch(micro_batches):
+    """Before clipping, which would hide a missing share: every gradient is that of a mean over images."""
+    x, targets, draws = make_batch()
+    draws["label_drop"] = torch.tensor([False, True, False, False])
+    found = []
+    for count in (1, micro_batches):
+        state = make_state(vae_diffusion_coeff=0.5)
+        state.mechanics = Recorded(micro_batches=count)
+        for (
+            module
+        ) in state.discriminator.modules():  # its BatchNorm sees each micro-batch alone: leave it out
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval().train = lambda mode=True: None
+        found.append((repae_step(state, x, LABELS, targets, **draws), state.mechanics.gradients))
+    (losses, gradients), (cut_losses, cut_gradients) = found
+    assert cut_losses == pytest.approx(losses, rel=1e-3, abs=1e-5)
+    assert gradients.keys() == cut_gradients.keys() == {"AutoencoderKL", "PatchDiscriminator", "SiT"}
+    for module, expected in gradients.items():
+        assert expected.keys() == cut_gradients[module].keys()
+        for name, gradient in expected.items():
+            slack = 1e-3 * float(gradient.abs().max()) + 1e-7
+            assert_close(cut_gradients[module][name], gradient, rtol=1e-3, atol=slack, msg=f"{module}.{name}")
+
+
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_what_the_vae_step_draws_is_handed_on(micro_batches):
+    """Each micro-batch draws its own times and noise; the SiT step gets all of them, in order."""
+    x, targets, draws = make_batch()
+    found = []
+    for given in ({"eps_posterior": draws["eps_posterior"]}, None):
+        state = make_state(vae_loss=VAELossConfig(gan_weight=0.0))
+        state.mechanics = Mechanics(micro_batches=micro_batches)
+        found.append(vae_step(state, x, LABELS, targets, **given or vars(found[0].draws)))
+    out, again = found
+    assert len(set(out.draws.t.tolist())) == 4 and out.draws.eps.shape == out.z.shape == (4, 4, 8, 8)
+    assert torch.equal(out.z, again.z) and torch.equal(out.x_hat, again.x_hat)
+    assert out.losses["vae_total"] == again.losses["vae_total"]
