@@ -86,9 +86,8 @@ class TrainSetup:
     def networks(self) -> dict[str, nn.Module]:
         """What a checkpoint holds: all that changes."""
         state = self.state
-        found = {"sit": state.sit, "ema": state.ema, "discriminator": state.discriminator}
-        if "vae" in state.optimizers:
-            found["vae"] = state.vae
+        vae = state.vae if "vae" in state.optimizers else None
+        found = {"sit": state.sit, "ema": state.ema, "discriminator": state.discriminator, "vae": vae}
         return {name: module for name, module in found.items() if module is not None}
 
 

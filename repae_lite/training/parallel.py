@@ -153,22 +153,18 @@ class ParallelMechanics(Mechanics):
 
     def update(self, module: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
         """Averages, clips and applies the gradients; returns their norm before clipping."""
-        parameters = [p for p in module.parameters() if p.requires_grad]
-        average_gradients(parameters)
+        average_gradients(module.parameters())
         scaler = self._scaler_of.get(optimizer)
+        if self.strict and not scaler:
+            return super().update(module, optimizer, max_norm)
         if scaler:
             scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(parameters, max_norm)
-        finite = bool(norm.isfinite())  # waits for the device
+        norm = nn.utils.clip_grad_norm_(module.parameters(), max_norm)
         if scaler:
             scaler.step(optimizer)  # does nothing if a gradient is not finite
             scaler.update()
-        elif finite:
+        elif norm.isfinite():
             optimizer.step()
-        elif self.strict:
-            raise FloatingPointError(
-                f"the gradient norm of {type(module).__name__} is {float(norm)}: lower the learning rate"
-            )
         return norm
 
     def scales(self) -> dict[str, float]:

@@ -72,7 +72,7 @@ def train(config: TrainConfig) -> None:
     )
     with ExitStack() as stack:
         folder = RunFolder(config.folder)
-        source = refusal = None
+        refusal = None
         if accelerator.is_main_process:
             try:
                 stack.callback(_remove_if_unused, folder.path)
@@ -81,11 +81,11 @@ def train(config: TrainConfig) -> None:
                 folder.remove_leftovers()
             except (ValueError, OSError) as error:
                 refusal = error
-        refused = broadcast_object_list([refusal is not None])[0]
-        if refused:  # the first process says why, and none waits for it
+        if broadcast_object_list([refusal is not None])[
+            0
+        ]:  # the first process says why, and none waits for it
             raise refusal or SystemExit(2)
-        if config.resume_from:
-            source = find_checkpoint(config.resume_from, folder)
+        source = find_checkpoint(config.resume_from, folder) if config.resume_from else None
         try:
             Trainer(config, accelerator, folder).run(source)
         except RuntimeError as error:  # raised wherever the training process happens to be
@@ -249,8 +249,7 @@ class Trainer:
     def _step(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """One step of the method; losses stay on the device."""
         state, config = self.state, self.config
-        for group, rate in self._rates():
-            group["lr"] = rate
+        self._set_rates()
         batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
         labels, draws = batch["label"], self._draws()
         x = to_unit_range(batch["image"]) if "image" in batch else None
@@ -261,13 +260,13 @@ class Trainer:
         z = self._frozen_latents(batch, x, draws.eps_posterior)
         return latent_updates(state, z, labels, targets, draws)
 
-    def _rates(self) -> Iterator[tuple[dict, float]]:
-        """Every parameter group with the learning rate of the coming step."""
+    def _set_rates(self) -> None:
+        """Gives every optimiser the learning rate of the coming step."""
         warmup = self.config.lr_warmup_steps
         factor = min(1.0, (self.state.step + 1) / warmup) if warmup else 1.0
         for name, optimizer in self.state.optimizers.items():
             for group in optimizer.param_groups:
-                yield group, self.rates[name] * factor * 0.5**self.rollbacks
+                group["lr"] = self.rates[name] * factor * 0.5**self.rollbacks
 
     def _draws(self) -> Draws:
         """This process's share of the step's random numbers."""

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.testing import assert_close
 
 from repae_lite.method.losses import VAELossConfig, hinge_discriminator_loss, sit_losses
 from repae_lite.method.steps import (
+    GRAD_NORMS,
     Draws,
     Mechanics,
     StepConfig,
@@ -170,7 +172,9 @@ def test_routing_discriminator_step_moves_only_the_discriminator():
     state = make_state()
     x, _, _ = make_batch()
     before = snapshot(state)
-    discriminator_step(state, x, x.flip(3).requires_grad_())
+    x_hat = x.flip(3).requires_grad_()
+    discriminator_step(state, x, x_hat)
+    assert x_hat.grad is None
     assert moved_models(before, state) == {"discriminator"}
 
 
@@ -248,6 +252,80 @@ def test_step_reuses_time_noise_and_latents():
     assert losses["denoising"] == pytest.approx(out.denoising_loss.mean().item(), rel=1e-5)
     assert losses["sit_total"] == pytest.approx(losses["denoising"] + 0.5 * losses["sit_align"], rel=1e-5)
     assert losses["vae_total"] == pytest.approx(losses["vae_reg"] + 1.5 * losses["vae_align"], rel=1e-5)
+
+
+def test_modes_labels_and_depth_of_each_step():
+    """Whatever modes the networks come in; labels are dropped in the SiT step alone."""
+    state = make_state()
+    state.vae.eval(), state.discriminator.eval(), state.sit.train()
+    seen = []
+    for name, module in (
+        ("encoder", state.vae.encoder),
+        ("sit", state.sit),
+        ("after tap", state.sit.blocks[2]),
+        ("discriminator", state.discriminator),
+    ):
+        module.register_forward_pre_hook(
+            lambda module, inputs, name=name: seen.append(
+                (name, module.training, inputs[2].tolist() if name == "sit" else None)
+            )
+        )
+    x, targets, draws = make_batch()
+    repae_step(state, x, LABELS, targets, **draws, label_drop=torch.tensor([False, True, False, True]))
+    assert seen == [
+        ("encoder", True, None),
+        ("discriminator", True, None),
+        ("sit", False, LABELS.tolist()),
+        ("discriminator", True, None),
+        ("discriminator", True, None),
+        ("sit", True, [0, 10, 9, 10]),
+        ("after tap", True, None),
+    ]
+
+
+def test_gradients_from_elsewhere_do_not_count():
+    x, targets, draws = make_batch()
+    found = []
+    for stale in (False, True):
+        state = make_state()
+        state.mechanics = Recorded()
+        if stale:
+            for p in [*state.vae.parameters(), *state.sit.parameters(), *state.discriminator.parameters()]:
+                p.grad = torch.ones_like(p) if p.requires_grad else None
+        repae_step(state, x, LABELS, targets, **draws, label_drop=torch.zeros(4, dtype=torch.bool))
+        found.append(state.mechanics.gradients)
+    for module, gradients in found[0].items():
+        assert all(torch.equal(gradient, found[1][module][name]) for name, gradient in gradients.items())
+
+
+def test_gradients_are_clipped():
+    state = make_state(max_grad_norm=1e-3)
+    x, targets, draws = make_batch()
+    losses = repae_step(state, x, LABELS, targets, **draws)
+    for name in ("vae", "sit", "discriminator"):
+        gradients = [p.grad for p in getattr(state, name).parameters() if p.grad is not None]
+        norm = float(torch.cat([g.flatten() for g in gradients]).norm())
+        assert norm == pytest.approx(1e-3, rel=1e-2) and losses[GRAD_NORMS[name]] > 1e-2
+
+
+def test_the_moving_average_follows_the_update():
+    state = make_state(ema_decay=0.0)
+    assert not state.ema.training and not any(p.requires_grad for p in state.ema.parameters())
+    latent_step(state, torch.randn(4, 4, 8, 8), LABELS, TARGETS)
+    for (name, mine), theirs in zip(
+        state.ema.state_dict().items(), state.sit.state_dict().values(), strict=True
+    ):
+        assert torch.equal(mine, theirs), name
+    assert state.step == 1 and state.sit.training
+
+
+def test_fixed_latent_statistics_stay_with_micro_batches():
+    state = make_state()
+    state.sit.config = replace(state.sit.config, fixed_latent_stats=True)
+    state.mechanics = Mechanics(micro_batches=2)
+    before = copy.deepcopy(state.sit.bn.state_dict())
+    latent_step(state, 2 * torch.randn(4, 4, 8, 8) + 1, LABELS, TARGETS)
+    assert all(torch.equal(before[name], value) for name, value in state.sit.bn.state_dict().items())
 
 
 def test_gan_start():
@@ -401,7 +479,7 @@ def test_step_configuration_is_checked_when_it_is_made():
         StepConfig(path="vp")
     with pytest.raises(ValueError, match="unknown time weighting 'edm'"):
         StepConfig(weighting="edm")
-    with pytest.raises(ValueError, match="unknown loss_precision 'float16': choose one of float32, autocast"):
+    with pytest.raises(ValueError, match="unknown loss_precision 'float16': choose float32 or autocast"):
         StepConfig(loss_precision="float16")
     with pytest.raises(ValueError, match="every parameter of this Linear is frozen"):
         make_optimizer(nn.Linear(2, 2).requires_grad_(False))
@@ -441,7 +519,7 @@ def test_loss_networks_stay_out_of_mixed_precision_unless_asked(precision, insid
 
     def note(name):
         def hook(module, inputs, output):
-            seen.setdefault(name, set()).add((inputs[0].dtype, output.dtype))
+            seen.setdefault(name, []).append((inputs[0].dtype, output.dtype))
 
         return hook
 
@@ -452,6 +530,8 @@ def test_loss_networks_stay_out_of_mixed_precision_unless_asked(precision, insid
     x, targets, draws = make_batch()
     out = vae_step(state, x, LABELS, targets, **draws)
     discriminator_step(state, x, out.x_hat)
+    calls = (4, 4) if checkpointing else (2, 3)  # for x and x_hat; in the VAE step and twice in the other
+    assert tuple(len(seen[name]) for name in ("perceptual", "discriminator")) == calls
     for name in ("perceptual", "discriminator"):
         inputs, outputs = zip(*seen[name], strict=True)
         assert set(outputs) == {inside}, name
@@ -539,6 +619,7 @@ def test_what_the_vae_step_draws_is_handed_on(micro_batches):
         state.mechanics = Mechanics(micro_batches=micro_batches)
         found.append(vae_step(state, x, LABELS, targets, **given or vars(found[0].draws)))
     out, again = found
+    assert not any(tensor.requires_grad for tensor in (out.z, out.x_hat, out.draws.eps))
     assert len(set(out.draws.t.tolist())) == 4 and out.draws.eps.shape == out.z.shape == (4, 4, 8, 8)
     assert torch.equal(out.z, again.z) and torch.equal(out.x_hat, again.x_hat)
     assert out.losses["vae_total"] == again.losses["vae_total"]

@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from repae_lite.method.interpolant import sample_time
+from repae_lite.method.steps import Mechanics
 from repae_lite.training.parallel import ParallelMechanics, StepBatches, draw, share_of
 from repae_lite.utils.processes import any_process, mean_over_processes
 from repae_lite.utils.seeding import generator
@@ -53,6 +55,10 @@ def test_draws_follow_from_seed_and_step():
         assert torch.equal(tensor, getattr(same, name))
         assert name == "label_drop" or not any(torch.equal(tensor, getattr(other, name)) for other in others)
     assert not torch.equal(one.eps, one.eps_posterior)
+    late = draw(3, 7, 6, (2, 4, 4), path="cosine", weighting="lognormal", label_dropout=0.5)
+    g = generator("draws", 3, 7)
+    torch.randn(6, 2, 4, 4, generator=g)
+    assert torch.equal(late.t, sample_time(6, weighting="lognormal", path="cosine", generator=g))
     before = torch.get_rng_state()
     draw(0, 0, 2, (1, 2, 2), **DRAW)
     assert torch.equal(torch.get_rng_state(), before)
@@ -87,15 +93,21 @@ def layer_and_optimizer():
     return layer, torch.optim.SGD(layer.parameters(), lr=0.1)
 
 
-def test_an_update_clips_and_says_the_norm():
+@pytest.mark.parametrize("kind", ["plain", "parallel", "parallel, not strict"])
+def test_an_update_clips_and_says_the_norm(kind):
     layer, optimizer = layer_and_optimizer()
-    mechanics = ParallelMechanics(torch.device("cpu"), "no", {"layer": optimizer})
+    strict = {"strict": kind == "parallel"}
+    mechanics = (
+        Mechanics()
+        if kind == "plain"
+        else ParallelMechanics(torch.device("cpu"), "no", {"layer": optimizer}, **strict)
+    )
     before = layer.weight.detach().clone()
     mechanics.backward(100 * layer(torch.ones(1, 3)).sum(), optimizer)
     norm = mechanics.update(layer, optimizer, 1.0)
     assert norm == pytest.approx(100 * 8**0.5, rel=1e-4)
     assert float((layer.weight.detach() - before).norm()) == pytest.approx(0.1 * (6 / 8) ** 0.5, rel=1e-3)
-    assert mechanics.scales() == {} and mechanics.state_dict() == {}
+    assert kind == "plain" or mechanics.scales() == mechanics.state_dict() == {}
 
 
 @pytest.mark.parametrize("strict", [True, False])
