@@ -1,27 +1,17 @@
-"""repae_lite: learn, reproduce and extend REPA-E (arXiv 2504.10483), end-to-end tuning of a VAE and a
-diffusion transformer.
+"""repae_lite: learn, reproduce and extend REPA-E, end-to-end tuning of a VAE and a diffusion transformer.
 
-Nine rooms, by subject; a room imports only from rooms below it (`ROOMS`, from the ground up). The names in
-`__all__` are the public face: `import repae_lite` costs nothing, since each is imported when it is first
-used. `notebooks/00_map.ipynb` is the guided way in; `method/steps.py` is the method.
+The paper is arXiv 2504.10483. Nine rooms, one subject each; a room imports only from rooms below it (`ROOMS`
+lists them from the ground up). The names in `__all__` are the public face. Each is imported when it is first
+used, so `import repae_lite` itself costs nothing. `notebooks/00_map.ipynb` is the guided way in, and
+`method/steps.py` is the method.
 """
 
 from importlib import import_module
 
 __version__ = "0.1.0"
 
-# Each imports only from those before it; the last two stand side by side.
-ROOMS = (
-    "utils",
-    "networks",
-    "method",
-    "data",
-    "checkpoints",
-    "evaluation",
-    "training",
-    "teaching",
-    "commands",
-)
+# From the ground up: each imports only from those before it.
+ROOMS = tuple("utils networks method data checkpoints evaluation training teaching commands".split())
 
 _HOMES = {  # where the public names live
     "networks.vae": "AutoencoderKL VAEConfig",
@@ -29,16 +19,17 @@ _HOMES = {  # where the public names live
     "networks.latent_stats": "LatentStats",
     "networks.discriminator": "PatchDiscriminator",
     "networks.encoders": "VisionEncoder load_encoders",
-    "method.losses": "VAELossConfig LPIPSLoss",
-    "method.steps": "StepConfig TrainState latent_step make_ema make_optimizer repae_step",
+    "method.losses": "VAELossConfig LPIPSLoss sit_losses",
+    "method.steps": "Draws StepConfig TrainState latent_step make_ema make_optimizer repae_step",
     "method.sampling": "Guidance sample_ode sample_sde",
     "data.datasets": "open_dataset",
-    "checkpoints.models": "export_diffusers load_discriminator load_latent_stats load_sit load_vae save_sit save_vae",
+    "checkpoints.models": "load_discriminator load_latent_stats load_sit load_vae "
+    "export_diffusers save_sit save_vae",
     "teaching.small_scale": "SmallScale",
     "utils.pixels": "to_uint8 to_unit_range",
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names.split()}
-__all__ = ["__version__", *sorted(_HOME)] 
+__all__ = ["__version__", *sorted(_HOME)]
 
 
 def __getattr__(name: str) -> object:

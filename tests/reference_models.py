@@ -51,9 +51,18 @@ def golden_vae() -> AutoencoderKL:
 
 def golden_sit(train_pos_embed: bool = False) -> SiT:
     config = SiTConfig(
-        in_channels=4, input_size=8, patch_size=2, width=64, depth=4, heads=4, label_dropout=0.0, target_dims=(48,),
-        alignment_depth=2, projector_width=128, train_pos_embed=train_pos_embed,
-    )  # fmt: skip
+        in_channels=4,
+        input_size=8,
+        patch_size=2,
+        width=64,
+        depth=4,
+        heads=4,
+        label_dropout=0.0,
+        target_dims=(48,),
+        alignment_depth=2,
+        projector_width=128,
+        train_pos_embed=train_pos_embed,
+    )
     return fill(SiT(config), 20000).eval()
 
 

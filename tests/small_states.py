@@ -32,8 +32,8 @@ def make_state(train_pos_embed: bool = False, **changes) -> TrainState:
     vae = AutoencoderKL.from_preset("tiny")
     sit = SiT(
         SiTConfig(
-            in_channels=4, input_size=8, width=32, depth=3, heads=2, num_classes=10, target_dims=(24, 16), alignment_depth=2,
-            projector_width=32, train_pos_embed=train_pos_embed,
+            in_channels=4, input_size=8, width=32, depth=3, heads=2, num_classes=10, target_dims=(24, 16),
+            alignment_depth=2, projector_width=32, train_pos_embed=train_pos_embed,
         )
     )  # fmt: skip
     for p in sit.parameters():  # adaLN-zero would make most gradients zero at the start

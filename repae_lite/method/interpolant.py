@@ -2,8 +2,8 @@
 
 REPA-E section 3 and SiT (arXiv 2401.08740) section 2; taught in `notebooks/02_latent_diffusion.ipynb`.
 
-**t = 0 is clean data, t = 1 is pure noise.** A path mixes both, `z_t = alpha(t) z + sigma(t) eps`, and a
-velocity model predicts its time derivative, `v = alpha'(t) z + sigma'(t) eps`.
+**t = 0 is clean data, t = 1 is pure noise.** An interpolant mixes both, `z_t = alpha(t) z + sigma(t) eps`,
+and a velocity model predicts its time derivative, `v = alpha'(t) z + sigma'(t) eps`.
 """
 
 import math
@@ -15,50 +15,56 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Path:
-    """A path through `alpha(t)`, `sigma(t)` and their derivatives in t; each maps a tensor of times to its
-    own shape.
+class Interpolant:
+    """A path from data to noise; every field is a function of a tensor, element by element.
+
+    Attributes:
+        alpha: share of the data at times t.
+        sigma: share of the noise.
+        d_alpha: derivative of alpha.
+        d_sigma: derivative of sigma.
+        time_at: the times at which sigma / alpha has given values.
     """
 
-    name: str
     alpha: Callable[[Tensor], Tensor]
     sigma: Callable[[Tensor], Tensor]
     d_alpha: Callable[[Tensor], Tensor]
     d_sigma: Callable[[Tensor], Tensor]
+    time_at: Callable[[Tensor], Tensor]
 
 
 _HALF_PI = math.pi / 2
 
 WEIGHTINGS = ("uniform", "lognormal")
-PATHS = {
-    "linear": Path(
-        "linear",
+INTERPOLANTS = {
+    "linear": Interpolant(
         alpha=lambda t: 1 - t,
         sigma=lambda t: t,
         d_alpha=lambda t: -torch.ones_like(t),
         d_sigma=torch.ones_like,
+        time_at=lambda ratio: ratio / (1 + ratio),
     ),
-    "cosine": Path(
-        "cosine",
+    "cosine": Interpolant(
         alpha=lambda t: torch.cos(_HALF_PI * t),
         sigma=lambda t: torch.sin(_HALF_PI * t),
         d_alpha=lambda t: -_HALF_PI * torch.sin(_HALF_PI * t),
         d_sigma=lambda t: _HALF_PI * torch.cos(_HALF_PI * t),
+        time_at=lambda ratio: torch.atan(ratio) / _HALF_PI,
     ),
 }
 
 
-def get_path(path: str | Path) -> Path:
-    """Looks a path up by name ("linear" or "cosine"); a `Path` is returned as it is.
+def get_interpolant(path: str | Interpolant) -> Interpolant:
+    """Looks an interpolant up by name ("linear" or "cosine"); an `Interpolant` is returned as it is.
 
     Raises:
-        ValueError: the name is not known.
+        ValueError: the name is unknown.
     """
-    if isinstance(path, Path):
+    if isinstance(path, Interpolant):
         return path
-    if path not in PATHS:
-        raise ValueError(f"unknown path {path!r}: choose one of {', '.join(PATHS)}")
-    return PATHS[path]
+    if path not in INTERPOLANTS:
+        raise ValueError(f"unknown path {path!r}: choose one of {', '.join(INTERPOLANTS)}")
+    return INTERPOLANTS[path]
 
 
 def expand_time(t: Tensor, like: Tensor) -> Tensor:
@@ -66,7 +72,9 @@ def expand_time(t: Tensor, like: Tensor) -> Tensor:
     return t.reshape(t.shape[0], *([1] * (like.ndim - 1)))
 
 
-def interpolate(z: Tensor, eps: Tensor, t: Tensor, path: str | Path = "linear") -> tuple[Tensor, Tensor]:
+def interpolate(
+    z: Tensor, eps: Tensor, t: Tensor, path: str | Interpolant = "linear"
+) -> tuple[Tensor, Tensor]:
     """Noises latents and gives the velocity a model should predict there.
 
     Args:
@@ -78,24 +86,21 @@ def interpolate(z: Tensor, eps: Tensor, t: Tensor, path: str | Path = "linear") 
     Returns:
         (z_t, v), both shaped like z.
     """
-    path, t = (
-        get_path(path),
-        expand_time(t, z),
-    )  # t stays float32 when z is half precision: only the factors are rounded
+    path, t = get_interpolant(path), expand_time(t, z)
+    # Times stay float32 when z is half precision: only the factors are rounded.
     alpha, sigma, d_alpha, d_sigma = (
         f(t).to(z.dtype) for f in (path.alpha, path.sigma, path.d_alpha, path.d_sigma)
     )
     return alpha * z + sigma * eps, d_alpha * z + d_sigma * eps
 
 
-def score_from_velocity(v: Tensor, z_t: Tensor, t: Tensor, path: str | Path = "linear") -> Tensor:
-    """The score, grad log p_t(z_t) = -eps / sigma, solved from z_t and v (SiT eq. 9). Defined for 0 < t < 1,
-    at t = 1 too.
+def score_from_velocity(v: Tensor, z_t: Tensor, t: Tensor, path: str | Interpolant = "linear") -> Tensor:
+    """The score, grad log p_t(z_t) = -eps / sigma, solved from z_t and v (SiT eq. 9), for 0 < t <= 1.
 
     Two equations, `z_t = alpha z + sigma eps` and `v = alpha' z + sigma' eps`, in two unknowns: eliminating z
     gives eps.
     """
-    path, t = get_path(path), expand_time(t, z_t)
+    path, t = get_interpolant(path), expand_time(t, z_t)
     ratio = path.alpha(t) / path.d_alpha(t)
     return (ratio * v - z_t) / (path.sigma(t) ** 2 - ratio * path.d_sigma(t) * path.sigma(t))
 
@@ -104,29 +109,20 @@ def sample_time(
     batch: int,
     *,
     weighting: str = "uniform",
-    path: str | Path = "linear",
+    path: str | Interpolant = "linear",
     device: torch.device | str | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Draws training times (B,) in [0, 1].
 
     "uniform" draws t evenly. "lognormal" draws s = exp(N(0, 1)), EDM's noise-to-signal ratio, and takes the t
-    at which the path has sigma / alpha = s: s / (1 + s) on the linear path, (2 / pi) atan(s) on the cosine
-    path.
+    at which sigma / alpha = s.
 
     Raises:
-        ValueError: the weighting is not known, or has no formula for this path.
+        ValueError: the weighting or the path is unknown.
     """
     if weighting == "uniform":
         return torch.rand(batch, device=device, generator=generator)
     if weighting != "lognormal":
         raise ValueError(f"unknown time weighting {weighting!r}: choose uniform or lognormal")
-    ratio = torch.randn(batch, device=device, generator=generator).exp()
-    name = get_path(path).name
-    if name == "linear":
-        return ratio / (1 + ratio)
-    if name == "cosine":
-        return torch.atan(ratio) / _HALF_PI
-    raise ValueError(
-        f"lognormal time is defined for the linear and cosine paths, not for {name!r}: use uniform"
-    )
+    return get_interpolant(path).time_at(torch.randn(batch, device=device, generator=generator).exp())

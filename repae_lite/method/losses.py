@@ -1,4 +1,4 @@
-"""The losses of REPA-E as functions of tensors: alignment, velocity, and the VAE's regularisation loss.
+"""The losses of REPA-E: velocity, alignment, and what keeps a VAE a VAE.
 
 REPA-E sections 3.1 and 3.3 (eq. 1 to 4); taught in `notebooks/01_vae.ipynb` and `notebooks/03_repa.ipynb`.
 Which loss may reach which network is not decided here but in `repae_lite.method.steps`.
@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from repae_lite.method.interpolant import Interpolant, get_interpolant, interpolate, sample_time
 from repae_lite.networks.layers import full_precision
+from repae_lite.networks.sit import SiT
 from repae_lite.utils.files import data_small_dir
 from repae_lite.utils.state_dicts import load_weights
 
@@ -23,8 +25,7 @@ def velocity_loss(v_hat: Tensor, v: Tensor) -> Tensor:
 
 
 def alignment_loss(projected: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
-    """Mean negative cosine similarity of projected features and encoder tokens (REPA-E eq. 1): a scalar in
-    [-1, 1].
+    """Mean negative cosine similarity of projected features and encoder tokens (REPA-E eq. 1), in [-1, 1].
 
     The mean runs over encoders, images and tokens. Both sides are normalised in float32 whatever the autocast
     dtype: in float16 the squares inside the norm over- and underflow (DIFFERENCES.md, D7).
@@ -34,7 +35,7 @@ def alignment_loss(projected: Sequence[Tensor], targets: Sequence[Tensor]) -> Te
         targets: frozen encoder tokens of the clean images, same shapes.
 
     Raises:
-        ValueError: another number of encoders, or shapes that do not match.
+        ValueError: the number of encoders or their shapes do not match.
     """
     if len(projected) != len(targets):
         raise ValueError(
@@ -57,14 +58,106 @@ def alignment_loss(projected: Sequence[Tensor], targets: Sequence[Tensor]) -> Te
     return -torch.stack(similarities).mean()
 
 
+@dataclass
+class LossOutput:
+    """What `sit_losses` computes.
+
+    Attributes:
+        denoising_loss: mean squared velocity error per image (B,); None when only aligned.
+        align_loss: mean negative cosine similarity, a scalar in [-1, 1]; None without targets.
+        projected: projected features, one (B, N, D) per target.
+        v_hat: predicted velocity (B, C, h, w); None when only aligned.
+        z_t: the noised, normalised latents that SiT saw (B, C, h, w).
+        t: times (B,).
+        eps: noise (B, C, h, w).
+    """
+
+    denoising_loss: Tensor | None
+    align_loss: Tensor | None
+    projected: list[Tensor]
+    v_hat: Tensor | None
+    z_t: Tensor
+    t: Tensor
+    eps: Tensor
+
+
+def as_list(targets: Tensor | Sequence[Tensor] | None) -> list[Tensor]:
+    """Encoder tokens as a list, one tensor per encoder; empty for None."""
+    return [] if targets is None else [targets] if isinstance(targets, Tensor) else list(targets)
+
+
+def sit_losses(
+    sit: SiT,
+    z: Tensor,
+    labels: Tensor,
+    targets: Tensor | Sequence[Tensor] | None = None,
+    *,
+    t: Tensor | None = None,
+    eps: Tensor | None = None,
+    path: str | Interpolant = "linear",
+    weighting: str = "uniform",
+    align_only: bool = False,
+    label_drop: Tensor | None = None,
+    batch_stats: bool | None = None,
+) -> LossOutput:
+    """SiT's velocity and alignment losses: normalise, interpolate, run, compare (REPA-E eq. 1 and 3).
+
+    All parameters are used in one call of the module, so SiT may be wrapped in DistributedDataParallel.
+
+    Args:
+        sit: in train mode its BatchNorm follows the batch and labels are dropped.
+        z: un-normalised latents (B, C, h, w), straight from the VAE.
+        labels: classes (B,).
+        targets: encoder tokens (B, N, D), or one such tensor per encoder; None skips alignment.
+        t: times (B,); drawn by `weighting` when None.
+        eps: noise like z; drawn when None.
+        path: "linear" or "cosine".
+        weighting: "uniform" or "lognormal" times.
+        align_only: stop at the tap, which is all that the VAE's update needs.
+        label_drop: which labels become the null class, bool (B,); drawn in train mode when None.
+        batch_stats: see `SiT.normalize`.
+
+    Raises:
+        ValueError: shapes, labels or token counts do not fit.
+    """
+    network, targets, path = getattr(sit, "module", sit), as_list(targets), get_interpolant(path)
+    network.check_input(z, labels)  # before BatchNorm takes notice
+    if targets:
+        network.check_targets(len(z), targets)
+    if t is None:
+        t = sample_time(len(z), weighting=weighting, path=path, device=z.device)
+    t, eps = t.flatten(), torch.randn_like(z) if eps is None else eps
+    if len(t) != len(z) or eps.shape != z.shape:
+        raise ValueError(
+            f"{len(t)} times and noise of shape {tuple(eps.shape)} for latents {tuple(z.shape)}: "
+            "draw one time per latent and noise like z"
+        )
+    z_t, v = interpolate(network.normalize(z, batch_stats), eps, t, path)
+    dropout = network.config.label_dropout
+    if label_drop is None and sit.training and dropout:
+        label_drop = torch.rand(len(z), device=z.device) < dropout
+    if label_drop is not None:
+        labels = torch.where(label_drop, network.null_class, labels)
+    out = sit(z_t, t, labels, project=bool(targets), align_only=align_only)
+    v_hat, projected = out if targets else (out, [])
+    return LossOutput(
+        denoising_loss=None if align_only else velocity_loss(v_hat, v),
+        align_loss=alignment_loss(projected, targets) if targets else None,
+        projected=projected,
+        v_hat=v_hat,
+        z_t=z_t,
+        t=t,
+        eps=eps,
+    )
+
+
 def spatial_norm(tokens: Tensor, gamma: float = 0.6, eps: float = 1e-6) -> Tensor:
     """iREPA's targets (arXiv 2512.10794): what tells an image's tokens apart, and less of what they share.
 
     Args:
         tokens: of a frozen encoder (B, N, D), N at least 2.
-        gamma: how much of the mean over an image's tokens is subtracted, 1 for all; 0.6 is the default of
-            iREPA's code.
-        eps: added to the standard deviation over the tokens, by which the rest is divided.
+        gamma: share of the mean over an image's tokens that is subtracted; iREPA's code has 0.6.
+        eps: added to the standard deviation over the tokens, by which the difference is divided.
 
     Returns:
         (B, N, D), at least in float32.
@@ -74,9 +167,7 @@ def spatial_norm(tokens: Tensor, gamma: float = 0.6, eps: float = 1e-6) -> Tenso
 
 
 def hinge_discriminator_loss(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
-    """Hinge loss of a discriminator: real logits should exceed 1, fake ones fall below -1 (Lim & Ye 2017,
-    arXiv 1705.02894).
-    """
+    """Hinge loss (Lim & Ye 2017, arXiv 1705.02894): real logits should exceed 1, fake ones fall below -1."""
     return 0.5 * (F.relu(1.0 - logits_real).mean() + F.relu(1.0 + logits_fake).mean())
 
 
@@ -86,7 +177,10 @@ class VAELossConfig:
 
     Attributes:
         pixel: "l1", as the official configuration does, or "l2", as the paper writes (D3).
-        pixel_weight, perceptual_weight, kl_weight, gan_weight: weight of each term; 0 leaves it out.
+        pixel_weight: of the pixel term.
+        perceptual_weight: of the perceptual distance; 0 leaves it out.
+        kl_weight: of the KL divergence.
+        gan_weight: of the adversarial term; 0 leaves it out.
         gan_start: first training step with the adversarial term (and with discriminator updates).
     """
 
@@ -149,18 +243,17 @@ class LPIPSLoss(nn.Module):
     """LPIPS with a VGG-16 trunk (Zhang et al. 2018, arXiv 1801.03924), through the `lpips` package; frozen.
 
     Args:
-        lpips_range: "corrected" feeds images as they are, in [-1, 1]. "official" repeats the released
-            training run, which rescales them once more, as if they were in [0, 1], so that LPIPS sees [-3, 1]
-            (D1).
-        pretrained_trunk: False leaves the VGG trunk at random weights, for offline tests; the metric then has
-            no meaning.
+        lpips_range: "corrected" feeds images as they are, in [-1, 1]. "official" repeats the released run,
+            which rescales them once more as if they were in [0, 1], so that LPIPS sees [-3, 1] (D1).
+        pretrained_trunk: False leaves the VGG trunk at random weights, for offline tests; the distance then
+            means nothing.
     """
 
     def __init__(self, lpips_range: str = "corrected", pretrained_trunk: bool = True):
         super().__init__()
         if lpips_range not in ("corrected", "official"):
             raise ValueError(f"unknown lpips_range {lpips_range!r}: choose corrected or official")
-        import lpips  # heavy: only who trains with LPIPS pays for it
+        import lpips  # slow to import: only training with LPIPS pays for it
 
         self.lpips_range = lpips_range
         with warnings.catch_warnings():
@@ -180,13 +273,11 @@ class LPIPSLoss(nn.Module):
 
 
 class TinyPerceptualLoss(nn.Module):
-    """The embedded scale's stand-in for LPIPS: distance between features of a small convolutional network;
-    frozen.
+    """The embedded scale's stand-in for LPIPS: distance between features of a small frozen network.
 
-    The network (data_small/perceptual.safetensors) learnt to tell by how many quarter turns an image was
-    rotated, so it has never seen a label. As in LPIPS, the features of each stage are normalised to unit
-    length at every position; their squared distances are summed over channels and averaged over positions and
-    stages.
+    The network (data_small/perceptual.safetensors) learnt by how many quarter turns an image was rotated, so
+    it has never seen a label. As in LPIPS, the features of each stage are normalised to unit length at every
+    position; their squared distances are summed over channels, then averaged over positions and stages.
     """
 
     def __init__(self):

@@ -2,8 +2,8 @@
 
 Deterministic samplers solve the probability-flow ODE dz = v dt; the stochastic one solves the reverse SDE
 with diffusion 2t (SiT, arXiv 2401.08740, section 2; official REPA-E samplers). Taught in
-`notebooks/02_latent_diffusion.ipynb`. The state is kept in float64, the network runs in its own dtype. What
-comes back is normalised: `sit.denormalize(sample)` is what the VAE decodes.
+`notebooks/02_latent_diffusion.ipynb`. The state is kept in float64, the network runs in its own dtype. The
+result is normalised: `sit.denormalize(sample)` is what the VAE decodes.
 """
 
 import itertools
@@ -12,8 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from repae_lite.method.interpolant import Path, get_path, score_from_velocity
+from repae_lite.method.interpolant import Interpolant, get_interpolant, score_from_velocity
 from repae_lite.networks.sit import SiT, check_label_count
+from repae_lite.networks.vae import AutoencoderKL
+from repae_lite.utils.pixels import to_uint8
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,8 @@ class Guidance:
 
     Attributes:
         scale: 1 is off; s means unconditional + s * (conditional - unconditional).
-        low, high: guidance acts where low <= t <= high.
+        low: guidance acts where low <= t <= high.
+        high: see low.
     """
 
     scale: float = 1.0
@@ -54,7 +57,7 @@ def sample_ode(
     steps: int = 50,
     solver: str = "euler",
     guidance: Guidance | None = None,
-    path: str | Path = "linear",
+    path: str | Interpolant = "linear",
 ) -> Tensor:
     """Solves the probability-flow ODE from noise to latents on evenly spaced times.
 
@@ -75,7 +78,7 @@ def sample_ode(
     """
     if solver not in ("euler", "heun"):
         raise ValueError(f"unknown solver {solver!r}: choose euler or heun")
-    get_path(path)
+    get_interpolant(path)
     _check(sit, eps, labels, steps, minimum=1)
     guidance = guidance or Guidance()
     times = torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()
@@ -99,13 +102,12 @@ def sample_sde(
     *,
     steps: int = 250,
     guidance: Guidance | None = None,
-    path: str | Path = "linear",
+    path: str | Interpolant = "linear",
     noise: Tensor | None = None,
     generator: torch.Generator | None = None,
     last_time: float = 0.04,
 ) -> Tensor:
-    """Solves the reverse SDE by Euler-Maruyama: steps - 1 noisy steps from t = 1 to `last_time`, then one
-    without noise to 0.
+    """Solves the reverse SDE by Euler-Maruyama: noisy steps down to `last_time`, then one without noise.
 
     The drift is v - t * score, the diffusion 2t. Guidance mixes conditional and unconditional *drifts*.
 
@@ -126,7 +128,7 @@ def sample_sde(
     Raises:
         ValueError: unknown path, fewer than two steps, or labels out of range.
     """
-    path = get_path(path)
+    path = get_interpolant(path)
     _check(sit, eps, labels, steps, minimum=2)
     if not 0 < last_time < 1:
         raise ValueError(
@@ -140,17 +142,10 @@ def sample_sde(
     times = [*torch.linspace(1, last_time, steps, dtype=torch.float64).tolist(), 0.0]
     z_t = eps.double()
     for i, (t, t_next) in enumerate(itertools.pairwise(times)):
-        d = _guided(
-            [
-                v
-                - t
-                * score_from_velocity(
-                    v, z_t, torch.full((len(z_t),), t, dtype=torch.float64, device=z_t.device), path
-                )
-                for v in _velocities(sit, z_t, t, labels, guidance.active(t))
-            ],
-            guidance.scale,
-        )
+        times_now = torch.full((len(z_t),), t, dtype=torch.float64, device=z_t.device)
+        velocities = _velocities(sit, z_t, t, labels, guidance.active(t))
+        drifts = [v - t * score_from_velocity(v, z_t, times_now, path) for v in velocities]
+        d = _guided(drifts, guidance.scale)
         mean = z_t + (t_next - t) * d
         if t_next > 0:
             if noise is None:
@@ -162,6 +157,30 @@ def sample_sde(
     return z_t
 
 
+@torch.no_grad()
+def sample_images(
+    sit: SiT, vae: AutoencoderKL, eps: Tensor, labels: Tensor, *, batch: int = 32, **options
+) -> Tensor:
+    """From noise to pixels: `sample_ode`, SiT's own latent statistics, the decoder.
+
+    Args:
+        sit: velocity model; put it in eval mode.
+        vae: decodes what it is trained on.
+        eps: initial noise (N, C, h, w).
+        labels: classes (N,).
+        batch: images at a time.
+        options: of `sample_ode`.
+
+    Returns:
+        Images uint8 (N, 3, H, W).
+    """
+    images = []
+    for noise, wanted in zip(eps.split(batch), labels.split(batch), strict=True):
+        z = sit.denormalize(sample_ode(sit, noise, wanted, **options))
+        images.append(to_uint8(vae.decode(z)))
+    return torch.cat(images)
+
+
 def _check(sit: SiT, eps: Tensor, labels: Tensor, steps: int, minimum: int) -> None:
     check_label_count(labels, eps.shape[0], "sample")
     if steps < minimum:
@@ -170,7 +189,7 @@ def _check(sit: SiT, eps: Tensor, labels: Tensor, steps: int, minimum: int) -> N
 
 
 def _velocities(sit: SiT, z_t: Tensor, t: float, labels: Tensor, guided: bool) -> list[Tensor]:
-    """Float64 velocities [conditional], or [conditional, unconditional] from one doubled batch when guided."""
+    """Float64 velocities: [conditional], or guided [conditional, unconditional] from a doubled batch."""
     if guided:
         z_t, labels = torch.cat([z_t, z_t]), torch.cat([labels, torch.full_like(labels, sit.null_class)])
     times = torch.full(

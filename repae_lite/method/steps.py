@@ -3,35 +3,42 @@
 REPA-E section 3.3 and the official training script; taught in `notebooks/04_stop_gradient.ipynb` and
 `notebooks/05_end_to_end.ipynb`. This file is the only place where gradients are routed:
 
-| loss                        | VAE encoder | VAE decoder | SiT to the tap, projector | SiT after the tap | discriminator |
-|-----------------------------|-------------|-------------|---------------------------|-------------------|---------------|
-| reconstruction, perceptual  | yes         | yes         | -                         | -                 | -             |
-| KL                          | yes         | -           | -                         | -                 | -             |
-| adversarial                 | yes         | yes         | -                         | -                 | -             |
-| alignment, VAE step         | yes         | -           | passes through, unchanged | -                 | -             |
-| hinge                       | -           | -           | -                         | -                 | yes           |
-| velocity                    | **no**      | -           | yes                       | yes               | -             |
-| alignment, SiT step         | -           | -           | yes                       | -                 | -             |
+| loss                       | VAE encoder | VAE decoder | SiT to tap, proj. | SiT after tap | discriminator |
+|----------------------------|-------------|-------------|-------------------|---------------|---------------|
+| reconstruction, perceptual | yes         | yes         | -                 | -             | -             |
+| KL                         | yes         | -           | -                 | -             | -             |
+| adversarial                | yes         | yes         | -                 | -             | -             |
+| alignment, VAE step        | yes         | -           | passes through    | -             | -             |
+| hinge                      | -           | -           | -                 | -             | yes           |
+| velocity                   | **no**      | -           | yes               | yes           | -             |
+| alignment, SiT step        | -           | -           | yes               | -             | -             |
 
-The one bold "no" is the stop-gradient: with it lifted, the VAE learns latents that are easy to denoise and
-empty.
+The bold "no" is the stop-gradient: without it the VAE learns latents that are easy to denoise, and empty.
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from repae_lite.method.interpolant import WEIGHTINGS, get_path
-from repae_lite.method.losses import VAELossConfig, hinge_discriminator_loss, vae_regularization_loss
-from repae_lite.networks.layers import recompute
-from repae_lite.networks.sit import SiT, as_list, check_label_count
+from repae_lite.method.interpolant import WEIGHTINGS, get_interpolant
+from repae_lite.method.losses import (
+    VAELossConfig,
+    as_list,
+    hinge_discriminator_loss,
+    sit_losses,
+    vae_regularization_loss,
+)
+from repae_lite.networks.layers import full_precision, run
+from repae_lite.networks.sit import SiT, check_label_count
 from repae_lite.networks.vae import AutoencoderKL
+
+GRAD_NORMS = {"vae": "grad_norm_vae", "discriminator": "grad_norm_disc", "sit": "grad_norm_sit"}
 
 
 @dataclass(frozen=True)
@@ -40,14 +47,18 @@ class StepConfig:
 
     Attributes:
         vae_loss: the VAE's regularisation terms.
-        vae_align_coeff: weight of the alignment loss that reaches the VAE through SiT; 0 makes the `vae-only`
-            control.
+        vae_align_coeff: weight of the alignment loss that reaches the VAE through SiT; 0 is the
+            control "vae-only".
         vae_diffusion_coeff: weight of the velocity loss that reaches the VAE. 0 is REPA-E's stop-gradient;
             more is the naive end-to-end training that collapses the latents, for study.
         proj_coeff: weight of the alignment loss in the SiT step; 0 makes a plain SiT.
-        path, weighting: see `repae_lite.method.interpolant`.
+        path: "linear" or "cosine", see `repae_lite.method.interpolant`.
+        weighting: how times are drawn, "uniform" or "lognormal".
         vae_step_batch_stats: False normalises latents by running statistics in the VAE step, as the official
             code does; True by the batch's own.
+        loss_precision: with mixed precision, "float32" keeps the perceptual network and the discriminator out
+            of it, as the official code does; "autocast" runs them in it, which is faster and may overflow in
+            float16 (D11).
         max_grad_norm: gradient clipping, separately for VAE, discriminator and SiT.
         ema_decay: of the SiT's moving average.
     """
@@ -59,28 +70,55 @@ class StepConfig:
     path: str = "linear"
     weighting: str = "uniform"
     vae_step_batch_stats: bool = False
+    loss_precision: str = "float32"
     max_grad_norm: float = 1.0
     ema_decay: float = 0.9999
 
     def __post_init__(self):
-        get_path(self.path)
+        get_interpolant(self.path)
         if self.weighting not in WEIGHTINGS:
             raise ValueError(
                 f"unknown time weighting {self.weighting!r}: choose one of {', '.join(WEIGHTINGS)}"
             )
+        if self.loss_precision not in ("float32", "autocast"):
+            raise ValueError(f"unknown loss_precision {self.loss_precision!r}: choose float32 or autocast")
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The random numbers of a step, None where the step draws them itself; a slice has those of some images.
+
+    Attributes:
+        eps_posterior: noise of the VAE's posterior (B, C, h, w).
+        t: times (B,).
+        eps: noise of the diffusion (B, C, h, w).
+        label_drop: which labels become the null class in the SiT step, bool (B,).
+    """
+
+    eps_posterior: Tensor | None = None
+    t: Tensor | None = None
+    eps: Tensor | None = None
+    label_drop: Tensor | None = None
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Draws":
+        """The same change to all that are given."""
+        return Draws(*(None if drawn is None else change(drawn) for drawn in vars(self).values()))
+
+    def __getitem__(self, images: slice) -> "Draws":
+        return self.map(lambda drawn: drawn[images])
 
 
 class Mechanics:
-    """How a loss becomes an update: on one process, in the networks' own precision.
-    `repae_lite.training.trainer` brings another.
+    """How a loss becomes an update: one process, the networks' own precision.
+
+    `repae_lite.training.parallel` has a subclass for more.
 
     Attributes:
-        micro_batches: parts into which each batch is cut, for memory's sake; losses and gradients are those
-            of the whole batch, and so are SiT's latent statistics. (Only a discriminator's BatchNorm sees
-            each part alone.)
+        micro_batches: how many each batch is cut into, to save memory; losses and gradients are those of the
+            whole batch, and so are SiT's latent statistics. (Only a discriminator's BatchNorm sees each
+            micro-batch alone.)
         gradient_checkpointing: recompute the perceptual network and the discriminator in the VAE step instead
-            of keeping their activations; VAE and SiT have a switch of their own
-            (`repae_lite.networks.layers.set_gradient_checkpointing`).
+            of keeping their activations; VAE and SiT have their own switch, `set_gradient_checkpointing`.
     """
 
     def __init__(self, *, micro_batches: int = 1, gradient_checkpointing: bool = False):
@@ -92,15 +130,18 @@ class Mechanics:
         """The precision of forward passes."""
         return nullcontext()
 
-    def parts(self, batch: int) -> list[slice]:
-        """Where to cut a batch: `micro_batches` slices of nearly equal size, or one per image if there are
-        fewer.
-        """
+    def chunks(self, batch: int) -> list[slice]:
+        """The micro-batches of a batch: slices of nearly equal size, one per image if there are fewer."""
         cuts = [batch * i // self.micro_batches for i in range(self.micro_batches + 1)]
         return [slice(a, b) for a, b in itertools.pairwise(cuts) if a < b]
 
+    def whole_batch(self, sit: SiT, z: Tensor) -> AbstractContextManager:
+        """Inside, SiT normalises micro-batches of z (B, C, h, w) by the statistics of all of it."""
+        cut = len(self.chunks(len(z))) > 1 and not sit.config.fixed_latent_stats
+        return sit.bn.whole_batch(z) if cut else nullcontext()
+
     def backward(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
-        """Adds the gradient of one part's share of the loss, for this optimiser to apply."""
+        """Adds the gradient of one micro-batch's share of the loss, for this optimiser to apply."""
         loss.backward()
 
     def update(self, module: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
@@ -110,7 +151,7 @@ class Mechanics:
             FloatingPointError: the norm is not finite; weights, optimiser and moving average are then as
                 before the update.
         """
-        norm = nn.utils.clip_grad_norm_([p for p in module.parameters() if p.requires_grad], max_norm)
+        norm = nn.utils.clip_grad_norm_(module.parameters(), max_norm)
         if not bool(norm.isfinite()):
             raise FloatingPointError(
                 f"the gradient norm of {type(module).__name__} is {float(norm)}: lower the learning rate, or "
@@ -125,8 +166,8 @@ class TrainState:
     """Everything a step changes, and the frozen networks it consults.
 
     Attributes:
-        vae, sit: the two models; `vae` may be any module with `encode` and `decode`. Without a sit,
-            `vae_step` and `discriminator_step` train a VAE alone.
+        vae: any module with `encode` and `decode`.
+        sit: None trains a VAE alone, by `vae_step` and `discriminator_step`.
         ema: moving average of sit (`make_ema`).
         optimizers: by name: "sit", and where they train "vae" and "discriminator".
         config: see `StepConfig`.
@@ -154,13 +195,19 @@ class TrainState:
 
 @dataclass
 class VAEStepOutput:
-    """What the VAE step hands on: images, and everything the SiT step must reuse."""
+    """What the VAE step hands on to the others.
 
+    Attributes:
+        losses: by name, detached, with the gradient norm before clipping.
+        z: latents (B, C, h, w), without gradient: what SiT learns from, it cannot change.
+        x_hat: reconstructions (B, 3, H, W), without gradient.
+        draws: with the t and eps that were used.
+    """
+
+    losses: dict[str, Tensor]
     z: Tensor
     x_hat: Tensor
-    t: Tensor | None
-    eps: Tensor | None
-    losses: dict[str, Tensor]
+    draws: Draws
 
 
 def make_optimizer(
@@ -281,127 +328,136 @@ def _check_ready(state: TrainState, targets: Tensor | Sequence[Tensor] | None) -
         )
 
 
+def _update(
+    state: TrainState, name: str, losses_of: Callable[..., tuple], *batch: Tensor | list[Tensor] | Draws
+) -> tuple[dict[str, Tensor], list[Tensor | None]]:
+    """One update of a network: zero_grad, backward, clip, step; the rest is for micro-batches.
+
+    Args:
+        state: updated in place: this network's weights and its optimiser.
+        name: of the network.
+        losses_of: maps the state and a batch to the loss to follow, all losses by name, and other outputs.
+        batch: what `losses_of` takes; its first entry is a tensor.
+
+    Returns:
+        The losses of the whole batch with the gradient norm before clipping, and the other outputs, joined.
+    """
+    mechanics, optimizer, size = state.mechanics, state.optimizers[name], len(batch[0])
+    shares, pieces = [], []
+    optimizer.zero_grad(set_to_none=True)
+    for chunk in mechanics.chunks(size):
+        share = (chunk.stop - chunk.start) / size  # 1 without micro-batches
+        with mechanics.autocast():
+            loss, losses, *outputs = losses_of(state, *(_cut(value, chunk) for value in batch))
+        mechanics.backward(loss * share, optimizer)
+        shares.append({key: value.detach() * share for key, value in losses.items()})
+        pieces.append([output if output is None else output.detach() for output in outputs])
+    norm = mechanics.update(getattr(state, name), optimizer, state.config.max_grad_norm)
+    whole = {key: sum(each[key] for each in shares) for key in losses}
+    joined = [None if each[0] is None else torch.cat(each) for each in zip(*pieces, strict=True)]
+    return whole | {GRAD_NORMS[name]: norm}, joined
+
+
+def _cut(value: Tensor | list[Tensor] | Draws, chunk: slice) -> Tensor | list[Tensor] | Draws:
+    return [tensor[chunk] for tensor in value] if isinstance(value, list) else value[chunk]
+
+
+@contextmanager
+def _loss_precision(config: StepConfig, *images: Tensor) -> Iterator[Sequence[Tensor]]:
+    """The images as the loss networks see them; inside, autocast is off if they are kept out of it (D11)."""
+    device = images[0].device.type
+    if config.loss_precision == "autocast" or not torch.is_autocast_enabled(device):
+        yield images
+    else:
+        with torch.autocast(device, enabled=False):
+            yield [full_precision(x) for x in images]
+
+
+# ---------------------------------------------------------------- the three updates
+
+
 def vae_step(
     state: TrainState,
     x: Tensor,
     labels: Tensor,
     targets: Tensor | Sequence[Tensor] | None,
-    *,
-    eps_posterior: Tensor | None = None,
-    t: Tensor | None = None,
-    eps: Tensor | None = None,
+    **draws: Tensor | None,
 ) -> VAEStepOutput:
-    """Official step 1: the VAE learns to reconstruct, and to have latents whose SiT features align (REPA-E
-    eq. 3 and 4).
+    """Official step 1: the VAE learns to reconstruct, and to have latents whose SiT features align.
 
-    SiT is frozen and in eval mode: no label dropout, running BatchNorm statistics, gradients pass through it
-    to z. Without a SiT only 1a is done.
+    SiT is frozen and in eval mode: gradients pass through it to z (REPA-E eq. 3 and 4). Without a SiT the VAE
+    only learns to reconstruct.
 
     Args:
         state: updated in place: the VAE's weights and its optimiser.
         x: images (B, 3, H, W) in [-1, 1].
         labels: classes (B,).
         targets: encoder tokens (B, N, D), or one such tensor per encoder.
-        eps_posterior, eps: noise (B, C, h, w); t: times (B,). Drawn when None.
+        draws: by keyword, see `Draws`.
     """
-    config, mechanics, targets, optimizer = (
-        state.config,
-        state.mechanics,
-        as_list(targets),
-        state.optimizers["vae"],
-    )
+    drawn = Draws(**draws)
     state.vae.train()
     if state.sit is not None:
-        state.sit.eval()
-    optimizer.zero_grad(set_to_none=True)
-    parts = []
-    for part in mechanics.parts(len(x)):
-        with frozen(state.sit, state.discriminator):
-            with mechanics.autocast():
-                # 1a. Reconstruct.
-                posterior = state.vae.encode(x[part])
-                z = posterior.sample(_cut(eps_posterior, part))
-                x_hat = state.vae.decode(z)
-                losses = _reconstruction_losses(state, x[part], x_hat, posterior.kl())
-                # 1b. Align: through the frozen SiT, only as deep as the tap (and to the end only in the naive
-                # variant).
-                out = state.sit and state.sit.loss_forward(
-                    z,
-                    labels[part],
-                    [target[part] for target in targets],
-                    t=_cut(t, part),
-                    eps=_cut(eps, part),
-                    path=config.path,
-                    weighting=config.weighting,
-                    align_only=config.vae_diffusion_coeff == 0,
-                    batch_stats=config.vae_step_batch_stats,
-                )
-            total = losses["vae_reg"]
-            if out and out.align_loss is not None:
-                losses["vae_align"] = out.align_loss
-                if config.vae_align_coeff:
-                    total = total + config.vae_align_coeff * out.align_loss
-            if out and config.vae_diffusion_coeff:
-                losses["vae_denoising"] = out.denoising_loss.mean()
-                total = total + config.vae_diffusion_coeff * losses["vae_denoising"]
-            losses["vae_total"] = total
-            mechanics.backward(total * (len(z) / len(x)), optimizer)
-        used_t, used_eps = (out.t, out.eps) if out else (None, None)
-        parts.append(
-            VAEStepOutput(
-                z.detach(), x_hat.detach(), used_t, used_eps, {k: v.detach() for k, v in losses.items()}
-            )
-        )
-    norm = mechanics.update(state.vae, optimizer, config.max_grad_norm)
-    whole = {name: _joined([getattr(part, name) for part in parts]) for name in ("z", "x_hat", "t", "eps")}
-    losses = _averaged([part.losses for part in parts], [len(part.z) for part in parts])
-    return VAEStepOutput(**whole, losses=losses | {"grad_norm_vae": norm})
-
-
-def _reconstruction_losses(state: TrainState, x: Tensor, x_hat: Tensor, kl: Tensor) -> dict[str, Tensor]:
-    """The VAE's regularisation terms, recomputing the networks behind them in the backward pass if asked to."""
-    perceptual, discriminator = state.perceptual, state.discriminator
-    if state.mechanics.gradient_checkpointing:
-        perceptual = perceptual and partial(recompute, perceptual)
-    logits_fake = None
+        state.sit.eval()  # running BatchNorm statistics, no label dropout
     if state.gan_active:
-        discriminator.train()
-        logits_fake = (
-            recompute(discriminator, x_hat)
-            if state.mechanics.gradient_checkpointing
-            else discriminator(x_hat)
+        state.discriminator.train()
+    with frozen(state.sit, state.discriminator):  # no gradient *for* them, but gradient *through* them
+        losses, (z, x_hat, t, eps) = _update(state, "vae", vae_losses, x, labels, as_list(targets), drawn)
+    return VAEStepOutput(losses, z, x_hat, replace(drawn, t=t, eps=eps))  # z is detached: the stop-gradient
+
+
+def vae_losses(state: TrainState, x: Tensor, labels: Tensor, targets: list[Tensor], draws: Draws) -> tuple:
+    """The VAE's loss on a batch; all its terms by name; z, x_hat, and the t and eps that were used."""
+    config, network = state.config, partial(run, state.mechanics)  # which may recompute activations
+    posterior = state.vae.encode(x)
+    z = posterior.sample(draws.eps_posterior)
+    x_hat = state.vae.decode(z)
+    with _loss_precision(config, x, x_hat) as (real, fake):
+        losses = vae_regularization_loss(
+            real,
+            fake,
+            posterior.kl(),
+            config.vae_loss,
+            perceptual=state.perceptual and partial(network, state.perceptual),
+            logits_fake=network(state.discriminator, fake) if state.gan_active else None,
         )
-    return vae_regularization_loss(
-        x, x_hat, kl, state.config.vae_loss, perceptual=perceptual, logits_fake=logits_fake
-    )
+    loss, t, eps = losses["vae_reg"], draws.t, draws.eps
+    if state.sit is not None:  # only as deep as the tap; to the end only in the naive variant
+        out = sit_losses(
+            state.sit,
+            z,
+            labels,
+            targets,
+            t=t,
+            eps=eps,
+            path=config.path,
+            weighting=config.weighting,
+            align_only=config.vae_diffusion_coeff == 0,
+            batch_stats=config.vae_step_batch_stats,
+        )
+        t, eps = out.t, out.eps
+        if out.align_loss is not None:
+            losses["vae_align"] = out.align_loss
+            if config.vae_align_coeff:
+                loss = loss + config.vae_align_coeff * out.align_loss
+        if config.vae_diffusion_coeff:
+            losses["vae_denoising"] = out.denoising_loss.mean()
+            loss = loss + config.vae_diffusion_coeff * losses["vae_denoising"]
+    return loss, losses | {"vae_total": loss}, z, x_hat, t, eps
 
 
 def discriminator_step(state: TrainState, x: Tensor, x_hat: Tensor) -> dict[str, Tensor]:
-    """Official step 2: the discriminator learns to tell images x from reconstructions x_hat, both (B, 3, H,
-    W).
-    """
-    optimizer = state.optimizers["discriminator"]
+    """Official step 2: the discriminator learns to tell images from reconstructions, both (B, 3, H, W)."""
     state.discriminator.train()
-    optimizer.zero_grad(set_to_none=True)
-    parts, sizes = [], []
-    for part in state.mechanics.parts(len(x)):
-        with state.mechanics.autocast():
-            logits_real, logits_fake = (
-                state.discriminator(x[part].detach()),
-                state.discriminator(x_hat[part].detach()),
-            )
-            loss = hinge_discriminator_loss(logits_real, logits_fake)
-        sizes.append(len(logits_real))
-        state.mechanics.backward(loss * (sizes[-1] / len(x)), optimizer)
-        parts.append(
-            {
-                "disc": loss.detach(),
-                "logits_real": logits_real.detach().mean(),
-                "logits_fake": logits_fake.detach().mean(),
-            }
-        )
-    norm = state.mechanics.update(state.discriminator, optimizer, state.config.max_grad_norm)
-    return _averaged(parts, sizes) | {"grad_norm_disc": norm}
+    return _update(state, "discriminator", discriminator_losses, x.detach(), x_hat.detach())[0]
+
+
+def discriminator_losses(state: TrainState, x: Tensor, x_hat: Tensor) -> tuple:
+    """The discriminator's loss on a batch, and what it says of both kinds of images."""
+    with _loss_precision(state.config, x, x_hat) as images:
+        logits_real, logits_fake = map(state.discriminator, images)
+        loss = hinge_discriminator_loss(logits_real, logits_fake)
+    return loss, {"disc": loss, "logits_real": logits_real.mean(), "logits_fake": logits_fake.mean()}
 
 
 def sit_step(
@@ -409,13 +465,9 @@ def sit_step(
     z: Tensor,
     labels: Tensor,
     targets: Tensor | Sequence[Tensor] | None,
-    *,
-    t: Tensor | None = None,
-    eps: Tensor | None = None,
-    label_drop: Tensor | None = None,
+    **draws: Tensor | None,
 ) -> dict[str, Tensor]:
-    """Official step 3: SiT learns velocity and alignment on latents that carry no gradient (REPA-E's
-    stop-gradient).
+    """Official step 3: SiT learns velocity and alignment on latents without gradient, REPA-E's stop-gradient.
 
     Called alone, with latents of a frozen VAE, this is REPA; without targets it is a plain SiT.
 
@@ -424,41 +476,39 @@ def sit_step(
         z: un-normalised latents (B, C, h, w).
         labels: classes (B,).
         targets: encoder tokens (B, N, D), one such tensor per encoder, or None.
-        t, eps: times (B,) and noise like z: the ones of the VAE step. Drawn when None.
-        label_drop: which labels become the null class (B,); drawn when None.
+        draws: by keyword, see `Draws`; t and eps are the ones of the VAE step.
     """
-    config, mechanics, targets, z = state.config, state.mechanics, as_list(targets), z.detach()
-    optimizer = state.optimizers["sit"]
-    state.sit.train()
-    optimizer.zero_grad(set_to_none=True)
-    cuts, parts = mechanics.parts(len(z)), []
-    with (
-        state.sit.bn.whole_batch(z)
-        if len(cuts) > 1 and not state.sit.config.fixed_latent_stats
-        else nullcontext()
-    ):
-        for part in cuts:
-            with mechanics.autocast():
-                out = state.sit.loss_forward(
-                    z[part],
-                    labels[part],
-                    [target[part] for target in targets],
-                    t=_cut(t, part),
-                    eps=_cut(eps, part),
-                    path=config.path,
-                    weighting=config.weighting,
-                    label_drop=_cut(label_drop, part),
-                )
-            losses = {"denoising": out.denoising_loss.mean()}
-            total = losses["denoising"]
-            if out.align_loss is not None:
-                losses["sit_align"] = out.align_loss
-                total = total + config.proj_coeff * out.align_loss
-            losses["sit_total"] = total
-            mechanics.backward(total * (len(out.t) / len(z)), optimizer)
-            parts.append({name: value.detach() for name, value in losses.items()})
-    norm = mechanics.update(state.sit, optimizer, config.max_grad_norm)
-    return _averaged(parts, [part.stop - part.start for part in cuts]) | {"grad_norm_sit": norm}
+    z = z.detach()
+    state.sit.train()  # BatchNorm follows the batch, labels are dropped
+    with state.mechanics.whole_batch(state.sit, z):
+        return _update(state, "sit", sit_step_losses, z, labels, as_list(targets), Draws(**draws))[0]
+
+
+def sit_step_losses(
+    state: TrainState, z: Tensor, labels: Tensor, targets: list[Tensor], draws: Draws
+) -> tuple:
+    """SiT's loss on a batch, and its terms by name."""
+    config = state.config
+    out = sit_losses(
+        state.sit,
+        z,
+        labels,
+        targets,
+        t=draws.t,
+        eps=draws.eps,
+        path=config.path,
+        weighting=config.weighting,
+        label_drop=draws.label_drop,
+    )
+    losses = {"denoising": out.denoising_loss.mean()}
+    loss = losses["denoising"]
+    if out.align_loss is not None:
+        losses["sit_align"] = out.align_loss
+        loss = loss + config.proj_coeff * out.align_loss
+    return loss, losses | {"sit_total": loss}
+
+
+# ---------------------------------------------------------------- a whole step
 
 
 def repae_step(
@@ -479,50 +529,41 @@ def repae_step(
         x: images (B, 3, H, W) in [-1, 1].
         labels: classes (B,).
         targets: encoder tokens of the clean images (B, N, D), or one such tensor per encoder.
-        eps_posterior, eps: noise (B, C, h, w); t: times (B,); label_drop: bool (B,). Drawn when None.
+        eps_posterior: noise of the VAE's posterior (B, C, h, w); drawn when None.
+        t: times (B,); drawn when None.
+        eps: noise of the diffusion (B, C, h, w); drawn when None.
+        label_drop: which labels become the null class in the SiT step, bool (B,); drawn when None.
 
     Returns:
         Every loss and every gradient norm before clipping, as floats.
 
     Raises:
-        ValueError: a batch that would train silently wrong (see `check_batch`), or a part that the
-            configuration needs is missing.
+        ValueError: a batch that would train silently wrong (see `check_batch`), or a network or optimiser
+            that the configuration needs is missing.
         FloatingPointError: a gradient is not finite.
     """
     _check_ready(state, targets)
     check_batch(state.sit, x, labels, targets)
-    draws = {"eps_posterior": eps_posterior, "t": t, "eps": eps, "label_drop": label_drop}
-    return as_floats(all_updates(state, x, labels, targets, **draws)[0])
+    return as_floats(all_updates(state, x, labels, targets, Draws(eps_posterior, t, eps, label_drop))[0])
 
 
 def all_updates(
-    state: TrainState,
-    x: Tensor,
-    labels: Tensor,
-    targets: Tensor | Sequence[Tensor] | None,
-    *,
-    eps_posterior: Tensor | None = None,
-    t: Tensor | None = None,
-    eps: Tensor | None = None,
-    label_drop: Tensor | None = None,
+    state: TrainState, x: Tensor, labels: Tensor, targets: Tensor | Sequence[Tensor] | None, draws: Draws
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """`repae_step` without its checks, for who checks once and reads losses when needed; a VAE alone if the
-    state has no SiT.
+    """`repae_step` unchecked and without waiting for the device; a VAE alone if the state has no SiT.
 
     Returns:
         The losses and gradient norms, still on the device, and the latents z (B, C, h, w).
     """
-    vae_out = vae_step(state, x, labels, targets, eps_posterior=eps_posterior, t=t, eps=eps)
-    losses = dict(vae_out.losses)
+    vae = vae_step(state, x, labels, targets, **vars(draws))
+    losses = vae.losses
     if state.gan_active:
-        losses |= discriminator_step(state, x, vae_out.x_hat)
-    if state.sit is not None:
-        losses |= sit_step(
-            state, vae_out.z, labels, targets, t=vae_out.t, eps=vae_out.eps, label_drop=label_drop
-        )
-        update_ema(state.ema, state.sit, state.config.ema_decay)
-    state.step += 1
-    return losses, vae_out.z
+        losses |= discriminator_step(state, x, vae.x_hat)
+    if state.sit is None:
+        state.step += 1
+    else:
+        losses |= latent_updates(state, vae.z, labels, targets, vae.draws)
+    return losses, vae.z
 
 
 def latent_step(
@@ -530,12 +571,21 @@ def latent_step(
     z: Tensor,
     labels: Tensor,
     targets: Tensor | Sequence[Tensor] | None,
-    **draws: Tensor | None,
+    *,
+    t: Tensor | None = None,
+    eps: Tensor | None = None,
+    label_drop: Tensor | None = None,
 ) -> dict[str, float]:
-    """One step with the VAE left alone: SiT and its moving average, on latents z (B, C, h, w). REPA, or a
-    plain SiT without targets.
+    """One step with the VAE left alone: SiT and its moving average. REPA, or a plain SiT without targets.
 
-    Keyword draws are those of `sit_step`.
+    Args:
+        state: updated in place.
+        z: latents (B, C, h, w).
+        labels: classes (B,).
+        targets: encoder tokens (B, N, D), one such tensor per encoder, or None.
+        t: times (B,); drawn when None.
+        eps: noise like z; drawn when None.
+        label_drop: which labels become the null class, bool (B,); drawn when None.
 
     Raises:
         ValueError: latents not finite, labels out of range, targets not finite or not on SiT's grid.
@@ -546,29 +596,20 @@ def latent_step(
         )
     check_label_count(labels, z.shape[0], "latent")
     _check_conditions(state.sit, z.shape[0], labels, targets)
-    losses = sit_step(state, z, labels, targets, **draws)
+    return as_floats(latent_updates(state, z, labels, targets, Draws(None, t, eps, label_drop)))
+
+
+def latent_updates(
+    state: TrainState, z: Tensor, labels: Tensor, targets: Tensor | Sequence[Tensor] | None, draws: Draws
+) -> dict[str, Tensor]:
+    """`latent_step` unchecked and without waiting for the device."""
+    losses = sit_step(state, z, labels, targets, **vars(draws))
     update_ema(state.ema, state.sit, state.config.ema_decay)
     state.step += 1
-    return as_floats(losses)
+    return losses
 
 
 def as_floats(losses: dict[str, Tensor]) -> dict[str, float]:
     """Detached floats, moved from the device in one transfer."""
     values = torch.stack([value.detach().float() for value in losses.values()]).tolist()
     return dict(zip(losses, values, strict=True))
-
-
-def _cut(tensor: Tensor | None, part: slice) -> Tensor | None:
-    return None if tensor is None else tensor[part]
-
-
-def _joined(tensors: list[Tensor | None]) -> Tensor | None:
-    return None if tensors[0] is None else torch.cat(tensors)
-
-
-def _averaged(parts: list[dict[str, Tensor]], sizes: list[int]) -> dict[str, Tensor]:
-    """Losses of the whole batch from those of its parts."""
-    return {
-        name: sum(losses[name] * (n / sum(sizes)) for losses, n in zip(parts, sizes, strict=True))
-        for name in parts[0]
-    }

@@ -1,8 +1,7 @@
 """PatchGAN discriminator: judges overlapping image patches instead of whole images.
 
 Isola et al. 2017 (arXiv 1611.07004); REPA-E uses it, as the VAEs of latent diffusion do, for the adversarial
-term of the VAE's loss. Taught in `notebooks/01_vae.ipynb`. State dicts are compatible with the released
-discriminators.
+term of the VAE's loss. Taught in `notebooks/01_vae.ipynb`. State dicts are those of the released ones.
 """
 
 from torch import Tensor, nn

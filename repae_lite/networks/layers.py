@@ -1,8 +1,8 @@
-"""What large training needs of a layer: batch statistics of the *whole* batch, and activations that are not
-kept.
+"""Layers for large training: BatchNorm over the *whole* batch, activations recomputed instead of kept.
 
 The official code normalises by `SyncBatchNorm`, which exists on GPUs only (DIFFERENCES.md, D10); this one
-works wherever torch.distributed does. Taught in `notebooks/02_latent_diffusion.ipynb` (the latents' BatchNorm).
+works wherever torch.distributed does.
+Taught in `notebooks/02_latent_diffusion.ipynb` (the latents' BatchNorm).
 """
 
 from collections.abc import Iterator
@@ -17,11 +17,10 @@ from repae_lite.utils.processes import process_count, sum_over_processes
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """`torch.nn.BatchNorm2d`, with the statistics of the batch over all processes, on any device; state dicts
-    are the same.
+    """`torch.nn.BatchNorm2d` with the statistics of the batch over all processes, on any device.
 
     On one process it computes what PyTorch's does, by the same function. On several, mean and variance are
-    those of the concatenated batch, and gradients flow through them.
+    those of the concatenated batch, and gradients flow through them. State dicts are PyTorch's.
     """
 
     def __init__(self, *args, **kwargs):
@@ -47,7 +46,7 @@ class BatchNorm2d(nn.BatchNorm2d):
             running = (self.running_mean, self.running_var) if self.training else (None, None)
             if track:
                 self.num_batches_tracked.add_(1)
-            elif self.training:  # the same operation on the same number of tensors, or checkpointing refuses
+            elif self.training:  # checkpointing wants the same operations on as many tensors
                 running = (self.running_mean.clone(), self.running_var.clone())
             return F.batch_norm(x, *running, self.weight, self.bias, True, self.momentum, self.eps)
         mean, var, count = self._whole_statistics(x.float())
@@ -61,11 +60,9 @@ class BatchNorm2d(nn.BatchNorm2d):
 
     @contextmanager
     def whole_batch(self, x: Tensor) -> Iterator[None]:
-        """Inside, parts of x (B, C, h, w) are normalised by the statistics of all of it, and these are
-        tracked once, at the end.
+        """Inside, micro-batches of x (B, C, h, w) are normalised as if x had not been cut.
 
-        So a batch cut into micro-batches is normalised as if it were not cut. Without gradient: x is
-        detached.
+        The statistics of x, without gradient, are tracked once, at the end.
         """
         with torch.no_grad():
             mean, var, count = self._whole_statistics(x.detach().float())
@@ -92,16 +89,14 @@ class BatchNorm2d(nn.BatchNorm2d):
 
 
 def recompute(module: nn.Module, *inputs: Tensor) -> Tensor:
-    """Runs a module without keeping its activations; the backward pass computes them again, BatchNorm
-    statistics aside.
-    """
-    if torch.compiler.is_compiling():  # which knows no such context; what is compiled here has no BatchNorm
+    """Runs a module without keeping its activations; recomputing them leaves BatchNorm's statistics alone."""
+    if torch.compiler.is_compiling():  # it does not support context_fn; nothing compiled here has a BatchNorm
         return checkpoint(module, *inputs, use_reentrant=False)
     return checkpoint(module, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), _untracked()))
 
 
-def run(owner: nn.Module, module: nn.Module, *inputs: Tensor) -> Tensor:
-    """Calls a part of `owner`, recomputing it in the backward pass if owner.gradient_checkpointing says so."""
+def run(owner: object, module: nn.Module, *inputs: Tensor) -> Tensor:
+    """Calls a module, recomputing it in the backward pass if owner.gradient_checkpointing says so."""
     return (
         recompute(module, *inputs)
         if owner.gradient_checkpointing and torch.is_grad_enabled()
@@ -110,13 +105,11 @@ def run(owner: nn.Module, module: nn.Module, *inputs: Tensor) -> Tensor:
 
 
 def set_gradient_checkpointing(on: bool, *modules: nn.Module) -> None:
-    """Switches recomputation on or off in every part that has the switch: less memory, about a third more
-    time, same gradients.
-    """
+    """Switches recomputation on or off wherever there is a switch: less memory, a third more time."""
     for module in modules:
-        for part in module.modules():
-            if hasattr(part, "gradient_checkpointing"):
-                part.gradient_checkpointing = on
+        for child in module.modules():
+            if hasattr(child, "gradient_checkpointing"):
+                child.gradient_checkpointing = on
 
 
 _recomputing = False

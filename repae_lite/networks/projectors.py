@@ -1,7 +1,6 @@
-"""From SiT's features to the tokens of a vision encoder: what stands between the two sides of the alignment
-loss.
+"""Projectors: from SiT's features at the tap to the tokens of a vision encoder, for the alignment loss.
 
-Taught in `notebooks/03_repa.ipynb`. Both are thrown away after training.
+Taught in `notebooks/03_repa.ipynb`. After training they are not needed any more.
 """
 
 import math
@@ -10,9 +9,7 @@ from torch import Tensor, nn
 
 
 class MLPProjector(nn.Sequential):
-    """REPA's: three linear layers with SiLU between, every token by itself, (B, N, in_dim) to (B, N, out_dim)
-    (arXiv 2410.06940).
-    """
+    """REPA's (arXiv 2410.06940): three linear layers with SiLU between, (B, N, in_dim) to (B, N, out_dim)."""
 
     def __init__(self, in_dim: int, width: int, out_dim: int):
         super().__init__(
@@ -21,8 +18,7 @@ class MLPProjector(nn.Sequential):
 
 
 class ConvProjector(nn.Conv2d):
-    """iREPA's: one 3×3 convolution over the square grid of tokens, (B, N, in_dim) to (B, N, out_dim) (arXiv
-    2512.10794).
+    """iREPA's (arXiv 2512.10794): a 3×3 convolution on the grid of tokens, (B, N, in_dim) to (B, N, out_dim).
 
     It has no hidden layer: `width` is there because `MLPProjector` has one.
     """

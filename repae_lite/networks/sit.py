@@ -2,8 +2,7 @@
 
 Architecture of DiT (Peebles & Xie 2023) and SiT (arXiv 2401.08740); tap and projector of REPA (arXiv
 2410.06940); latent BatchNorm of REPA-E section 3. Taught in `notebooks/02_latent_diffusion.ipynb` and
-`notebooks/03_repa.ipynb`. Module names follow the released checkpoints, so their state dicts load with
-`strict=True`.
+`notebooks/03_repa.ipynb`. Module names follow the released checkpoints: state dicts load with `strict=True`.
 """
 
 import math
@@ -14,8 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from repae_lite.method.interpolant import Path, get_path, interpolate, sample_time
-from repae_lite.method.losses import alignment_loss, velocity_loss
 from repae_lite.networks.latent_stats import LatentStats
 from repae_lite.networks.layers import BatchNorm2d, run
 from repae_lite.networks.projectors import PROJECTORS
@@ -29,20 +26,20 @@ class SiTConfig:
         in_channels: latent channels C.
         input_size: latent height and width.
         patch_size: latent pixels per token, along each side.
-        width: token width; depth: number of blocks; heads: attention heads.
-        num_classes: classes; one more row of the label table, number `num_classes`, is the null class of
-            guidance.
+        width: token width.
+        depth: number of blocks.
+        heads: attention heads.
+        num_classes: classes; one more row of the label table, the last, is the null class of guidance.
         label_dropout: share of training labels replaced by the null class.
         target_dims: widths of the vision encoders' tokens to align with; empty for a plain SiT.
         alignment_depth: the features after this many blocks are aligned.
-        projector: "mlp", REPA's, or "conv", iREPA's (arXiv 2512.10794). projector_width: hidden width of the
-            former.
+        projector: "mlp", REPA's, or "conv", iREPA's (arXiv 2512.10794).
+        projector_width: hidden width of the former.
         bn_momentum: weight of a new batch in the running latent statistics.
         fixed_latent_stats: normalise by the statistics set at the start, always, as latent diffusion did
             before REPA-E (its ablation "no BatchNorm").
         label_std: standard deviation of the initial label embeddings.
-        train_pos_embed: lets the sin-cos position embedding train, as it does by accident in the official run
-            (D2).
+        train_pos_embed: train the sin-cos position embedding, as the official run does by accident (D2).
     """
 
     in_channels: int = 4
@@ -138,32 +135,8 @@ SIT_PRESETS = {
 }
 
 
-@dataclass
-class LossOutput:
-    """What `SiT.loss_forward` computes.
-
-    Attributes:
-        denoising_loss: mean squared velocity error per image (B,); None when only aligned.
-        align_loss: mean negative cosine similarity, a scalar in [-1, 1]; None without targets.
-        projected: projected features, one (B, N, D) per target.
-        v_hat: predicted velocity (B, C, h, w); None when only aligned.
-        z_t: the noised, normalised latents the network saw (B, C, h, w).
-        t: times (B,). eps: noise (B, C, h, w).
-    """
-
-    denoising_loss: Tensor | None
-    align_loss: Tensor | None
-    projected: list[Tensor]
-    v_hat: Tensor | None
-    z_t: Tensor
-    t: Tensor
-    eps: Tensor
-
-
 def sincos_position_embedding(width: int, grid_size: int) -> Tensor:
-    """Fixed 2-D sine-cosine embedding (1, grid_size^2, width): first half of the channels from the column,
-    second from the row.
-    """
+    """2-D sine-cosine embedding (1, grid_size^2, width): half the channels for columns, half for rows."""
     omega = 1.0 / 10000 ** (torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     angles = torch.arange(grid_size, dtype=torch.float64)[:, None] * omega  # (grid, width/4)
     axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # (grid, width/2)
@@ -246,9 +219,7 @@ def modulate(h: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 class SiTBlock(nn.Module):
-    """A transformer block whose norms are shifted, scaled and gated by the condition (adaLN-zero: it starts
-    as the identity).
-    """
+    """A transformer block whose norms the condition shifts, scales and gates; it starts as the identity."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -278,13 +249,8 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(self.norm_final(h), shift, scale))
 
 
-def as_list(targets: Tensor | Sequence[Tensor] | None) -> list[Tensor]:
-    """Encoder tokens as a list, one tensor per encoder; empty for None."""
-    return [] if targets is None else [targets] if isinstance(targets, Tensor) else list(targets)
-
-
 def check_label_count(labels: Tensor, count: int, noun: str) -> None:
-    """Refuses labels that are not one per image, latent or sample (the noun): they would broadcast silently."""
+    """Refuses labels that are not one per image, latent or sample (the noun): they would broadcast."""
     if labels.shape != (count,):
         raise ValueError(
             f"labels have shape {tuple(labels.shape)} for {count} {noun}s: give one class number per {noun}"
@@ -323,8 +289,11 @@ class SiT(nn.Module):
 
     @classmethod
     def from_preset(cls, name: str, **changes) -> "SiT":
-        """Builds a named size with fresh weights: "SiT-{S,B,L,XL}/{1,2,4,8}" or "tiny"; keywords replace
-        fields of its `SiTConfig`.
+        """Builds a named size with fresh weights; keywords replace fields of its `SiTConfig`.
+
+        Args:
+            name: "SiT-{S,B,L,XL}/{1,2,4,8}" or "tiny".
+            changes: fields of the configuration.
 
         Raises:
             ValueError: the name is not a preset, or the sizes do not fit together.
@@ -334,9 +303,7 @@ class SiT(nn.Module):
         return cls(replace(SIT_PRESETS[name], **changes))
 
     def _initialise(self) -> None:
-        """DiT's initialisation: Xavier everywhere, zero where adaLN gates and the output are, so every block
-        starts as identity.
-        """
+        """DiT's initialisation: Xavier, but zero for adaLN and output: blocks start as the identity."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -386,8 +353,7 @@ class SiT(nn.Module):
             batch_stats: None follows train/eval mode. True in eval mode uses this batch's statistics and
                 leaves the running ones alone; False in train mode uses the running ones.
         """
-        batch_stats = False if self.config.fixed_latent_stats else batch_stats
-        return self.bn(z, batch_stats)
+        return self.bn(z, False if self.config.fixed_latent_stats else batch_stats)
 
     def denormalize(self, sample: Tensor) -> Tensor:
         """Brings sampled latents (B, C, h, w) back to the VAE's scale, in the model's dtype."""
@@ -396,8 +362,7 @@ class SiT(nn.Module):
     # ---------------------------------------------------------------- network
 
     def check_labels(self, labels: Tensor, *, allow_null: bool = True) -> None:
-        """Refuses labels out of range; the null class is for sampling, not a training label. Synchronises a
-        GPU: once per batch.
+        """Refuses labels out of range; the null class is for sampling only. Waits for a GPU: once per batch.
 
         Raises:
             ValueError: wrong dtype, or a label out of range.
@@ -408,15 +373,15 @@ class SiT(nn.Module):
         if low < 0 or high > self.null_class - (not allow_null):
             raise ValueError(
                 f"label {low if low < 0 else high} is outside 0 to {self.null_class - 1} (null class "
-                f"{self.null_class}): "
-                "fix the labels (they count from 0) or build the SiT with more num_classes"
+                f"{self.null_class}): fix the labels (they count from 0) or build the SiT with more "
+                "num_classes"
             )
 
     def check_targets(self, batch: int, targets: Sequence[Tensor]) -> None:
         """Refuses encoder tokens that do not fit this SiT's grid and projectors.
 
         Raises:
-            ValueError: another number of encoders, or another shape than (batch, N, D).
+            ValueError: the wrong number of encoders, or a shape that is not (batch, N, D).
         """
         dims = self.config.target_dims
         if len(targets) != len(dims):
@@ -429,35 +394,32 @@ class SiT(nn.Module):
             if tuple(target.shape) != expected:
                 raise ValueError(
                     f"targets[{i}] have shape {tuple(target.shape)} but this SiT needs {expected} (B, N, D): "
-                    "choose an encoder "
-                    "resolution and SiT patch size with the same token grid, and its width in target_dims"
+                    "choose an encoder resolution and SiT patch size with the same token grid, and its width "
+                    "in target_dims"
                 )
 
-    def _check_input(self, z_t: Tensor, labels: Tensor) -> None:
+    def check_input(self, z: Tensor, labels: Tensor) -> None:
+        """Refuses latents of another size than this SiT's, and labels that are not one per latent."""
         expected = (self.config.in_channels, self.config.input_size, self.config.input_size)
-        if z_t.ndim != 4 or tuple(z_t.shape[1:]) != expected:
+        if z.ndim != 4 or tuple(z.shape[1:]) != expected:
             raise ValueError(
-                f"latents have shape {tuple(z_t.shape)}: this SiT takes (B, "
-                f"{', '.join(map(str, expected))}); "
+                f"latents have shape {tuple(z.shape)}: this SiT takes (B, {', '.join(map(str, expected))}); "
                 "build it with the VAE's in_channels and input_size"
             )
-        check_label_count(labels, z_t.shape[0], "latent")
+        check_label_count(labels, z.shape[0], "latent")
         if (
             labels.device.type == "cpu" and not torch.compiler.is_compiling()
-        ):  # elsewhere it would wait for the device
+        ):  # a GPU would have to be waited for
             self.check_labels(labels)
 
     def _embed(self, z_t: Tensor, t: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens (B, N, width) and condition (B, width)."""
-        self._check_input(z_t, labels)
-        z_t = z_t.to(self.pos_embed.dtype)
-        h = self.x_embedder(z_t) + self.pos_embed
+        self.check_input(z_t, labels)
+        h = self.x_embedder(z_t.to(self.pos_embed.dtype)) + self.pos_embed
         return h, self.t_embedder(t) + self.y_embedder(labels)
 
     def features(self, z_t: Tensor, t: Tensor, labels: Tensor, depth: int | None = None) -> Tensor:
-        """Token features after `depth` blocks (the alignment depth by default): (B, N, width), for normalised
-        z_t.
-        """
+        """Token features (B, N, width) of normalised z_t after `depth` blocks, by default at the tap."""
         if depth is not None and not 0 <= depth <= self.config.depth:
             raise ValueError(
                 f"depth {depth} is outside 0 to {self.config.depth}, the number of blocks: choose one inside"
@@ -467,94 +429,33 @@ class SiT(nn.Module):
             h = block(h, condition)
         return h
 
-    def forward(self, z_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        """Velocity (B, C, h, w) at normalised, noised latents z_t (B, C, h, w), times t (B,) and labels (B,)."""
-        return self._run(z_t, t, labels)[0]
+    def forward(
+        self, z_t: Tensor, t: Tensor, labels: Tensor, *, project: bool = False, align_only: bool = False
+    ) -> Tensor | tuple[Tensor | None, list[Tensor]] | None:
+        """Predicts velocities, and what the tap sees on the way.
 
-    def _run(
-        self, z_t: Tensor, t: Tensor, labels: Tensor, align_only: bool = False
-    ) -> tuple[Tensor | None, Tensor]:
-        """Velocity (None when align_only) and the features at the tap."""
+        Args:
+            z_t: normalised, noised latents (B, C, h, w).
+            t: times (B,).
+            labels: classes (B,).
+            project: also return the projected features at the tap.
+            align_only: stop at the tap; the velocity is None.
+
+        Returns:
+            The velocity (B, C, h, w); with `project` the pair (velocity, [(B, N, D) per projector]).
+        """
         h, condition = self._embed(z_t, t, labels)
         for i, block in enumerate(self.blocks, start=1):
             h = run(self, block, h, condition)
             if i == self.config.alignment_depth:
                 tapped = h
                 if align_only:
-                    return None, tapped
-        return self._unpatchify(self.final_layer(h, condition)), tapped
+                    break
+        v_hat = None if align_only else self._unpatchify(self.final_layer(h, condition))
+        return (v_hat, [projector(tapped) for projector in self.projectors]) if project else v_hat
 
     def _unpatchify(self, h: Tensor) -> Tensor:
         """(B, N, p * p * C) to (B, C, h, w)."""
         grid, p, channels = self.config.grid_size, self.config.patch_size, self.config.in_channels
         h = h.reshape(h.shape[0], grid, grid, p, p, channels)
         return h.permute(0, 5, 1, 3, 2, 4).reshape(h.shape[0], channels, grid * p, grid * p)
-
-    def loss_forward(
-        self,
-        z: Tensor,
-        labels: Tensor,
-        targets: Tensor | list[Tensor] | None = None,
-        *,
-        t: Tensor | None = None,
-        eps: Tensor | None = None,
-        path: str | Path = "linear",
-        weighting: str = "uniform",
-        align_only: bool = False,
-        label_drop: Tensor | None = None,
-        batch_stats: bool | None = None,
-    ) -> LossOutput:
-        """Normalises and noises latents, predicts their velocity and aligns the features at the tap (REPA-E
-        eq. 1 and 3).
-
-        Args:
-            z: un-normalised latents (B, C, h, w), straight from the VAE.
-            labels: classes (B,).
-            targets: encoder tokens (B, N, D), or one such tensor per encoder; None skips alignment.
-            t: times (B,); drawn by `weighting` when None.
-            eps: noise like z; drawn when None.
-            path: "linear" or "cosine".
-            weighting: "uniform" or "lognormal" time.
-            align_only: stop at the tap (the VAE's step needs no more).
-            label_drop: which labels become the null class, bool (B,); drawn in train mode when None.
-            batch_stats: see `normalize`.
-
-        Raises:
-            ValueError: shapes, labels or token counts do not fit.
-        """
-        targets = as_list(targets)
-        path = get_path(path)
-        self._check_input(z, labels)  # before BatchNorm takes notice
-        if targets:
-            self.check_targets(z.shape[0], targets)
-        t = (
-            sample_time(z.shape[0], weighting=weighting, path=path, device=z.device)
-            if t is None
-            else t.flatten()
-        )
-        eps = torch.randn_like(z) if eps is None else eps
-        if len(t) != len(z) or eps.shape != z.shape:
-            raise ValueError(
-                f"{len(t)} times and noise of shape {tuple(eps.shape)} for latents {tuple(z.shape)}: "
-                "draw one time per latent and noise like z"
-            )
-        z_t, v = interpolate(self.normalize(z, batch_stats), eps, t, path)
-        v_hat, h = self._run(z_t, t, self._drop_labels(labels, label_drop), align_only)
-
-        projected = [project(h) for project in self.projectors] if targets else []
-        return LossOutput(
-            denoising_loss=None if align_only else velocity_loss(v_hat, v),
-            align_loss=alignment_loss(projected, targets) if targets else None,
-            projected=projected,
-            v_hat=v_hat,
-            z_t=z_t,
-            t=t,
-            eps=eps,
-        )
-
-    def _drop_labels(self, labels: Tensor, drop: Tensor | None) -> Tensor:
-        if drop is None:
-            if not self.training or self.config.label_dropout == 0:
-                return labels
-            drop = torch.rand(labels.shape[0], device=labels.device) < self.config.label_dropout
-        return torch.where(drop, self.null_class, labels)

@@ -2,8 +2,7 @@
 
 The convolutional VAE of latent diffusion (Rombach et al. 2022, arXiv 2112.10752) in the two sizes REPA-E
 tunes, f8d4 (SD-VAE) and f16d32 (IN-VAE, VA-VAE), and a tiny one for two CPU cores. Taught in
-`notebooks/01_vae.ipynb`. Module names follow the released checkpoints, so their state dicts load with
-`strict=True`.
+`notebooks/01_vae.ipynb`. Module names follow the released checkpoints: state dicts load with `strict=True`.
 """
 
 from dataclasses import dataclass, replace
@@ -22,14 +21,12 @@ class VAEConfig:
     Attributes:
         latent_channels: C of the latents.
         width: channels at full image resolution.
-        multipliers: channels of each level as multiples of width; every level but the last halves the
-            resolution.
+        multipliers: channels of each level, in widths; every level but the last halves the resolution.
         blocks: residual blocks per level of the encoder; the decoder has one more.
         attention_levels: levels (0 = full resolution) whose blocks are followed by self-attention.
         groups: groups of the GroupNorm layers; must divide every level's channels.
         mid_attention: self-attention at the bottom.
-        fold: the network works on images whose fold x fold pixel blocks were folded into channels; 1 for
-            none.
+        fold: blocks of fold x fold pixels are folded into channels before the network; 1 for none.
     """
 
     latent_channels: int = 4
@@ -81,7 +78,7 @@ class Posterior:
         self.std = torch.exp(0.5 * self.log_var)
 
     def sample(self, eps: Tensor | None = None) -> Tensor:
-        """Draws z = mean + std * eps, (B, C, h, w); pass eps to fix the draw. Gradients reach mean and std."""
+        """Draws z = mean + std * eps, (B, C, h, w); gradients reach mean and std; eps fixes the draw."""
         if eps is None:
             eps = torch.randn_like(self.mean)
         elif eps.shape != self.mean.shape:
@@ -101,9 +98,7 @@ class Posterior:
 
 
 class ResidualBlock(nn.Module):
-    """norm - swish - 3x3 convolution, twice, added to the input (through a 1x1 convolution where channels
-    change).
-    """
+    """Norm, swish, 3x3 convolution, twice, added to the input (a 1x1 convolution adapts its channels)."""
 
     def __init__(self, in_channels: int, out_channels: int, groups: int):
         super().__init__()
@@ -139,9 +134,7 @@ class AttentionBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halves the resolution by a stride-2 convolution, padded on the right and bottom only (as the released
-    weights expect).
-    """
+    """Halves the resolution by a stride-2 convolution, padded right and bottom as the weights expect."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -163,9 +156,7 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """One resolution of encoder or decoder: residual blocks, each followed by attention where the level has
-    it.
-    """
+    """One resolution of encoder or decoder: residual blocks, each followed by attention if wanted."""
 
     def __init__(self, in_channels: int, out_channels: int, blocks: int, attention: bool, groups: int):
         super().__init__()
@@ -279,8 +270,11 @@ class AutoencoderKL(nn.Module):
 
     @classmethod
     def from_preset(cls, name: str, **changes) -> "AutoencoderKL":
-        """Builds a named size with fresh weights: "f8d4", "f16d32" or "tiny"; keywords replace fields of its
-        `VAEConfig`.
+        """Builds a named size with fresh weights; keywords replace fields of its `VAEConfig`.
+
+        Args:
+            name: "f8d4", "f16d32" or "tiny".
+            changes: fields of the configuration.
 
         Raises:
             ValueError: the name is not a preset.
@@ -311,14 +305,13 @@ class AutoencoderKL(nn.Module):
             )
         if x.shape[2] % f or x.shape[3] % f:
             raise ValueError(
-                f"image size {x.shape[2]}x{x.shape[3]} is not a multiple of {f}: resize or crop to one that "
-                "is"
+                f"image size {x.shape[2]}x{x.shape[3]} is not a multiple of {f}: resize or crop to one "
+                "that is"
             )
         return Posterior(self.quant_conv(self.encoder(x)))
 
     def decode(self, z: Tensor) -> Tensor:
-        """Images (B, 3, h * f, w * f), about in [-1, 1], of latents z (B, C, h, w) on the VAE's own scale
-        (de-normalised).
+        """Images (B, 3, h * f, w * f), about in [-1, 1], of latents z (B, C, h, w) on the VAE's own scale.
 
         Any float dtype of z is converted to the VAE's.
 

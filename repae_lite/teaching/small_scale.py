@@ -19,7 +19,7 @@ from repae_lite.data.datasets import load_embedded
 from repae_lite.evaluation.evaluation_net import EvaluationNet
 from repae_lite.evaluation.metrics import FeatureStats, feature_stats, frechet_distance, psnr
 from repae_lite.method.losses import TinyPerceptualLoss, VAELossConfig
-from repae_lite.method.sampling import Guidance, sample_ode
+from repae_lite.method.sampling import Guidance, sample_images
 from repae_lite.method.steps import StepConfig, TrainState, latent_step, make_ema, make_optimizer, repae_step
 from repae_lite.networks.encoders import VisionEncoder
 from repae_lite.networks.latent_stats import LatentStats
@@ -200,18 +200,13 @@ class SmallScale:
         seed: int = 0,
         guidance: Guidance | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Samples with balanced labels, by Euler steps: images uint8 (count, 3, 32, 32) and labels (count,)."""
+        """Samples with balanced labels, by Euler steps: uint8 (count, 3, 32, 32) and labels (count,)."""
         labels = torch.arange(count) % sit.config.num_classes
         size = sit.config.input_size
         eps = torch.randn(
             count, sit.config.in_channels, size, size, generator=torch.Generator().manual_seed(seed)
         )
-        images = []
-        for noise, wanted in zip(eps.split(250), labels.split(250), strict=True):
-            z = sit.denormalize(sample_ode(sit, noise, wanted, steps=steps, guidance=guidance))
-            with torch.no_grad():
-                images.append(to_uint8(vae.decode(z)))
-        return torch.cat(images), labels
+        return sample_images(sit, vae, eps, labels, batch=250, steps=steps, guidance=guidance), labels
 
     @torch.no_grad()
     def reconstruct(self, vae: AutoencoderKL) -> Tensor:

@@ -1,10 +1,9 @@
-"""What a run is made of, from its options: data, encoders, networks, optimisers.
+"""From a run's options to its data, encoders, networks and optimisers.
 
-Every check that can be made before the first step is made here. Taught in `notebooks/05_end_to_end.ipynb`, at
-small scale.
+Every check that can be made before the first step is made here. Taught at small scale in
+`notebooks/05_end_to_end.ipynb`, section 3.
 """
 
-import inspect
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,16 +27,16 @@ from repae_lite.training.loss_config import read_loss_config
 from repae_lite.utils.files import data_small_dir
 from repae_lite.utils.pixels import to_unit_range
 
-# need a closure, sparse gradients, matrices alone, keep states of other shapes than the weights', or are none
-NOT_OFFERED = ("LBFGS", "SparseAdam", "Muon", "Adafactor", "Optimizer")
+ADAM = (torch.optim.AdamW, torch.optim.Adam, torch.optim.NAdam, torch.optim.RAdam)
+OPTIMIZERS = {kind.__name__.lower(): kind for kind in (*ADAM, torch.optim.SGD)}
 
 
 def open_data(config: TrainConfig) -> TrainingData:
     """The training data of a run.
 
     Raises:
-        FileNotFoundError: nothing there. ValueError: see `repae_lite.open_dataset`; latents of another VAE;
-            too many classes.
+        FileNotFoundError: nothing is there.
+        ValueError: see `repae_lite.open_dataset`; latents of another VAE; too many classes.
     """
     folder = data_small_dir() / "train" if config.data_dir == "embedded" else Path(config.data_dir)
     images = latents = None
@@ -63,9 +62,7 @@ def _open_latents(config: TrainConfig, folder: Path) -> CachedLatentsDataset:
     if latents.shape != expected:
         raise ValueError(
             f"the latents in {path} have shape {latents.shape} and not {expected}, which {config.vae} makes "
-            "of "
-            f"{config.resolution}-pixel images: cache them again, or choose --vae and --resolution as they "
-            "were"
+            f"of {config.resolution}-pixel images: cache them again, or choose their --vae and --resolution"
         )
     return latents
 
@@ -74,8 +71,8 @@ def _open_latents(config: TrainConfig, folder: Path) -> CachedLatentsDataset:
 
 
 @dataclass
-class Parts:
-    """The state that trains, and what it learns from.
+class TrainSetup:
+    """What a training run starts from.
 
     Attributes:
         state: networks and optimisers; its mechanics are still the plain ones.
@@ -90,41 +87,36 @@ class Parts:
     def networks(self) -> dict[str, nn.Module]:
         """What a checkpoint holds: all that changes."""
         state = self.state
-        found = {"sit": state.sit, "ema": state.ema, "discriminator": state.discriminator}
-        if "vae" in state.optimizers:
-            found["vae"] = state.vae
+        vae = state.vae if "vae" in state.optimizers else None
+        found = {"sit": state.sit, "ema": state.ema, "discriminator": state.discriminator, "vae": vae}
         return {name: module for name, module in found.items() if module is not None}
 
 
-def build(config: TrainConfig, num_classes: int, device: torch.device) -> Parts:
+def build(config: TrainConfig, num_classes: int, device: torch.device) -> TrainSetup:
     """Networks with their first weights, which follow from the seed, and optimisers.
 
     Raises:
-        ValueError: sizes that do not fit together, weights of another architecture. FileNotFoundError:
-            weights that are not there.
-        ConnectionError: weights that are neither here nor to be had.
+        ValueError: sizes that do not fit together, weights of another architecture.
+        FileNotFoundError: weights that are not there.
+        ConnectionError: weights that are not here and cannot be downloaded.
     """
     torch.manual_seed(config.seed)
     vae, stats = _start_vae(config)
     encoders = _encoders(config) if config.encoders else []
-    sit = ema = discriminator = None
+    sit = ema = discriminator = perceptual = None
+    steps = _step_config(config)
     if config.command != "vae":
         sit = _new_sit(config, num_classes, vae, encoders)
         if stats is not None:
             sit.set_latent_stats(stats)
-        ema = make_ema(sit).to(device)
-        sit.to(device)
-    steps = _step_config(config)
-    perceptual = None
+        ema = make_ema(sit)
     if config.command == "ldm":
         vae.requires_grad_(False)
     else:
         discriminator = _new_discriminator(config, steps.vae_loss)
         perceptual = _perceptual(config) if steps.vae_loss.perceptual_weight else None
-    vae.to(device)
-    for module in (discriminator, perceptual, *encoders):
-        if module is not None:
-            module.to(device)
+    for module in filter(None, (vae, sit, ema, discriminator, perceptual, *encoders)):
+        module.to(device)
     set_gradient_checkpointing(config.gradient_checkpointing, vae, *([sit] if sit else []))
     trained = {
         "sit": (sit, config.learning_rate),
@@ -134,7 +126,8 @@ def build(config: TrainConfig, num_classes: int, device: torch.device) -> Parts:
         trained["vae"] = (vae, config.vae_learning_rate)
     rates = {name: rate for name, (module, rate) in trained.items() if module is not None}
     optimizers = {name: new_optimizer(config, trained[name][0], rate) for name, rate in rates.items()}
-    return Parts(TrainState(vae, sit, ema, optimizers, steps, discriminator, perceptual), encoders, rates)
+    state = TrainState(vae, sit, ema, optimizers, steps, discriminator, perceptual)
+    return TrainSetup(state, encoders, rates)
 
 
 def _start_vae(config: TrainConfig) -> tuple[AutoencoderKL, LatentStats | None]:
@@ -143,7 +136,7 @@ def _start_vae(config: TrainConfig) -> tuple[AutoencoderKL, LatentStats | None]:
     if config.resolution % preset.downsampling:
         raise ValueError(
             f"--resolution {config.resolution} is not a multiple of {preset.downsampling}, by which "
-            f"{config.vae} reduces"
+            f"{config.vae} reduces it"
         )
     if config.vae_ckpt == NONE:
         return AutoencoderKL(preset), None
@@ -152,8 +145,8 @@ def _start_vae(config: TrainConfig) -> tuple[AutoencoderKL, LatentStats | None]:
         fitting = [name for name, other in VAE_PRESETS.items() if other == vae.config]
         raise ValueError(
             f"the VAE in {config.vae_ckpt} is no {config.vae} (it has {vae.config.latent_channels} latent "
-            "channels and reduces "
-            f"{vae.config.downsampling}x): {f'say --vae {fitting[0]}' if fitting else 'no --vae is like it'}"
+            f"channels and reduces {vae.config.downsampling}x): "
+            f"{f'say --vae {fitting[0]}' if fitting else 'no --vae is like it'}"
         )
     return vae, load_latent_stats(config.vae_ckpt) if config.command != "vae" else None
 
@@ -180,7 +173,7 @@ def _new_sit(config: TrainConfig, num_classes: int, vae: AutoencoderKL, encoders
         target_dims=tuple(encoder.embed_dim for encoder in encoders),
         projector=config.projector,
         bn_momentum=config.bn_momentum,
-        fixed_latent_stats=config.command == "ldm",  # the official run on a frozen VAE keeps them as well
+        fixed_latent_stats=config.command == "ldm",  # as in the official run on a frozen VAE
         train_pos_embed=config.train_pos_embed,
         **({"alignment_depth": config.encoder_depth} if config.encoder_depth else {}),
     )
@@ -190,6 +183,7 @@ def _step_config(config: TrainConfig) -> StepConfig:
     common = {"max_grad_norm": config.max_grad_norm, "ema_decay": config.ema_decay}
     if config.command != "ldm":
         common["vae_loss"] = VAELossConfig(**read_loss_config(config.loss_cfg_path))
+        common["loss_precision"] = config.loss_precision
     if config.command != "vae":
         common |= {"proj_coeff": config.proj_coeff, "path": config.path_type, "weighting": config.weighting}
     repae = config.command == "repae"
@@ -220,8 +214,7 @@ def _perceptual(config: TrainConfig) -> nn.Module:
     except OSError as error:
         raise ConnectionError(
             f"cannot download the VGG-16 network of LPIPS ({error}): connect once, take --perceptual tiny, "
-            "or a --loss-cfg-path with "
-            "perceptual_weight: 0"
+            "or a --loss-cfg-path with perceptual_weight: 0"
         ) from None
 
 
@@ -232,34 +225,23 @@ def new_optimizer(config: TrainConfig, module: nn.Module, rate: float) -> torch.
     """An optimiser of torch.optim by name, over the parameters that train, fused on a GPU where it can be.
 
     Raises:
-        ValueError: no such optimiser, or one that an option given means nothing to.
+        ValueError: no such optimiser, or an option that it does not have.
     """
-    known = {
-        name.lower(): kind
-        for name, kind in vars(torch.optim).items()
-        if inspect.isclass(kind) and issubclass(kind, torch.optim.Optimizer) and name not in NOT_OFFERED
-    }
-    kind = known.get(config.optimizer.lower())
+    kind = OPTIMIZERS.get(config.optimizer.lower())
     if kind is None:
-        raise ValueError(
-            f"unknown --optimizer {config.optimizer!r}: choose one of "
-            f"{', '.join(k.__name__ for k in known.values())}"
-        )
+        names = ", ".join(known.__name__ for known in OPTIMIZERS.values())
+        raise ValueError(f"unknown --optimizer {config.optimizer!r}: choose one of {names}")
     parameters = [p for p in module.parameters() if p.requires_grad]
-    accepted = inspect.signature(kind).parameters
     options = {"lr": rate, "weight_decay": config.adam_weight_decay}
-    if config.adam_weight_decay and "weight_decay" not in accepted:
-        raise ValueError(f"--adam-weight-decay means nothing to {kind.__name__}: leave it out")
-    if "betas" in accepted:
+    if kind in ADAM:
         options |= {"betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_epsilon}
     else:
-        defaults = TrainConfig(command=config.command)
         for name in ("adam_beta1", "adam_beta2", "adam_epsilon"):
-            if getattr(config, name) != getattr(defaults, name):
+            if getattr(config, name) != getattr(TrainConfig, name):
                 raise ValueError(f"--{name.replace('_', '-')} means nothing to {kind.__name__}: leave it out")
-    if "fused" in accepted and parameters[0].is_cuda:
-        options["fused"] = True
-    return kind(parameters, **{name: value for name, value in options.items() if name in accepted})
+    if kind in (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD):
+        options["fused"] = parameters[0].is_cuda or None
+    return kind(parameters, **options)
 
 
 # ---------------------------------------------------------------- measures

@@ -275,6 +275,13 @@ class TrainConfig:
         "machine",
         choices=("auto", "no", "fp16", "bf16"),
     )
+    loss_precision: str = _option(
+        "float32",
+        "of LPIPS and discriminator in mixed precision: float32, as officially, or autocast, faster (D11)",
+        "machine",
+        only="repae vae",
+        choices=("float32", "autocast"),
+    )
     allow_tf32: bool = _option(False, "TF32 for float32 products on NVIDIA GPUs", "machine")
     cpu: bool = _option(False, "use no GPU", "machine")
     compile: bool = _option(

@@ -1,9 +1,8 @@
-"""The collapse guard: says when a run has gone wrong, what it was and since which step, before days are lost
-on it.
+"""The collapse guard: notices that a run has gone wrong, how and since which step, before days are lost.
 
 Users of half precision report gradient norms that sink to zero after 90,000 steps and NaN after 70,000; a
-denoising loss let into the VAE empties the latents (REPA-E Table 10: spatial variance 17 to 0.02). Taught in
-`notebooks/04_stop_gradient.ipynb`.
+denoising loss let into the VAE empties the latents (REPA-E Table 10: spatial variance 17 to 0.02). Taught
+in `notebooks/04_stop_gradient.ipynb`.
 """
 
 import math
@@ -25,8 +24,8 @@ class Guard:
     """Watches gradient norms, losses, loss scales and the variance of latents.
 
     Args:
-        patience: steps that a gradient norm may stay at zero. The discriminator's may do so: a hinge loss
-            that is won has none.
+        patience: steps that a gradient norm may stay at zero, except the discriminator's: once it wins, its
+            hinge loss has no gradient.
         falls: times that a loss scale may fall without having risen in between.
         variance: smallest share of their first spatial variance that latents may keep; 0 for no limit.
 
@@ -55,8 +54,7 @@ class Guard:
             step: its number, from 1.
             norms: gradient norms before clipping, by network.
             scales: loss scales, by network; empty without fp16.
-            losses: on steps that are logged, everything measured, with "latent_variance" where the VAE
-                trains.
+            losses: everything measured, on logged steps; with "latent_variance" where the VAE trains.
         """
         self.history.append(
             {"step": step, "grad_norm": norms, "loss_scale": scales, **({"losses": losses} if losses else {})}
@@ -73,9 +71,7 @@ class Guard:
                 continue
             since = self.zero_since.setdefault(name, step)
             if step - since + 1 >= self.patience:
-                what = (
-                    f"the gradient norm of {name} has been 0 since step {since}: nothing is learnt any more"
-                )
+                what = f"the gradient norm of {name} has been 0 since step {since}: it no longer learns"
                 return Finding(f"{what}; lower the learning rate, or use bf16", since)
         return None
 
@@ -88,20 +84,16 @@ class Guard:
             elif scale < before:
                 falls.append(step)
             if len(falls) > self.falls:
-                what = f"the loss scale of {name} has fallen {len(falls)} times since step {falls[0]}, to {scale:g}"
-                return Finding(f"{what}: its fp16 gradients overflow; use bf16", falls[0])
+                what = f"the loss scale of {name} has fallen {len(falls)} times since step {falls[0]}"
+                return Finding(f"{what}, to {scale:g}: its fp16 gradients overflow; use bf16", falls[0])
         return None
 
     def _not_finite(self, step: int, losses: dict[str, float]) -> Finding | None:
-        # A norm that is not finite is no news with fp16, whose scale falls then; elsewhere the update itself
-        # refuses it.
+        # Norms may be infinite with fp16, whose loss scale then falls; elsewhere the update refuses them.
         for name, value in losses.items():
             if not math.isfinite(value) and not name.startswith("grad_norm"):
-                return Finding(
-                    f"the loss {name} is {value} at step {step}: lower the learning rate, or use bf16 or "
-                    "float32",
-                    step,
-                )
+                advice = "lower the learning rate, or use bf16 or float32"
+                return Finding(f"the loss {name} is {value} at step {step}: {advice}", step)
         return None
 
     def _collapsed(self, step: int, losses: dict[str, float]) -> Finding | None:
@@ -111,10 +103,10 @@ class Guard:
         if self.first_variance is None:
             self.first_variance = variance
         if variance < self.variance * self.first_variance:
-            what = f"the spatial variance of the latents is {variance:.3g} at step {step}, from {self.first_variance:.3g} at the start"
             return Finding(
-                f"{what}: they are collapsing; keep the velocity loss out of the VAE, or lower its learning "
-                "rate",
+                f"the spatial variance of the latents is {variance:.3g} at step {step}, from "
+                f"{self.first_variance:.3g} at the start: they are collapsing; keep the velocity loss out of "
+                "the VAE, or lower its learning rate",
                 step,
             )
         return None

@@ -1,8 +1,8 @@
-"""One training step on many processes: whose are which images, draws and gradients.
+"""One training step on many processes: which of them has which images, draws and gradients.
 
 Everything random in step s follows from the seed and s, for the whole batch; each process takes its slice. So
-N processes with b images make the step of one process with N * b, and a run that is resumed needs no
-generator's state to go on as if it had not stopped.
+N processes with b images make the step of one process with N * b, and a resumed run needs no generator's
+state to continue as if it had never stopped.
 """
 
 from collections.abc import Iterable, Iterator
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler
 
 from repae_lite.method.interpolant import sample_time
-from repae_lite.method.steps import Mechanics
+from repae_lite.method.steps import Draws, Mechanics
 from repae_lite.utils.processes import mean_over_processes, process_count
 from repae_lite.utils.seeding import generator
 
@@ -35,14 +35,17 @@ def share_of(total: int, rank: int, processes: int) -> slice:
 
 
 class StepBatches(Sampler):
-    """Index lists, one per training step and of one process, from any step on.
+    """The indices of one process's images, a list per training step, from any step on.
 
     Each epoch is a permutation of its own; what does not fill a batch at its end is left out, as in the
     official run.
 
     Args:
-        count: images in the data. batch: images of a step, over all processes. share: this process's in it.
-        seed: of the permutations. steps: the steps to come.
+        count: images in the data.
+        batch: images of a step, over all processes.
+        share: this process's slice of them.
+        seed: of the permutations.
+        steps: the steps to come.
 
     Attributes:
         per_epoch: steps of an epoch.
@@ -81,19 +84,15 @@ def draw(
     path: str,
     weighting: str,
     label_dropout: float,
-) -> dict[str, Tensor]:
-    """All random numbers of a step, for the whole batch, on the CPU.
-
-    Returns:
-        "eps_posterior" and "eps" (batch, C, h, w), "t" (batch,), "label_drop" bool (batch,).
-    """
+) -> Draws:
+    """All random numbers of a step for the whole batch, on the CPU; `latent` is the shape (C, h, w)."""
     g = generator("draws", seed, step)
-    return {
-        "eps_posterior": torch.randn(batch, *latent, generator=g),
-        "t": sample_time(batch, weighting=weighting, path=path, generator=g),
-        "eps": torch.randn(batch, *latent, generator=g),
-        "label_drop": torch.rand(batch, generator=g) < label_dropout,
-    }
+    return Draws(
+        eps_posterior=torch.randn(batch, *latent, generator=g),
+        t=sample_time(batch, weighting=weighting, path=path, generator=g),
+        eps=torch.randn(batch, *latent, generator=g),
+        label_drop=torch.rand(batch, generator=g) < label_dropout,
+    )
 
 
 @torch.no_grad()
@@ -108,23 +107,22 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
             bucket.append(gradients.pop(0))
             size += bucket[-1].numel()
         flat = mean_over_processes(torch.cat([g.flatten() for g in bucket]))
-        for g, part in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
-            g.copy_(part.view_as(g))
+        for g, mean in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
+            g.copy_(mean.view_as(g))
 
 
 class ParallelMechanics(Mechanics):
-    """Updates with gradients averaged over processes, in mixed precision, with a loss scale for each
-    optimiser if that is fp16.
+    """Updates in mixed precision, with gradients averaged over processes.
 
     Gradients are averaged here, and not by DistributedDataParallel, so that SiT's and the VAE's methods stay
-    plain calls.
+    plain calls. With fp16 each optimiser has its own loss scale.
 
     Args:
         device: where the networks are.
         precision: "no", "fp16" or "bf16".
         optimizers: by name.
-        strict: a norm that is not finite raises; else the update is left out. (fp16 always leaves it out and
-            lowers its scale.)
+        strict: a norm that is not finite raises an error; otherwise the update is left out. (fp16 always
+            leaves it out and lowers its scale.)
         more: see `Mechanics`.
     """
 
@@ -149,30 +147,24 @@ class ParallelMechanics(Mechanics):
         return torch.autocast(self.device.type, self.dtype) if self.dtype else nullcontext()
 
     def backward(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
-        """Adds the gradient of one part's share of the loss, scaled if it is fp16."""
+        """Adds the gradient of one micro-batch's share of the loss, scaled if it is fp16."""
         scaler = self._scaler_of.get(optimizer)
         (scaler.scale(loss) if scaler else loss).backward()
 
     def update(self, module: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
-        """Averages, clips and applies the gradients; returns their norm before clipping. Waits for the
-        device.
-        """
-        parameters = [p for p in module.parameters() if p.requires_grad]
-        average_gradients(parameters)
+        """Averages, clips and applies the gradients; returns their norm before clipping."""
+        average_gradients(module.parameters())
         scaler = self._scaler_of.get(optimizer)
+        if self.strict and not scaler:
+            return super().update(module, optimizer, max_norm)
         if scaler:
             scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(parameters, max_norm)
-        finite = bool(norm.isfinite())
+        norm = nn.utils.clip_grad_norm_(module.parameters(), max_norm)
         if scaler:
             scaler.step(optimizer)  # does nothing if a gradient is not finite
             scaler.update()
-        elif finite:
+        elif norm.isfinite():
             optimizer.step()
-        elif self.strict:
-            raise FloatingPointError(
-                f"the gradient norm of {type(module).__name__} is {float(norm)}: lower the learning rate"
-            )
         return norm
 
     def scales(self) -> dict[str, float]:
@@ -184,9 +176,7 @@ class ParallelMechanics(Mechanics):
         return {name: scaler.state_dict() for name, scaler in self.scalers.items()}
 
     def load_state_dict(self, state: dict, factor: float = 1.0) -> None:
-        """Goes on from a `state_dict`, with scales multiplied by a factor. One of a run without fp16 leaves
-        them as they are.
-        """
+        """Takes the scales of a `state_dict`, times a factor; without fp16 it has none."""
         for name, scaler in self.scalers.items():
             if name in state:
                 scaler.load_state_dict(state[name] | {"scale": state[name]["scale"] * factor})

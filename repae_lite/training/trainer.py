@@ -1,13 +1,14 @@
 """The training loop: `repae train-repae`, `train-ldm` and `train-vae`, on one CPU core or many machines.
 
 The method is in `repae_lite.method.steps`; here is what keeps a long run alive. A run that is stopped, killed
-or resumed gives the numbers of one that was not, because nothing random depends on the past
+and resumed gives the numbers of one that was not, because nothing random depends on the past
 (`repae_lite.training.parallel`) and a checkpoint is whole or not there (`repae_lite.training.run_folder`).
 Taught in `notebooks/05_end_to_end.ipynb`: this is its loop, with a folder around it.
 """
 
 import json
 import logging
+import math
 import shutil
 import signal
 import threading
@@ -25,8 +26,8 @@ from torch.utils.data import DataLoader
 from repae_lite.data.datasets import read_batches
 from repae_lite.data.latents import vae_fingerprint
 from repae_lite.method.losses import spatial_norm
-from repae_lite.method.sampling import sample_ode
-from repae_lite.method.steps import all_updates, sit_step, update_ema
+from repae_lite.method.sampling import sample_images
+from repae_lite.method.steps import GRAD_NORMS, Draws, all_updates, as_floats, latent_updates
 from repae_lite.networks.latent_stats import LatentStats
 from repae_lite.training.build import build, latent_stats, open_data
 from repae_lite.training.config import TrainConfig, differences, values
@@ -59,21 +60,21 @@ def train(config: TrainConfig) -> None:
     """Trains until the last step, a signal, or a collapse.
 
     Raises:
-        ValueError, FileNotFoundError, OSError: an option, the data or the disk, in one sentence; nothing was
-            overwritten.
+        ValueError, FileNotFoundError, OSError: an option, the data or the disk; nothing was overwritten.
         SystemExit: 143 or 130 after a signal, 3 when the collapse guard halted the run.
     """
     check_tracker(config.report_to)
-    trackers = {}
-    if config.report_to != "none":
-        places = ProjectConfiguration(
+    accelerator = Accelerator(
+        mixed_precision="no",
+        cpu=config.cpu,
+        log_with=None if config.report_to == "none" else config.report_to,
+        project_config=ProjectConfiguration(
             project_dir=config.output_dir, logging_dir=str(Path(config.output_dir) / config.logging_dir)
-        )
-        trackers = {"log_with": config.report_to, "project_config": places}
-    accelerator = Accelerator(mixed_precision="no", cpu=config.cpu, **trackers)
+        ),
+    )
     with ExitStack() as stack:
         folder = RunFolder(config.folder)
-        source = refusal = None
+        refusal = None
         if accelerator.is_main_process:
             try:
                 stack.callback(_remove_if_unused, folder.path)
@@ -86,15 +87,14 @@ def train(config: TrainConfig) -> None:
             0
         ]:  # the first process says why, and none waits for it
             raise refusal or SystemExit(2)
-        if config.resume_from:
-            source = find_checkpoint(config.resume_from, folder)
+        source = find_checkpoint(config.resume_from, folder) if config.resume_from else None
         try:
             Trainer(config, accelerator, folder).run(source)
-        except RuntimeError as error:  # raised wherever the process happens to be
+        except RuntimeError as error:  # raised wherever the training process happens to be
             if "DataLoader worker" not in str(error):
                 raise
             raise OSError(
-                "a loader process died, perhaps for want of memory: go on with --resume latest, with fewer "
+                "a loader process died, perhaps for lack of memory: go on with --resume latest, with fewer "
                 "--num-workers if need be"
             ) from None
 
@@ -132,19 +132,15 @@ class Trainer:
         cuts = config.gradient_accumulation_steps * config.micro_batches
         if cuts > self.share.stop - self.share.start:
             raise ValueError(
-                f"{self.share.stop - self.share.start} images per process cannot be cut into {cuts} parts: "
-                "lower --micro-batches"
+                f"{self.share.stop - self.share.start} images per process cannot be cut into {cuts} "
+                "micro-batches: lower --micro-batches"
             )
         per_epoch = self._batches(range(0)).per_epoch
-        self.last_step = (
-            min(config.max_train_steps, per_epoch * config.epochs)
-            if config.epochs
-            else config.max_train_steps
-        )
+        self.last_step = min(config.max_train_steps, per_epoch * (config.epochs or math.inf))
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
-        self.parts = build(config, self.data.num_classes, self.device)
-        self.state = self.parts.state
-        self.networks = self.parts.networks()
+        setup = build(config, self.data.num_classes, self.device)
+        self.state, self.encoders, self.rates = setup.state, setup.encoders, setup.rates
+        self.networks = setup.networks()
         self.frozen_vae = vae_fingerprint(self.state.vae) if config.command == "ldm" else None
         self.precision = _precision(config.mixed_precision, self.device)
         self.mechanics = self.state.mechanics = ParallelMechanics(
@@ -179,13 +175,14 @@ class Trainer:
                 write_text(self.folder.path / "args.json", json.dumps(self._args(), indent=2) + "\n")
         if config.on_divergence == "rollback" and state.step == 0:
             self._save()
-        trained = {name: module for name, module in self.networks.items() if name in state.optimizers}
         log = RunLog(
             config,
             self.accelerator,
             self.folder,
             parameters={
-                name: sum(p.numel() for p in m.parameters() if p.requires_grad) for name, m in trained.items()
+                name: sum(p.numel() for p in module.parameters() if p.requires_grad)
+                for name, module in self.networks.items()
+                if name in state.optimizers
             },
             precision=self.precision,
             first=state.step,
@@ -201,7 +198,8 @@ class Trainer:
                     log.back_to(state.step)
                 elif self._stopped(caught):
                     self._save()
-                    log.ended = f"stopped by {signal.Signals(caught[0]).name if caught else 'a signal to another process'}"
+                    name = signal.Signals(caught[0]).name if caught else "a signal to another process"
+                    log.ended = f"stopped by {name}"
                     raise SystemExit(130 if caught and caught[0] == signal.SIGINT else 143)
             self._save()
             log.ended = "finished"
@@ -247,36 +245,32 @@ class Trainer:
             pin_memory=cuda,
             generator=torch.Generator(),  # its own: the workers' seeds would come from torch's
             multiprocessing_context="spawn" if workers and cuda else None,
-            worker_init_fn=_deaf,
+            worker_init_fn=_ignore_stop_signals,
         )
 
     def _step(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """One step of the method; losses stay on the device."""
         state, config = self.state, self.config
-        for group, rate in self._rates():
-            group["lr"] = rate
+        self._set_rates()
         batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
         labels, draws = batch["label"], self._draws()
         x = to_unit_range(batch["image"]) if "image" in batch else None
         targets = self._targets(batch.get("image"))
         if config.command != "ldm":
-            losses, z = all_updates(state, x, labels, targets, **draws)
-            return losses | {"latent_variance": z.detach().float().var((2, 3)).mean()}
-        z = self._frozen_latents(batch, x, draws.pop("eps_posterior"))
-        losses = sit_step(state, z, labels, targets, **draws)
-        update_ema(state.ema, state.sit, state.config.ema_decay)
-        state.step += 1
-        return losses
+            losses, z = all_updates(state, x, labels, targets, draws)
+            return losses | {"latent_variance": z.float().var((2, 3)).mean()}
+        z = self._frozen_latents(batch, x, draws.eps_posterior)
+        return latent_updates(state, z, labels, targets, draws)
 
-    def _rates(self) -> Iterator[tuple[dict, float]]:
-        """Every parameter group with the learning rate of the coming step."""
+    def _set_rates(self) -> None:
+        """Gives every optimiser the learning rate of the coming step."""
         warmup = self.config.lr_warmup_steps
         factor = min(1.0, (self.state.step + 1) / warmup) if warmup else 1.0
         for name, optimizer in self.state.optimizers.items():
             for group in optimizer.param_groups:
-                yield group, self.parts.rates[name] * factor * 0.5**self.rollbacks
+                group["lr"] = self.rates[name] * factor * 0.5**self.rollbacks
 
-    def _draws(self) -> dict[str, Tensor]:
+    def _draws(self) -> Draws:
         """This process's share of the step's random numbers."""
         config, vae = self.config, self.state.vae.config
         side = config.resolution // vae.downsampling
@@ -289,15 +283,15 @@ class Trainer:
             weighting=config.weighting,
             label_dropout=config.cfg_prob,
         )
-        return {name: tensor[self.share].to(self.device, non_blocking=True) for name, tensor in drawn.items()}
+        return drawn[self.share].map(lambda numbers: numbers.to(self.device, non_blocking=True))
 
     def _targets(self, images: Tensor | None) -> list[Tensor]:
-        """The encoders' tokens, in parts as small as the step's."""
-        if not self.parts.encoders:
+        """The encoders' tokens, in micro-batches like the step's."""
+        if not self.encoders:
             return []
-        cuts = self.mechanics.parts(len(images))
+        chunks = [images[chunk] for chunk in self.mechanics.chunks(len(images))]
         with self.mechanics.autocast():
-            targets = [torch.cat([encoder(images[part]) for part in cuts]) for encoder in self.parts.encoders]
+            targets = [torch.cat([encoder(chunk) for chunk in chunks]) for encoder in self.encoders]
         gamma = self.config.spatial_norm
         return targets if gamma is None else [spatial_norm(target, gamma) for target in targets]
 
@@ -308,30 +302,20 @@ class Trainer:
             mean, std = batch["latent"].float().chunk(2, dim=1)
             return mean + std * eps
         latents = []
-        for part in self.mechanics.parts(len(x)):
+        for chunk in self.mechanics.chunks(len(x)):
             with self.mechanics.autocast():
-                latents.append(self.state.vae.encode(x[part]).sample(eps[part]))
+                latents.append(self.state.vae.encode(x[chunk]).sample(eps[chunk]))
         return torch.cat(latents)
 
     def _logged(self, losses: dict[str, Tensor], log: RunLog) -> Finding | None:
-        """Writes the step down if it is to be, and asks the guard."""
+        """Logs the step when it is due, and asks the guard."""
         step, scales = self.state.step, self.mechanics.scales()
-        known = {
-            name: losses[f"grad_norm_{short}"]
-            for name, short in NORMS.items()
-            if f"grad_norm_{short}" in losses
-        }
-        norms = dict(zip(known, torch.stack(list(known.values())).tolist(), strict=True))
+        norms = as_floats({name: losses[norm] for name, norm in GRAD_NORMS.items() if norm in losses})
         record = None
         if step % self.config.logging_steps == 0 or step == self.last_step:
-            read = mean_over_processes(
-                torch.stack([value.detach().float() for value in losses.values()])
-            ).tolist()
+            read = mean_over_processes(torch.stack([value.float() for value in losses.values()])).tolist()
             record = dict(zip(losses, read, strict=True))
-            record |= {
-                f"lr_{name}": optimizer.param_groups[0]["lr"]
-                for name, optimizer in self.state.optimizers.items()
-            }
+            record |= {f"lr_{name}": o.param_groups[0]["lr"] for name, o in self.state.optimizers.items()}
             record |= {f"loss_scale_{name}": scale for name, scale in scales.items()}
             log.log(step, record)
         else:
@@ -341,7 +325,7 @@ class Trainer:
     # ---------------------------------------------------------------- checkpoints, collapse, samples
 
     def _save(self) -> None:
-        """Writes a checkpoint of the present step, and removes old ones."""
+        """Writes a checkpoint of the current step, and removes old ones."""
         self.accelerator.wait_for_everyone()
         if self.main and self.state.step not in self.folder.checkpoints():
             config, state = self.config, self.state
@@ -377,7 +361,7 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     def _args(self) -> dict:
-        """The options as they are stored, with what the networks made of those that were not said."""
+        """The options as they are stored, with what the networks made of those not given."""
         sit = self.state.sit and self.state.sit.config
         return values(self.config) | (
             {"num_classes": sit.num_classes, "encoder_depth": sit.alignment_depth} if sit else {}
@@ -392,8 +376,7 @@ class Trainer:
         return latent_stats(self.state.vae, self.data, self.device)
 
     def _resume(self, checkpoint: Checkpoint, *, own: bool) -> None:
-        """Goes on from a checkpoint; one of this run (own) must have been written with the same options and
-        data.
+        """Continues from a checkpoint; one of this run (own) must have the same options and data.
 
         Raises:
             ValueError: another architecture, other options, other data.
@@ -442,7 +425,7 @@ class Trainer:
         return asdict(self.state.config.vae_loss)
 
     def _is_of_this_vae(self, checkpoint: Checkpoint) -> bool:
-        """Whether a checkpoint's SiT was trained on the frozen VAE, as far as it tells."""
+        """Whether a checkpoint's SiT was trained on the frozen VAE, as far as can be told."""
         if "vae" in checkpoint.networks:
             own, other = self.state.vae.state_dict(), checkpoint.networks["vae"]
             return own.keys() == other.keys() and all(
@@ -463,8 +446,6 @@ class Trainer:
                 "since": finding.since,
                 "step": self.state.step,
                 "action": action,
-            }
-            content |= {
                 "last_good_checkpoint": step,
                 "rollbacks": self.rollbacks,
                 "history": list(self.guard.history),
@@ -484,9 +465,7 @@ class Trainer:
 
     @torch.no_grad()
     def _sample(self) -> None:
-        """A grid of what the moving average draws, always from the same noise; for a VAE alone, images above
-        reconstructions.
-        """
+        """Draws a grid of the moving average's samples, or of a lone VAE's reconstructions."""
         self.accelerator.wait_for_everyone()
         if self.main:
             state, count = self.state, self.config.sample_images
@@ -496,33 +475,23 @@ class Trainer:
                 x = to_unit_range(
                     torch.stack([self.data[i]["image"] for i in range(min(count, len(self.data)))])
                 ).to(self.device)
-                images = torch.cat([x, state.vae.decode(state.vae.encode(x).mode())])
+                images = to_uint8(torch.cat([x, state.vae.decode(state.vae.encode(x).mode())]))
             else:
-                size = state.ema.config
-                shape = (count, size.in_channels, size.input_size, size.input_size)
-                eps = torch.randn(shape, generator=generator("samples", self.config.seed)).to(self.device)
+                size, g = state.ema.config, generator("samples", self.config.seed)
+                eps = torch.randn(count, size.in_channels, size.input_size, size.input_size, generator=g)
                 labels = torch.arange(count, device=self.device) % size.num_classes
-                z = sample_ode(state.ema, eps, labels, steps=SAMPLE_STEPS, path=self.config.path_type)
-                images = state.vae.decode(state.ema.denormalize(z))
+                options = {"steps": SAMPLE_STEPS, "path": self.config.path_type}
+                images = sample_images(state.ema, state.vae, eps.to(self.device), labels, **options)
             state.vae.train(training)
-            save_grid(self.folder.path / "samples" / f"{state.step:07d}.png", to_uint8(images).cpu())
+            save_grid(self.folder.path / "samples" / f"{state.step:07d}.png", images.cpu())
         self.accelerator.wait_for_everyone()
 
 
-def _deaf(_: int) -> None:
-    """Lets a loader's process outlive a signal to the whole group: the training process decides when to end,
-    and it needs its data.
-    """
+def _ignore_stop_signals(_: int) -> None:
+    """Lets a loader process outlive a signal to the whole group: the training process decides when to end."""
     for name in STOPPING:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
-
-
-NORMS = {
-    "vae": "vae",
-    "discriminator": "disc",
-    "sit": "sit",
-}  # networks, and how their gradient norms are called among the losses
 
 
 def _precision(wanted: str, device: torch.device) -> str:
@@ -544,25 +513,19 @@ def _compile(state, device: torch.device) -> None:
     try:
         probe = torch.compile(torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.GELU()).to(device))
         probe(torch.randn(2, 4, device=device)).sum().backward()
-    except Exception as error:  # of many kinds: no C++ compiler, no Triton, a new Python
+    except Exception as error:  # many kinds: no C++ compiler, no Triton, a new Python
         reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
         logger.warning(
             f"torch.compile does not work here ({type(error).__name__}: {reason}): training without it"
         )
         return
-    for module in (
-        state.vae.encoder,
-        state.vae.decoder,
-        *(state.sit.blocks if state.sit is not None else ()),
-    ):
+    for module in (state.vae.encoder, state.vae.decoder, *(state.sit.blocks if state.sit else ())):
         module.compile()
 
 
 @contextmanager
 def _signals() -> Iterator[list[int]]:
-    """The first SIGTERM, SIGUSR1 or SIGINT inside is noted instead of ending the process; a second Ctrl-C
-    ends it at once.
-    """
+    """Inside, the first SIGTERM, SIGUSR1 or SIGINT is noted; a second Ctrl-C ends the process at once."""
     caught: list[int] = []
     before: dict[int, Callable] = {}
 

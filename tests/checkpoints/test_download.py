@@ -70,14 +70,24 @@ def repositories(networks):
     return {
         "REPA-E/e2e-vavae": vae_set,
         "REPA-E/vavae": {**vae_set, "x-100k.pt": b"another"},
-        "REPA-E/sdvae": {"a.pt": os.urandom(5000), "a-latents-stats.pt": os.urandom(3000), "a-discriminator-ckpt.pt": os.urandom(900)},
+        "REPA-E/sdvae": {
+            "a.pt": os.urandom(5000),
+            "a-latents-stats.pt": os.urandom(3000),
+            "a-discriminator-ckpt.pt": os.urandom(900),
+        },
         "REPA-E/invae": {"README.md": b"nothing yet"},
         "REPA-E/sit-repae-sdvae": {
-            "args.json": b'{"model": "tiny"}', "checkpoints/0100000.pt": b"early", "checkpoints/0400000.pt": saved(run),
+            "args.json": b'{"model": "tiny"}',
+            "checkpoints/0100000.pt": b"early",
+            "checkpoints/0400000.pt": saved(run),
             "samples/0.png": b"png",
         },
-        "REPA-E/e2e-vavae-hf": {"config.json": b"{}", "diffusion_pytorch_model.safetensors": b"weights", "other.bin": b"x"},
-    }  # fmt: skip
+        "REPA-E/e2e-vavae-hf": {
+            "config.json": b"{}",
+            "diffusion_pytorch_model.safetensors": b"weights",
+            "other.bin": b"x",
+        },
+    }
 
 
 @pytest.fixture

@@ -29,8 +29,18 @@ from repae_lite.networks.vae import VAE_PRESETS, AutoencoderKL, VAEConfig
 from repae_lite.utils.state_dicts import save_weights
 
 STATE_DICTS = Path(__file__).parents[1] / "reference" / "state_dicts"
-SHALLOW = SiTConfig(in_channels=4, input_size=4, patch_size=2, width=16, depth=2, heads=2, num_classes=3, target_dims=(6, 5),
-                    alignment_depth=1, projector_width=8)  # fmt: skip
+SHALLOW = SiTConfig(
+    in_channels=4,
+    input_size=4,
+    patch_size=2,
+    width=16,
+    depth=2,
+    heads=2,
+    num_classes=3,
+    target_dims=(6, 5),
+    alignment_depth=1,
+    projector_width=8,
+)
 
 SMALL = {
     "attention at the bottom": VAEConfig(width=16, multipliers=(1, 2), blocks=1, groups=4),
@@ -285,9 +295,12 @@ def test_what_diffusers_itself_writes_is_loaded(tmp_path):
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
     theirs = diffusers.AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, block_out_channels=(8, 16),
-        layers_per_block=1, norm_num_groups=4,
-    ).eval()  # fmt: skip
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+    ).eval()
     theirs.save_pretrained(tmp_path)
     ours, x = load_vae(tmp_path), torch.rand(1, 3, 16, 16)
     with torch.no_grad():
@@ -296,13 +309,16 @@ def test_what_diffusers_itself_writes_is_loaded(tmp_path):
         load_latent_stats(tmp_path)
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"_class_name": "VQModel"}, "is a diffusers VQModel"),
-    ({"act_fn": "relu"}, "act_fn='relu'"),
-    ({"latent_channels": None}, "without latent_channels"),
-    ({"block_out_channels": [8, 12]}, "block_out_channels"),
-    ({"up_block_types": ["AttnUpDecoderBlock2D", "UpDecoderBlock2D"]}, "blocks"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"_class_name": "VQModel"}, "is a diffusers VQModel"),
+        ({"act_fn": "relu"}, "act_fn='relu'"),
+        ({"latent_channels": None}, "without latent_channels"),
+        ({"block_out_channels": [8, 12]}, "block_out_channels"),
+        ({"up_block_types": ["AttnUpDecoderBlock2D", "UpDecoderBlock2D"]}, "blocks"),
+    ],
+)
 def test_other_diffusers_models_are_refused(tmp_path, changes, message):
     folder = export_diffusers(
         tmp_path, random_vae(SMALL["no attention"]), LatentStats(torch.zeros(4), torch.ones(4))
@@ -543,9 +559,20 @@ def test_names_that_are_no_text_are_refused(tmp_path):
 
 @pytest.mark.parametrize(
     "sizes",
-    [[1], 3, None, {"multipliers": []}, {"latent_channels": None}, {"latent_channels": -4}, {"width": "8"}, {"multipliers": [1, "2"]},
-     {"width": 80_000_000}, {"mid_attention": 1}, {"blocks": True}],
-)  # fmt: skip
+    [
+        [1],
+        3,
+        None,
+        {"multipliers": []},
+        {"latent_channels": None},
+        {"latent_channels": -4},
+        {"width": "8"},
+        {"multipliers": [1, "2"]},
+        {"width": 80_000_000},
+        {"mid_attention": 1},
+        {"blocks": True},
+    ],
+)
 def test_a_header_with_impossible_sizes_is_one_sentence(tmp_path, sizes):
     vae = random_vae(SMALL["no attention"])
     given = asdict(vae.config) | sizes if isinstance(sizes, dict) else sizes
@@ -575,9 +602,17 @@ def test_statistics_that_are_no_vectors_of_one_length_are_refused(tmp_path, valu
 
 @pytest.mark.parametrize(
     "changes",
-    [{"block_out_channels": []}, {"block_out_channels": [0, 0]}, {"block_out_channels": "ab"}, {"latent_channels": "4"},
-     {"layers_per_block": 0}, {"norm_num_groups": True}, {"down_block_types": 3}, {"up_block_types": [["UpDecoderBlock2D"]]}],
-)  # fmt: skip
+    [
+        {"block_out_channels": []},
+        {"block_out_channels": [0, 0]},
+        {"block_out_channels": "ab"},
+        {"latent_channels": "4"},
+        {"layers_per_block": 0},
+        {"norm_num_groups": True},
+        {"down_block_types": 3},
+        {"up_block_types": [["UpDecoderBlock2D"]]},
+    ],
+)
 def test_a_diffusers_configuration_of_other_kinds_is_one_sentence(tmp_path, changes):
     folder = export_diffusers(
         tmp_path, random_vae(SMALL["no attention"]), LatentStats(torch.zeros(4), torch.ones(4))

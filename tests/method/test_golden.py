@@ -15,6 +15,7 @@ from reference_models import (
 )
 from torch.testing import assert_close
 
+from repae_lite.method.losses import sit_losses
 from repae_lite.method.sampling import Guidance, sample_ode, sample_sde
 from repae_lite.method.steps import repae_step
 from repae_lite.networks.discriminator import PatchDiscriminator
@@ -115,8 +116,9 @@ def test_golden_sit_velocity_and_features(tensors, sit):
     assert_close(sit.features(noise, t, labels), tensors["sit.features"], rtol=1e-4, atol=1e-5)
 
 
-def loss_forward(tensors, sit, z=None):
-    return sit.loss_forward(
+def golden_losses(tensors, sit, z=None):
+    return sit_losses(
+        sit,
         tensors["vae.z"] if z is None else z,
         tensors["labels"][0],
         tensors["targets.0.0"],
@@ -126,8 +128,8 @@ def loss_forward(tensors, sit, z=None):
 
 
 @torch.no_grad()
-def test_golden_loss_forward_eval(tensors, sit):
-    out = loss_forward(tensors, sit)
+def test_golden_sit_losses_eval(tensors, sit):
+    out = golden_losses(tensors, sit)
     assert_close(out.denoising_loss, tensors["sit.eval.denoising_loss"], rtol=1e-4, atol=1e-5)
     assert_close(out.align_loss, tensors["sit.eval.proj_loss"], rtol=1e-4, atol=1e-5)
     assert_close(out.v_hat, tensors["sit.eval.model_output"], rtol=1e-4, atol=1e-5)
@@ -135,8 +137,8 @@ def test_golden_loss_forward_eval(tensors, sit):
 
 
 @torch.no_grad()
-def test_golden_loss_forward_train(tensors, sit):
-    out = loss_forward(tensors, sit.train())
+def test_golden_sit_losses_train(tensors, sit):
+    out = golden_losses(tensors, sit.train())
     assert_close(out.denoising_loss, tensors["sit.train.denoising_loss"], rtol=1e-4, atol=1e-5)
     assert_close(out.align_loss, tensors["sit.train.proj_loss"], rtol=1e-4, atol=1e-5)
     assert_close(sit.bn.running_mean, tensors["sit.train.bn_mean"], rtol=1e-4, atol=1e-6)
@@ -148,7 +150,7 @@ def test_golden_loss_forward_train(tensors, sit):
 
 def test_golden_alignment_gradient_into_latents(tensors, sit):
     z = tensors["vae.z"].clone().requires_grad_()
-    loss_forward(tensors, sit, z).align_loss.backward()
+    golden_losses(tensors, sit, z).align_loss.backward()
     expected = tensors["sit.align_grad_z"]
     assert_close(z.grad, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
 

@@ -6,17 +6,23 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from repae_lite.method.interpolant import PATHS, get_path, interpolate, sample_time, score_from_velocity
+from repae_lite.method.interpolant import (
+    INTERPOLANTS,
+    get_interpolant,
+    interpolate,
+    sample_time,
+    score_from_velocity,
+)
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", INTERPOLANTS)
 def test_ends_are_data_and_noise(path):
     z, eps = torch.randn(2, 4, 3, 3), torch.randn(2, 4, 3, 3)
     assert_close(interpolate(z, eps, torch.zeros(2), path)[0], z)
     assert_close(interpolate(z, eps, torch.ones(2), path)[0], eps)
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", INTERPOLANTS)
 def test_velocity_is_the_time_derivative(path):
     z, eps = torch.randn(2, 5, dtype=torch.float64)
     z, eps = z.expand(3, 5), eps.expand(3, 5)
@@ -25,21 +31,21 @@ def test_velocity_is_the_time_derivative(path):
     assert_close(interpolate(z, eps, t, path)[1], numeric, rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", INTERPOLANTS)
 def test_score_is_minus_noise_over_sigma(path):
     z, eps = torch.randn(3, 2, 2, dtype=torch.float64), torch.randn(3, 2, 2, dtype=torch.float64)
     t = torch.tensor([0.05, 0.5, 0.999], dtype=torch.float64)
     z_t, v = interpolate(z, eps, t, path)
-    expected = -eps / PATHS[path].sigma(t)[:, None, None]
+    expected = -eps / INTERPOLANTS[path].sigma(t)[:, None, None]
     assert_close(score_from_velocity(v, z_t, t, path), expected, rtol=1e-8, atol=1e-8)
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", INTERPOLANTS)
 def test_lognormal_time_has_a_standard_normal_log_ratio(path):
     t = sample_time(
         20000, weighting="lognormal", path=path, generator=torch.Generator().manual_seed(0)
     ).double()
-    log_ratio = (PATHS[path].sigma(t) / PATHS[path].alpha(t)).log()
+    log_ratio = (INTERPOLANTS[path].sigma(t) / INTERPOLANTS[path].alpha(t)).log()
     # 20,000 draws: the mean's standard error is 0.007, the deviation's 0.005.
     assert abs(float(log_ratio.mean())) < 0.03
     assert abs(float(log_ratio.std()) - 1) < 0.03
@@ -53,6 +59,6 @@ def test_uniform_time():
 
 def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match="unknown path 'vp': choose one of linear, cosine"):
-        get_path("vp")
+        get_interpolant("vp")
     with pytest.raises(ValueError, match="unknown time weighting 'edm'"):
         sample_time(3, weighting="edm")

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.testing import assert_close
 
 from repae_lite.method.losses import (
@@ -54,6 +55,28 @@ def test_alignment_loss_survives_half_precision(dtype, size):
     loss.backward()
     assert loss.dtype == torch.float32 and float(loss.detach()) == pytest.approx(-1, abs=1e-3)
     assert h.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("side", ["features", "tokens", "both"])
+def test_alignment_loss_normalises_both_sides_in_float32(dtype, side):
+    """Half-precision inputs are rounded once, before; normalised in half they would be rounded again (D7)."""
+    h, target = torch.randn(2, 1, 3, 8)
+    h = h if side == "tokens" else h.to(dtype)
+    target = target if side == "features" else target.to(dtype)
+    with torch.autocast("cpu", dtype=dtype):
+        loss = alignment_loss([h], [target])
+    exact = -F.cosine_similarity(h.double(), target.double(), dim=-1).mean()
+    assert loss.dtype == torch.float32 and float(loss) == pytest.approx(float(exact), abs=1e-6)
+    large = torch.full((1, 1, 64), 3e4, dtype=dtype)  # its norm, 2.4e5, is more than float16 can hold
+    assert float(alignment_loss([large], [large])) == pytest.approx(-1, abs=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_velocity_loss_squares_in_float32(dtype):
+    v_hat, v = (300 * torch.randn(2, 2, 1, 4, 4)).to(dtype)  # squares are more than float16 can hold
+    expected = (v_hat.double() - v.double()).square().mean((1, 2, 3))
+    assert_close(velocity_loss(v_hat, v), expected.float(), rtol=1e-5, atol=0)
 
 
 def test_velocity_loss_is_per_image():

@@ -5,9 +5,11 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from repae_lite.method.interpolant import PATHS
-from repae_lite.method.sampling import Guidance, sample_ode, sample_sde
+from repae_lite.method.interpolant import INTERPOLANTS
+from repae_lite.method.sampling import Guidance, sample_images, sample_ode, sample_sde
 from repae_lite.networks.sit import SiT
+from repae_lite.networks.vae import AutoencoderKL
+from repae_lite.utils.pixels import to_uint8
 
 
 class GaussianVelocity(nn.Module):
@@ -18,7 +20,7 @@ class GaussianVelocity(nn.Module):
     def __init__(self, path="linear", std=0.5):
         super().__init__()
         self.pos_embed = nn.Parameter(torch.zeros(1, dtype=torch.float64))
-        self.path, self.std, self.null_class = PATHS[path], std, 2
+        self.path, self.std, self.null_class = INTERPOLANTS[path], std, 2
         self.means = torch.tensor([-1.0, 2.0, 0.0], dtype=torch.float64)
         self.times = []
 
@@ -43,7 +45,7 @@ def noise(count=4000):
     return torch.randn(count, 1, 2, 2, generator=torch.Generator().manual_seed(0)), torch.arange(count) % 2
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", INTERPOLANTS)
 @pytest.mark.parametrize(("solver", "steps"), [("euler", 200), ("heun", 50)])
 def test_ode_reaches_the_data_distribution(path, solver, steps):
     eps, labels = noise()
@@ -53,7 +55,7 @@ def test_ode_reaches_the_data_distribution(path, solver, steps):
     assert_close(sample, expected.double(), atol=0.03, rtol=0)
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", INTERPOLANTS)
 def test_sde_reaches_the_data_distribution(path):
     eps, labels = noise()
     sample = sample_sde(
@@ -102,6 +104,20 @@ def test_guidance_formula_and_scale_one_is_off():  # its null class is not 1000:
     guided = sample_ode(model, eps, labels, steps=1, guidance=Guidance(3.0))
     assert_close(guided, null + 3 * (plain - null))
     assert torch.equal(sample_ode(model, eps, labels, steps=1, guidance=Guidance(1.0)), plain)
+
+
+def test_images_are_denormalised_and_decoded_in_batches():
+    torch.manual_seed(0)
+    sit, vae = SiT.from_preset("tiny", depth=2).eval(), AutoencoderKL.from_preset("tiny")
+    nn.init.normal_(sit.final_layer.linear.weight, std=0.1)
+    sit.set_latent_stats(torch.full((4,), 0.5), torch.arange(4.0))
+    eps, labels = torch.randn(5, 4, 8, 8), torch.arange(5)
+    images = sample_images(sit, vae, eps, labels, batch=2, steps=3, guidance=Guidance(2.0))
+    z = sample_ode(sit, eps, labels, steps=3, guidance=Guidance(2.0))
+    with torch.no_grad():
+        expected = to_uint8(vae.decode((2 * z + torch.arange(4.0).view(4, 1, 1)).float()))
+    assert images.shape == (5, 3, 32, 32) and images.dtype == torch.uint8
+    assert (images.int() - expected.int()).abs().max() <= 1  # batches round a little differently
 
 
 REFUSED = {

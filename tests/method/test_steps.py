@@ -1,15 +1,20 @@
-"""Which loss reaches which parameter: exactly zero where it must be zero; and the three updates, one by one."""
+"""Which loss reaches which parameter, exactly zero where it must be zero; the three updates one by one."""
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from small_states import LABELS, make_batch, make_state
 from torch import nn
+from torch.testing import assert_close
 
-from repae_lite.method.losses import VAELossConfig, hinge_discriminator_loss
+from repae_lite.method.losses import VAELossConfig, hinge_discriminator_loss, sit_losses
 from repae_lite.method.steps import (
+    GRAD_NORMS,
+    Draws,
+    Mechanics,
     StepConfig,
     TrainState,
     check_batch,
@@ -20,6 +25,7 @@ from repae_lite.method.steps import (
     repae_step,
     sit_step,
     update_ema,
+    vae_losses,
     vae_step,
 )
 
@@ -57,12 +63,12 @@ def losses_of(state: TrainState):
         state.sit.eval()
         with frozen(state.sit, state.discriminator):
             posterior, z = encode()
-            out = state.sit.loss_forward(z, LABELS, targets, t=t, eps=eps, align_only=align_only)
+            out = sit_losses(state.sit, z, LABELS, targets, t=t, eps=eps, align_only=align_only)
             return posterior, z, out
 
     def sit_side():
         state.sit.train()
-        return state.sit.loss_forward(encode()[1].detach(), LABELS, targets, t=t, eps=eps)
+        return sit_losses(state.sit, encode()[1].detach(), LABELS, targets, t=t, eps=eps)
 
     def reconstruction():
         with frozen(state.sit, state.discriminator):
@@ -166,7 +172,9 @@ def test_routing_discriminator_step_moves_only_the_discriminator():
     state = make_state()
     x, _, _ = make_batch()
     before = snapshot(state)
-    discriminator_step(state, x, x.flip(3).requires_grad_())
+    x_hat = x.flip(3).requires_grad_()
+    discriminator_step(state, x, x_hat)
+    assert x_hat.grad is None
     assert moved_models(before, state) == {"discriminator"}
 
 
@@ -239,12 +247,85 @@ def test_step_reuses_time_noise_and_latents():
     drop = torch.zeros(4, dtype=torch.bool)
     losses = repae_step(state, x, LABELS, targets, **draws, label_drop=drop)
     z = reference.vae.encode(x).sample(draws["eps_posterior"])
-    out = reference.sit.train().loss_forward(
-        z, LABELS, targets, t=draws["t"], eps=draws["eps"], label_drop=drop
-    )
+    sit = reference.sit.train()
+    out = sit_losses(sit, z, LABELS, targets, t=draws["t"], eps=draws["eps"], label_drop=drop)
     assert losses["denoising"] == pytest.approx(out.denoising_loss.mean().item(), rel=1e-5)
     assert losses["sit_total"] == pytest.approx(losses["denoising"] + 0.5 * losses["sit_align"], rel=1e-5)
     assert losses["vae_total"] == pytest.approx(losses["vae_reg"] + 1.5 * losses["vae_align"], rel=1e-5)
+
+
+def test_modes_labels_and_depth_of_each_step():
+    """Whatever modes the networks come in; labels are dropped in the SiT step alone."""
+    state = make_state()
+    state.vae.eval(), state.discriminator.eval(), state.sit.train()
+    seen = []
+    for name, module in (
+        ("encoder", state.vae.encoder),
+        ("sit", state.sit),
+        ("after tap", state.sit.blocks[2]),
+        ("discriminator", state.discriminator),
+    ):
+        module.register_forward_pre_hook(
+            lambda module, inputs, name=name: seen.append(
+                (name, module.training, inputs[2].tolist() if name == "sit" else None)
+            )
+        )
+    x, targets, draws = make_batch()
+    repae_step(state, x, LABELS, targets, **draws, label_drop=torch.tensor([False, True, False, True]))
+    assert seen == [
+        ("encoder", True, None),
+        ("discriminator", True, None),
+        ("sit", False, LABELS.tolist()),
+        ("discriminator", True, None),
+        ("discriminator", True, None),
+        ("sit", True, [0, 10, 9, 10]),
+        ("after tap", True, None),
+    ]
+
+
+def test_gradients_from_elsewhere_do_not_count():
+    x, targets, draws = make_batch()
+    found = []
+    for stale in (False, True):
+        state = make_state()
+        state.mechanics = Recorded()
+        if stale:
+            for p in [*state.vae.parameters(), *state.sit.parameters(), *state.discriminator.parameters()]:
+                p.grad = torch.ones_like(p) if p.requires_grad else None
+        repae_step(state, x, LABELS, targets, **draws, label_drop=torch.zeros(4, dtype=torch.bool))
+        found.append(state.mechanics.gradients)
+    for module, gradients in found[0].items():
+        assert all(torch.equal(gradient, found[1][module][name]) for name, gradient in gradients.items())
+
+
+def test_gradients_are_clipped():
+    state = make_state(max_grad_norm=1e-3)
+    x, targets, draws = make_batch()
+    losses = repae_step(state, x, LABELS, targets, **draws)
+    for name in ("vae", "sit", "discriminator"):
+        gradients = [p.grad for p in getattr(state, name).parameters() if p.grad is not None]
+        norm = float(torch.cat([g.flatten() for g in gradients]).norm())
+        assert norm == pytest.approx(1e-3, rel=1e-2) and losses[GRAD_NORMS[name]] > 1e-2
+
+
+def test_the_moving_average_follows_the_update():
+    state = make_state(ema_decay=0.0)
+    assert not state.ema.training and not any(p.requires_grad for p in state.ema.parameters())
+    latent_step(state, torch.randn(4, 4, 8, 8), LABELS, TARGETS)
+    for (name, mine), theirs in zip(
+        state.ema.state_dict().items(), state.sit.state_dict().values(), strict=True
+    ):
+        assert torch.equal(mine, theirs), name
+    assert state.step == 1 and state.sit.training
+
+
+def test_fixed_latent_statistics_stay_with_micro_batches():
+    state = make_state()
+    state.sit.config = replace(state.sit.config, fixed_latent_stats=True)
+    state.mechanics = Mechanics(micro_batches=2)
+    before = copy.deepcopy(state.sit.bn.state_dict())
+    latent_step(state, 2 * torch.randn(4, 4, 8, 8) + 1, LABELS, TARGETS)
+    assert all(torch.equal(before[name], value) for name, value in state.sit.bn.state_dict().items())
 
 
 def test_gan_start():
@@ -398,6 +479,8 @@ def test_step_configuration_is_checked_when_it_is_made():
         StepConfig(path="vp")
     with pytest.raises(ValueError, match="unknown time weighting 'edm'"):
         StepConfig(weighting="edm")
+    with pytest.raises(ValueError, match="unknown loss_precision 'float16': choose float32 or autocast"):
+        StepConfig(loss_precision="float16")
     with pytest.raises(ValueError, match="every parameter of this Linear is frozen"):
         make_optimizer(nn.Linear(2, 2).requires_grad_(False))
 
@@ -409,6 +492,134 @@ def test_losses_and_times_stay_in_full_precision_under_autocast(dtype):
     with torch.no_grad(), torch.autocast("cpu", dtype=dtype):
         posterior = state.vae.encode(x)
         z = posterior.sample(draws["eps_posterior"])
-        out = state.sit.eval().loss_forward(z, LABELS, targets, eps=draws["eps"])
+        out = sit_losses(state.sit.eval(), z, LABELS, targets, eps=draws["eps"])
     for value in (posterior.kl(), z, out.t, out.denoising_loss, out.align_loss):
         assert value.dtype == torch.float32 and value.isfinite().all()
+
+
+# ---------------------------------------------------------------- mixed precision and micro-batches
+
+
+class Autocast(Mechanics):
+    def __init__(self, dtype: torch.dtype, **more):
+        super().__init__(**more)
+        self.dtype = dtype
+
+    def autocast(self):
+        return torch.autocast("cpu", self.dtype)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("precision", "inside"), [("float32", torch.float32), ("autocast", torch.bfloat16)])
+def test_loss_networks_stay_out_of_mixed_precision_unless_asked(precision, inside, checkpointing):
+    """D11: the perceptual network and the discriminator, in both of its steps; all else is in it."""
+    state = make_state(loss_precision=precision)
+    state.mechanics = Autocast(torch.bfloat16, gradient_checkpointing=checkpointing)
+    seen = {}
+
+    def note(name):
+        def hook(module, inputs, output):
+            seen.setdefault(name, []).append((inputs[0].dtype, output.dtype))
+
+        return hook
+
+    state.perceptual.conv.register_forward_hook(note("perceptual"))
+    state.discriminator.main[0].register_forward_hook(note("discriminator"))
+    state.vae.decoder.conv_out.register_forward_hook(note("vae"))
+    state.sit.x_embedder.proj.register_forward_hook(note("sit"))
+    x, targets, draws = make_batch()
+    out = vae_step(state, x, LABELS, targets, **draws)
+    discriminator_step(state, x, out.x_hat)
+    calls = (4, 4) if checkpointing else (2, 3)  # for x and x_hat; in the VAE step and twice in the other
+    assert tuple(len(seen[name]) for name in ("perceptual", "discriminator")) == calls
+    for name in ("perceptual", "discriminator"):
+        inputs, outputs = zip(*seen[name], strict=True)
+        assert set(outputs) == {inside}, name
+        assert precision == "autocast" or set(inputs) == {torch.float32}, name
+    assert {dtype for name in ("vae", "sit") for _, dtype in seen[name]} == {torch.bfloat16}
+
+
+def test_float16_overflows_in_a_perceptual_network_only_inside_autocast():
+    x, targets, draws = make_batch()
+    finite = {}
+    for precision in ("float32", "autocast"):
+        state = make_state(loss_precision=precision)
+        state.perceptual.conv.weight.data.fill_(3e4)  # 27 of them make more than 65504
+        state.perceptual.conv.bias.data.fill_(6e4)
+        with torch.autocast("cpu", torch.float16):
+            loss, losses, *_ = vae_losses(state, x, LABELS, targets, Draws(**draws))
+        finite[precision] = bool(losses["perceptual"].isfinite() and loss.isfinite())
+    assert finite == {"float32": True, "autocast": False}
+
+
+def test_without_mixed_precision_both_loss_precisions_are_the_same():
+    x, targets, draws = make_batch()
+    updated = []
+    for precision in ("float32", "autocast"):
+        state = make_state(loss_precision=precision)
+        repae_step(state, x, LABELS, targets, **draws)
+        updated.append(state.vae.state_dict() | state.discriminator.state_dict())
+    assert all(torch.equal(a, updated[1][name]) for name, a in updated[0].items())
+
+
+def test_draws_are_cut_together():
+    draws = Draws(t=torch.arange(4.0), label_drop=torch.tensor([True, False, True, False]))
+    cut = draws[1:3]
+    assert cut.t.tolist() == [1, 2] and cut.label_drop.tolist() == [False, True]
+    assert cut.eps is None and cut.eps_posterior is None
+    assert draws.map(lambda drawn: drawn[:1]).t.tolist() == [0]
+
+
+class Recorded(Mechanics):
+    """Keeps the gradients that each update applies, before they are clipped."""
+
+    def __init__(self, **more):
+        super().__init__(**more)
+        self.gradients = {}
+
+    def update(self, module, optimizer, max_norm):
+        self.gradients[type(module).__name__] = {
+            name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None
+        }
+        return super().update(module, optimizer, max_norm)
+
+
+@pytest.mark.parametrize("micro_batches", [2, 3])
+def test_micro_batches_add_up_to_the_losses_and_gradients_of_the_whole_batch(micro_batches):
+    """Before clipping, which would hide a missing share: every gradient is that of a mean over images."""
+    x, targets, draws = make_batch()
+    draws["label_drop"] = torch.tensor([False, True, False, False])
+    found = []
+    for count in (1, micro_batches):
+        state = make_state(vae_diffusion_coeff=0.5)
+        state.mechanics = Recorded(micro_batches=count)
+        for (
+            module
+        ) in state.discriminator.modules():  # its BatchNorm sees each micro-batch alone: leave it out
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval().train = lambda mode=True: None
+        found.append((repae_step(state, x, LABELS, targets, **draws), state.mechanics.gradients))
+    (losses, gradients), (cut_losses, cut_gradients) = found
+    assert cut_losses == pytest.approx(losses, rel=1e-3, abs=1e-5)
+    assert gradients.keys() == cut_gradients.keys() == {"AutoencoderKL", "PatchDiscriminator", "SiT"}
+    for module, expected in gradients.items():
+        assert expected.keys() == cut_gradients[module].keys()
+        for name, gradient in expected.items():
+            slack = 1e-3 * float(gradient.abs().max()) + 1e-7
+            assert_close(cut_gradients[module][name], gradient, rtol=1e-3, atol=slack, msg=f"{module}.{name}")
+
+
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_what_the_vae_step_draws_is_handed_on(micro_batches):
+    """Each micro-batch draws its own times and noise; the SiT step gets all of them, in order."""
+    x, targets, draws = make_batch()
+    found = []
+    for given in ({"eps_posterior": draws["eps_posterior"]}, None):
+        state = make_state(vae_loss=VAELossConfig(gan_weight=0.0))
+        state.mechanics = Mechanics(micro_batches=micro_batches)
+        found.append(vae_step(state, x, LABELS, targets, **given or vars(found[0].draws)))
+    out, again = found
+    assert not any(tensor.requires_grad for tensor in (out.z, out.x_hat, out.draws.eps))
+    assert len(set(out.draws.t.tolist())) == 4 and out.draws.eps.shape == out.z.shape == (4, 4, 8, 8)
+    assert torch.equal(out.z, again.z) and torch.equal(out.x_hat, again.x_hat)
+    assert out.losses["vae_total"] == again.losses["vae_total"]

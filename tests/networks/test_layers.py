@@ -22,7 +22,10 @@ def pair(affine: bool):
         nn.init.normal_(ours.weight)
         nn.init.normal_(ours.bias)
     theirs.load_state_dict(ours.state_dict())
-    return ours, theirs, 2 * torch.randn(8, 3, 4, 4) + torch.tensor([0.0, 1.0, 5.0]).view(1, 3, 1, 1)
+    spread, mean = torch.tensor([[5e-3, 2.0, 2.0], [0.0, 1.0, 5.0]]).view(
+        2, 1, 3, 1, 1
+    )  # where eps counts too
+    return ours, theirs, spread * torch.randn(8, 3, 4, 4) + mean
 
 
 @pytest.mark.parametrize("affine", [False, True])
@@ -40,6 +43,17 @@ def test_parts_of_a_batch_are_normalised_by_the_whole_and_tracked_once():
     with ours.whole_batch(x):
         parts = [ours(part) for part in x.split(3)]
     assert_close(torch.cat(parts), expected)
+    for (name, a), b in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
+        assert_close(a, b, msg=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_statistics_of_half_precision_are_taken_in_float32(dtype):
+    ours, theirs, x = pair(affine=False)
+    x = x.to(dtype)
+    theirs(x.float())
+    with ours.whole_batch(x):
+        ours(x[:4])
     for (name, a), b in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
         assert_close(a, b, msg=name)
 
@@ -62,9 +76,9 @@ def normalise_half(rank: int, address: str, results) -> None:
     mine = mine.clone().requires_grad_()
     y = ours(mine)
     (y.square() * y).sum().backward()  # a loss whose gradient does not vanish through the statistics
-    results[rank] = [t.detach() for t in (y, mine.grad, ours.running_mean, ours.running_var)] + [
-        int(ours.num_batches_tracked)
-    ]
+    statistics = [ours.running_mean.clone(), ours.running_var.clone(), int(ours.num_batches_tracked)]
+    half = ours(mine[:, :, :2].bfloat16())
+    results[rank] = [y.detach(), mine.grad, *statistics, half.detach(), ours.running_mean]
     dist.destroy_process_group()
 
 
@@ -83,6 +97,11 @@ def test_two_processes_normalise_as_one(tmp_path):
         assert_close(half[2], theirs.running_mean)
         assert_close(half[3], theirs.running_var)
         assert half[4] == 1
+    x = x.detach()[:, :, :2].bfloat16()
+    expected = theirs(x.float())
+    assert first[5].dtype == torch.bfloat16
+    assert_close(torch.cat([first[5], second[5]]).float(), expected.detach(), rtol=0.01, atol=0.01)
+    assert_close(first[6], theirs.running_mean)
 
 
 def test_recomputing_gives_the_same_gradients_and_moves_statistics_once():

@@ -118,8 +118,10 @@ def test_training_repeats_and_trains_what_it_should(small, method):
     assert runs[0][1] == runs[1][1] and len(losses) == 3
     for a, b in zip(runs[0][0].sit.parameters(), runs[1][0].sit.parameters(), strict=True):
         assert torch.equal(a, b)
-    moved = {name: any(not torch.equal(p, q) for p, q in zip(getattr(state, name).parameters(), kept, strict=True))
-             for name, kept in before.items()}  # fmt: skip
+    moved = {
+        name: any(not torch.equal(p, q) for p, q in zip(getattr(state, name).parameters(), kept, strict=True))
+        for name, kept in before.items()
+    }
     assert moved == {"vae": method == "repa-e", "sit": True}
     assert ("sit_align" in losses[0]) == (method != "sit")
 

@@ -23,7 +23,8 @@ from repae_lite.training.loss_config import read_loss_config
 OFFICIAL = {  # the flags of the official README's training commands
     "repae": "--max-train-steps=400000 --report-to=none --allow-tf32 --mixed-precision=fp16 --seed=0 "
     "--data-dir=data --output-dir=exps --batch-size=256 --path-type=linear --prediction=v "
-    "--weighting=uniform --model=SiT-XL/2 --checkpointing-steps=50000 --loss-cfg-path=configs/l1_lpips_kl_gan.yaml --vae=f8d4 "
+    "--weighting=uniform --model=SiT-XL/2 --checkpointing-steps=50000 "
+    "--loss-cfg-path=configs/l1_lpips_kl_gan.yaml --vae=f8d4 "
     "--vae-ckpt=pretrained/sdvae/sdvae-f8d4.pt --disc-pretrained-ckpt=pretrained/sdvae/disc.pt "
     "--enc-type=dinov2-vit-b --proj-coeff=0.5 --encoder-depth=8 --vae-align-proj-coeff=1.5 --bn-momentum=0.1 "
     "--exp-name=sit-xl --resume-step=0",
@@ -240,7 +241,8 @@ def test_every_preset_is_valid_and_names_its_run(name):
     assert replace(preset.config, vae_ckpt=config.vae_ckpt) == config
     if config.vae != "tiny":  # what claims to be the official joint run has its two slips as well (D1, D2)
         joint = preset.command == "repae"
-        assert config.train_pos_embed == joint and config.lpips_range == ("official" if joint else "corrected")
+        assert config.train_pos_embed == joint
+        assert config.lpips_range == ("official" if joint else "corrected")
         assert len(preset.released) == 1 and preset.images == 1_281_167  # ImageNet's training images
     else:
         assert not preset.released and preset.images == 6000

@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from repae_lite.method.interpolant import sample_time
+from repae_lite.method.steps import Mechanics
 from repae_lite.training.parallel import ParallelMechanics, StepBatches, draw, share_of
 from repae_lite.utils.processes import any_process, mean_over_processes
 from repae_lite.utils.seeding import generator
@@ -46,13 +48,17 @@ def test_batches_that_cannot_be_shared_or_filled_are_refused():
 def test_draws_follow_from_seed_and_step():
     one, same = (draw(3, 7, 6, (2, 4, 4), **DRAW) for _ in range(2))
     others = draw(3, 8, 6, (2, 4, 4), **DRAW), draw(4, 7, 6, (2, 4, 4), **DRAW)
-    assert {name: tuple(t.shape) for name, t in one.items()} == {
+    assert {name: tuple(t.shape) for name, t in vars(one).items()} == {
         "eps_posterior": (6, 2, 4, 4), "t": (6,), "eps": (6, 2, 4, 4), "label_drop": (6,)
     }  # fmt: skip
-    for name, tensor in one.items():
-        assert torch.equal(tensor, same[name])
-        assert name == "label_drop" or not any(torch.equal(tensor, other[name]) for other in others)
-    assert not torch.equal(one["eps"], one["eps_posterior"])
+    for name, tensor in vars(one).items():
+        assert torch.equal(tensor, getattr(same, name))
+        assert name == "label_drop" or not any(torch.equal(tensor, getattr(other, name)) for other in others)
+    assert not torch.equal(one.eps, one.eps_posterior)
+    late = draw(3, 7, 6, (2, 4, 4), path="cosine", weighting="lognormal", label_dropout=0.5)
+    g = generator("draws", 3, 7)
+    torch.randn(6, 2, 4, 4, generator=g)
+    assert torch.equal(late.t, sample_time(6, weighting="lognormal", path="cosine", generator=g))
     before = torch.get_rng_state()
     draw(0, 0, 2, (1, 2, 2), **DRAW)
     assert torch.equal(torch.get_rng_state(), before)
@@ -60,8 +66,8 @@ def test_draws_follow_from_seed_and_step():
 
 def test_draws_have_the_right_distributions():
     drawn = draw(0, 0, 4000, (1, 2, 2), **DRAW)
-    assert abs(drawn["eps"].mean()) < 0.03 and abs(drawn["eps"].std() - 1) < 0.03
-    assert abs(drawn["t"].mean() - 0.5) < 0.03 and abs(drawn["label_drop"].float().mean() - 0.5) < 0.03
+    assert abs(drawn.eps.mean()) < 0.03 and abs(drawn.eps.std() - 1) < 0.03
+    assert abs(drawn.t.mean() - 0.5) < 0.03 and abs(drawn.label_drop.float().mean() - 0.5) < 0.03
 
 
 def test_keys_give_independent_generators():
@@ -87,15 +93,21 @@ def layer_and_optimizer():
     return layer, torch.optim.SGD(layer.parameters(), lr=0.1)
 
 
-def test_an_update_clips_and_says_the_norm():
+@pytest.mark.parametrize("kind", ["plain", "parallel", "parallel, not strict"])
+def test_an_update_clips_and_says_the_norm(kind):
     layer, optimizer = layer_and_optimizer()
-    mechanics = ParallelMechanics(torch.device("cpu"), "no", {"layer": optimizer})
+    strict = {"strict": kind == "parallel"}
+    mechanics = (
+        Mechanics()
+        if kind == "plain"
+        else ParallelMechanics(torch.device("cpu"), "no", {"layer": optimizer}, **strict)
+    )
     before = layer.weight.detach().clone()
     mechanics.backward(100 * layer(torch.ones(1, 3)).sum(), optimizer)
     norm = mechanics.update(layer, optimizer, 1.0)
     assert norm == pytest.approx(100 * 8**0.5, rel=1e-4)
     assert float((layer.weight.detach() - before).norm()) == pytest.approx(0.1 * (6 / 8) ** 0.5, rel=1e-3)
-    assert mechanics.scales() == {} and mechanics.state_dict() == {}
+    assert kind == "plain" or mechanics.scales() == mechanics.state_dict() == {}
 
 
 @pytest.mark.parametrize("strict", [True, False])

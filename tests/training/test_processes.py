@@ -77,7 +77,8 @@ def environment() -> dict[str, str]:
 def test_two_processes_cache_the_latents_of_one(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (21, 3, 32, 32), dtype=np.uint8)
     write_images_h5(tmp_path / "images.h5", images, np.arange(21) % 3)
-    words = f"cache-latents --vae-arch=tiny --vae-ckpt-path=tiny --pproc-batch-size=4 --device=cpu --data-dir={tmp_path}".split()
+    words = "cache-latents --vae-arch=tiny --vae-ckpt-path=tiny --pproc-batch-size=4 --device=cpu".split()
+    words.append(f"--data-dir={tmp_path}")
     assert main([*words, "--vae-latents-name=one"]) == 0
     done = subprocess.run(
         [*LAUNCH, "-m", "repae_lite", *words, "--vae-latents-name=two"],

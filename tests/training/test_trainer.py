@@ -1,4 +1,4 @@
-"""Runs of a few steps through the command line: what they write, how they resume, stop, diverge and refuse."""
+"""Runs of a few steps by command: what they write, how they resume, stop, diverge and refuse."""
 
 import errno
 import json
@@ -257,7 +257,7 @@ def test_a_loader_process_that_dies_is_one_sentence(tmp_path, monkeypatch, capsy
     )
     words = ["--num-workers", "1", "--max-train-steps", "60", "--sampling-steps", "0"]
     assert (
-        "a loader process died, perhaps for want of memory"
+        "a loader process died, perhaps for lack of memory"
         in refused(capsys, tmp_path, *words, lines=None).splitlines()[-1]
     )
     assert not multiprocessing.active_children()
@@ -290,7 +290,8 @@ torch.set_num_threads(2)
 from repae_lite.commands import main
 from repae_lite.training import run_folder, trainer
 
-module, name, count = {"training": trainer, "run_folder": run_folder}[sys.argv[1]], sys.argv[2], int(sys.argv[3])
+module = {"training": trainer, "run_folder": run_folder}[sys.argv[1]]
+name, count = sys.argv[2], int(sys.argv[3])
 function, calls = getattr(module, name), 0
 
 def call(*args, **kwargs):
@@ -315,7 +316,10 @@ sys.exit(main.main(sys.argv[4:]))
     ],
 )
 def test_a_killed_run_goes_on_to_the_bit(whole, tmp_path, module, name, count, left):
-    command = f"train-repae --vae tiny --batch-size 4 --max-train-steps {STEPS} --checkpointing-steps 2 --sampling-steps 0 --resume latest"
+    command = (
+        f"train-repae --vae tiny --batch-size 4 --max-train-steps {STEPS} --checkpointing-steps 2 "
+        "--sampling-steps 0 --resume latest"
+    )
     arguments = [*command.split(), "--output-dir", str(tmp_path), "--exp-name", "run"]
     done = subprocess.run(
         [sys.executable, "-c", KILLED, module, name, str(count), *arguments],
@@ -472,6 +476,20 @@ def test_half_precision_trains_and_resumes(tmp_path, precision):
     assert parts.metrics() == straight.metrics()
 
 
+def test_loss_precision_counts_in_mixed_precision_alone(tmp_path):
+    first = {
+        (mixed, loss): run(
+            tmp_path, f"{mixed}-{loss}", mixed_precision=mixed, loss_precision=loss, max_train_steps=1
+        ).metrics()[0]
+        for mixed in ("no", "bf16")
+        for loss in ("float32", "autocast")
+    }
+    assert first["no", "float32"] == first["no", "autocast"]
+    exact, rounded = first["bf16", "float32"], first["bf16", "autocast"]
+    assert exact["reconstruction"] == rounded["reconstruction"]
+    assert exact["perceptual"] != rounded["perceptual"] == pytest.approx(exact["perceptual"], rel=0.05)
+
+
 def test_without_a_compiler_it_trains_uncompiled(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
         torch, "compile", lambda *_: (_ for _ in ()).throw(RuntimeError("no compiler\nat all"))
@@ -613,7 +631,7 @@ def refused(capsys, tmp_path: Path, *words: str, command: str = "train-repae", l
     ("words", "message"),
     [
         ("--batch-size 7000", "a step takes 7000 images but the data has 6000"),
-        ("--micro-batches 5", "4 images per process cannot be cut into 5 parts"),
+        ("--micro-batches 5", "4 images per process cannot be cut into 5 micro-batches"),
         ("--data-dir nowhere", "there is no image file or folder nowhere"),
         ("--resolution 64", "the tiny encoder takes 32-pixel images|have 32 × 32 pixels and not 64 × 64"),
         ("--num-classes 3", "the data has 10 classes but --num-classes is 3"),
@@ -667,9 +685,8 @@ def test_an_image_that_cannot_be_read_ends_the_run_in_one_sentence(tmp_path, cap
         and "cannot be read" in text
         and "Traceback" not in text
     )
-    assert (
-        not multiprocessing.active_children()
-    )  # deaf to the SIGTERM with which Python ends its children: it would wait for ever
+    # One that ignored the SIGTERM with which Python ends its children would be waited for for ever.
+    assert not multiprocessing.active_children()
 
 
 def test_a_run_is_not_overwritten_or_mixed_with_another(whole, tmp_path, capsys):

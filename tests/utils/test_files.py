@@ -80,7 +80,8 @@ def test_data_folder_elsewhere(tmp_path, monkeypatch, capsys):
         data_small_dir()
     assert main(["check"]) == 0  # and tells the rest
     printed = capsys.readouterr().out
-    assert f"the embedded data folder {tmp_path / 'gone'} does not exist" in printed and "CPU cores" in printed
+    assert f"the embedded data folder {tmp_path / 'gone'} does not exist" in printed
+    assert "CPU cores" in printed
 
 
 def test_check_command_sees_the_embedded_data(capsys):
