@@ -1,4 +1,4 @@
-"""The notebooks' form: anatomy, tags, outputs kept from a run from top to bottom, size, proportions, paths."""
+"""The form of the notebooks: anatomy, tags, outputs of one run from top to bottom, size, proportions, paths."""
 
 import ast
 import json
