@@ -39,10 +39,10 @@ def test_vae_reconstructs_as_well_as_its_log_says(small):
     rebuilt = small.reconstruct(vae)
     measured = float(psnr(to_unit_range(rebuilt), to_unit_range(small.eval_images)).mean())
     assert measured == pytest.approx(log("vae")["curve"][-1]["psnr"], abs=0.5)
-    assert torch.equal(small.reconstruct(vae), rebuilt)  # from posterior means, so nothing is drawn
+    few = dataclasses.replace(small, eval_images=small.eval_images[:250])
+    assert torch.equal(few.reconstruct(vae), rebuilt[:250])  # from posterior means, so nothing is drawn
     with torch.no_grad():
-        mean = vae.encode(to_unit_range(small.eval_images[:250])).mean
-    assert torch.equal(small.eval_latents(vae)[:250], mean)
+        assert torch.equal(few.eval_latents(vae), vae.encode(to_unit_range(few.eval_images)).mean)
 
 
 def test_latent_statistics_of_the_shipped_vae_normalise_its_latents(small):
