@@ -1,4 +1,4 @@
-"""The notebooks' form: anatomy, tags, outputs of one run from top to bottom, size, proportions, paths."""
+"""The form of the notebooks: anatomy, tags, outputs from one whole run, size, proportions, paths."""
 
 import ast
 import json

@@ -231,11 +231,9 @@ class SmallScale:
             "frechet" to real images; "frechet_to_reconstructions", which leaves out the decoder's faults;
             "class_accuracy" of the samples; "psnr" (dB) and "reconstruction_frechet" of the VAE.
         """
-        x = to_unit_range(samples)
-        generated = feature_stats(_features(self.evaluator, x))
+        features = _features(self.evaluator, to_unit_range(samples))
+        generated, guesses = feature_stats(features), self.evaluator.head(features).argmax(1)
         rebuilt = feature_stats(_features(self.evaluator, to_unit_range(reconstructions)))
-        with torch.no_grad():
-            guesses = torch.cat([self.evaluator(batch).argmax(1) for batch in x.split(500)])
         return {
             "frechet": frechet_distance(generated, self.reference),
             "frechet_to_reconstructions": frechet_distance(generated, rebuilt),

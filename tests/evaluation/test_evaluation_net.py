@@ -13,6 +13,7 @@ def test_evaluation_net_shapes_and_size():
     assert net.features(x).shape == (3, EvaluationNet.width)
     assert 300_000 <= sum(p.numel() for p in net.parameters()) <= 400_000
     torch.testing.assert_close(net(x), net.head(net.features(x)))
+    torch.testing.assert_close(net.features(x), net.body(x).flatten(2).mean(2))  # averaged over positions
 
 
 def test_evaluation_net_names_wrong_images():

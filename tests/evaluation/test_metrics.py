@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import scipy.linalg
+import scipy.optimize
 import torch
 
 from repae_lite.evaluation.metrics import (
@@ -57,6 +58,12 @@ def test_frechet_agrees_with_sqrtm_and_is_symmetric(generator, count):
     assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-4 if count < 20 else 1e-9)
     assert frechet_distance(a, b) == pytest.approx(frechet_distance(b, a), rel=1e-6)
     assert frechet_distance(a, a) == pytest.approx(0, abs=1e-5)
+
+
+def test_frechet_of_a_set_with_itself_is_never_negative():
+    for seed in range(20):  # rounding alone makes some of these negative
+        a = feature_stats(1e3 * torch.randn(60, 40, generator=torch.Generator().manual_seed(seed)))
+        assert 0 <= frechet_distance(a, a) < 1e-3
 
 
 def test_frechet_errors():
@@ -161,6 +168,7 @@ def test_cknna_of_equal_rotated_and_unrelated_features(generator):
     a = torch.randn(200, 16, generator=generator)
     rotation = torch.linalg.qr(torch.randn(16, 16, generator=generator)).Q
     assert cknna(a, a) == pytest.approx(1)
+    assert cknna(a, a[:, :8]) == cknna(a, a[:, :8], k=10)  # REPA's k is the default
     assert cknna(a, 3 * a @ rotation) == pytest.approx(1, abs=1e-6)
     assert abs(cknna(a, torch.randn(200, 16, generator=generator))) < 0.1
     assert 0.2 < cknna(a, a + 0.3 * torch.randn(200, 16, generator=generator)) < 0.95
@@ -170,9 +178,9 @@ def test_cknna_errors(generator):
     a = torch.randn(20, 4, generator=generator)
     with pytest.raises(ValueError, match="same images, got 20 and 19"):
         cknna(a, a[:-1])
-    for k in (1, 20):
-        with pytest.raises(ValueError, match=f"got k = {k}, N = 20"):
-            cknna(a, a, k=k)
+    for k, n in ((1, 20), (20, 20), (2, 3)):
+        with pytest.raises(ValueError, match=f"got k = {k}, N = {n}"):
+            cknna(a[:n], a[:n], k=k)
     with pytest.raises(ValueError, match="cannot normalise"):
         cknna(a, torch.zeros(20, 4))
 
@@ -188,6 +196,32 @@ def test_linear_probe_on_separable_and_random_labels(generator):
     assert linear_probe(features[:200], shuffled[:200], features[200:], shuffled[200:]) < 0.55
     with torch.no_grad():  # a caller's no_grad must not break the fit
         assert linear_probe(*split) == accuracy
+    dead = torch.nn.functional.pad(features, (0, 1))  # a feature that is always 0 changes nothing
+    assert linear_probe(dead[:200], labels[:200], dead[200:], labels[200:]) == accuracy
+
+
+def test_linear_probe_minimises_the_stated_objective(generator):
+    """With classes of unequal size, so that the bias counts, and a test set with other statistics."""
+    labels = torch.randint(0, 10, (2000,), generator=generator).clamp(max=5) // 2
+    features = 0.8 * torch.randn(3, 5, generator=generator)[labels] + torch.randn(
+        2000, 5, generator=generator
+    )
+    features[100:] += 0.3
+    mean, std = features[:100].double().mean(0), features[:100].double().std(0)
+    x, y = ((features.double() - mean) / std).numpy(), labels.numpy()
+
+    def logits(parameters, inputs):
+        return inputs @ parameters[:15].reshape(5, 3) + parameters[15:]
+
+    def objective(parameters):
+        rows = logits(parameters, x[:100])
+        entropy = np.log(np.exp(rows).sum(1)) - rows[np.arange(100), y[:100]]
+        return entropy.mean() + 0.5 / 2 * (parameters[:15] ** 2).sum()  # the bias is not penalised
+
+    fit = scipy.optimize.minimize(objective, np.zeros(18), method="BFGS", options={"gtol": 1e-9}).x
+    expected = (logits(fit, x[100:]).argmax(1) == y[100:]).mean()
+    found = linear_probe(features[:100], labels[:100], features[100:], labels[100:], l2=0.5)
+    assert found == pytest.approx(expected, abs=0.002)  # other objectives are off by 0.03 and more
 
 
 def test_linear_probe_matches_scikit_learn(generator):
@@ -220,6 +254,17 @@ def test_latent_structure_by_hand():
     assert found["channel_std"] == pytest.approx([math.sqrt(1.25)])
 
 
+def test_latent_structure_against_loops_over_images_and_channels(generator):
+    z = torch.randn(2, 3, 4, 5, generator=generator) * torch.tensor([1.0, 2.0, 4.0])[:, None, None]
+    z = z + torch.tensor([0.0, 3.0])[:, None, None, None]
+    maps = z.double().numpy().reshape(6, 4, 5)
+    found = latent_structure(z)
+    assert found["spatial_variance"] == pytest.approx(np.mean([m.var() for m in maps]))
+    variation = [np.abs(np.diff(m, axis=0)).sum() + np.abs(np.diff(m, axis=1)).sum() for m in maps]
+    assert found["total_variation"] == pytest.approx(np.sum(variation) / 2)
+    assert found["channel_std"] == pytest.approx([z[:, c].double().numpy().std() for c in range(3)])
+
+
 def test_high_frequency_share_orders_textures(generator):
     rows, columns = torch.meshgrid(torch.arange(8.0), torch.arange(8.0), indexing="ij")
     checkerboard = ((rows + columns) % 2 * 2 - 1).expand(2, 3, 8, 8)
@@ -230,9 +275,10 @@ def test_high_frequency_share_orders_textures(generator):
     assert shares[0] == pytest.approx(0, abs=1e-12) and shares[-1] == pytest.approx(1)
     assert shares == sorted(shares) and shares[1] < 0.2
     assert shares[2] == pytest.approx(51 / 63, abs=0.01)  # white noise: 51 of the 63 frequencies lie above
-    assert latent_structure(100 * noise)["high_frequency_share"] == pytest.approx(
-        shares[2]
-    )  # scale is ignored
+    louder = latent_structure(100 * noise)["high_frequency_share"]
+    assert louder == pytest.approx(shares[2])  # scale is ignored
+    two = torch.stack([100 + 10 * slow_wave[:, 0], checkerboard[:, 0]], dim=1)
+    assert latent_structure(two)["high_frequency_share"] == pytest.approx(0.5)  # each channel counts alike
     assert latent_structure(torch.full((2, 3, 8, 8), 0.1))["high_frequency_share"] == 0
 
 
@@ -244,16 +290,18 @@ def test_latent_structure_errors():
 
 
 def test_effective_dimensions_against_eigenvalues_and_extremes():
-    z = torch.randn(400, 2, 3, 3, generator=torch.Generator().manual_seed(0)) * torch.linspace(
-        0.1, 3, 9
-    ).reshape(3, 3)
+    spread = torch.linspace(0.1, 3, 9).reshape(3, 3)
+    z = spread * torch.randn(400, 2, 3, 3, generator=torch.Generator().manual_seed(0))
     values = np.linalg.eigvalsh(np.cov(z.flatten(1).numpy(), rowvar=False))
     assert effective_dimensions(z) == pytest.approx(values.sum() ** 2 / (values**2).sum(), rel=1e-5)
     assert effective_dimensions(z) == pytest.approx(effective_dimensions(7 * z + 1), rel=1e-4)
     line = torch.arange(5.0)[:, None] * torch.ones(1, 4)
     assert effective_dimensions(line) == pytest.approx(1)
-    assert effective_dimensions(torch.eye(6)) == pytest.approx(
-        5
-    )  # six corners of a regular simplex: five directions
+    simplex = torch.eye(6)  # its six corners differ in five directions
+    assert effective_dimensions(simplex) == pytest.approx(5)
+    assert effective_dimensions(z[:10]) == pytest.approx(effective_dimensions(z[:10].repeat(4, 1, 1, 1)))
+    assert effective_dimensions(line + torch.arange(4.0)) == pytest.approx(
+        1
+    )  # each coordinate has its own mean
     with pytest.raises(ValueError, match="needs latents that differ"):
         effective_dimensions(torch.ones(3, 4))

@@ -25,12 +25,17 @@ def test_difference_interval_agrees_with_scipy(paired):
     expected = test.confidence_interval(0.9)
     assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
     assert found.excludes_zero == (test.pvalue < 0.1)
+    default, expected = difference_interval(a, b, paired=paired), test.confidence_interval(0.95)
+    assert (default.low, default.high) == pytest.approx((expected.low, expected.high))
 
 
 def test_difference_interval_verdicts_and_errors():
     assert "inside the noise" in str(difference_interval([1.0, 2.0, 3.0], [1.5, 2.0, 2.6]))
     assert "outside the noise" in str(difference_interval([1.0, 1.1, 0.9], [2.0, 2.1, 1.9]))
     assert not difference_interval([1.0, 1.0], [1.0, 1.0]).excludes_zero
+    noisy = [1.0, 2.0, 3.0], [1.5, 2.5, 3.5]  # pairs that differ by exactly 0.5; only pairing can see it
+    assert not difference_interval(*noisy).excludes_zero
+    assert difference_interval(*noisy, paired=True).excludes_zero
     with pytest.raises(ValueError, match="2 or more finite values"):
         difference_interval([1.0], [1.0, 2.0])
     with pytest.raises(ValueError, match="got 2 and 3: use paired=False"):

@@ -49,18 +49,14 @@ def test_plot_returns_a_figure_that_draws_and_leaves_pyplot_alone(name):
     assert isinstance(fig, matplotlib.figure.Figure) and fig.get_figwidth() * fig.dpi <= 1000
     png = fig._repr_png_()
     assert png.startswith(b"\x89PNG") and len(png) < 150_000
-    assert (
-        np.abs(shown(png) - drawn(fig)).max() <= 8
-    )  # of 255: a notebook stores what was drawn (drawing twice differs by 5)
+    # a notebook stores what was drawn, up to 8 of 255 (drawing twice differs by 5)
+    assert np.abs(shown(png) - drawn(fig)).max() <= 8
     assert plt.get_fignums() == [] and dict(plt.rcParams) == settings
 
 
 def test_methods_have_distinct_colours_and_labels():
-    assert (
-        set(figures.METHOD_COLORS)
-        == set(figures.METHOD_LABELS)
-        == {"sit", "repa", "vae-only", "repa-e", "naive"}
-    )
+    methods = {"sit", "repa", "vae-only", "repa-e", "naive"}
+    assert set(figures.METHOD_COLORS) == set(figures.METHOD_LABELS) == methods
     rgb = np.array([matplotlib.colors.to_rgb(c) for c in figures.METHOD_COLORS.values()])
     distances = np.linalg.norm(rgb[:, None] - rgb[None], axis=-1) + np.eye(len(rgb))
     assert distances.min() > 0.25
@@ -89,9 +85,8 @@ def test_image_grid_enlarges_by_whole_pixels():
 def test_latent_rgb_ignores_the_sign_of_a_per_method_basis():
     z = torch.randn(6, 4, 8, 8)
     first, second = (figures.latent_rgb({"repa": x}).axes[0].images[0].get_array() for x in (z, 50 * z + 3))
-    assert (
-        np.abs(first.astype(int) - second.astype(int)).max() <= 1
-    )  # scale and shift do not change the colours
+    difference = np.abs(first.astype(int) - second.astype(int))
+    assert difference.max() <= 1  # scale and shift do not change the colours
     few = figures.latent_rgb({"repa": z[:, :2]})  # two channels still make a picture
     assert few.axes[0].images
 

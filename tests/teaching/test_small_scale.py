@@ -1,6 +1,8 @@
 """The embedded networks do what their logs say, and the plumbing of the notebooks holds."""
 
+import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from repae_lite.checkpoints.models import load_latent_stats, load_vae
 from repae_lite.evaluation.metrics import psnr
 from repae_lite.method.steps import repae_step
 from repae_lite.networks.latent_stats import LatentStats
+from repae_lite.teaching import small_scale
 from repae_lite.teaching.small_scale import METHODS, SmallScale, learning_rate, progress
 from repae_lite.utils.files import data_small_dir
 from repae_lite.utils.pixels import to_unit_range
@@ -27,16 +30,20 @@ def test_evaluator_knows_the_evaluation_images(small):
     with torch.no_grad():
         guesses = small.evaluator(to_unit_range(small.eval_images)).argmax(1)
     accuracy = float((guesses == small.eval_labels).float().mean())
-    logged = log("evaluator")["curve"][-1][
-        "class_accuracy"
-    ]  # on other images: 1,000 draws, standard error below 0.01
+    # logged on other images: 1,000 draws, standard error below 0.01
+    logged = log("evaluator")["curve"][-1]["class_accuracy"]
     assert accuracy > 0.95 and accuracy == pytest.approx(logged, abs=0.03)
 
 
 def test_vae_reconstructs_as_well_as_its_log_says(small):
     vae = small.new_state("repa", sit_lr=1e-3, vae_lr=1e-3).vae
-    measured = float(psnr(to_unit_range(small.reconstruct(vae)), to_unit_range(small.eval_images)).mean())
+    rebuilt = small.reconstruct(vae)
+    measured = float(psnr(to_unit_range(rebuilt), to_unit_range(small.eval_images)).mean())
     assert measured == pytest.approx(log("vae")["curve"][-1]["psnr"], abs=0.5)
+    few = dataclasses.replace(small, eval_images=small.eval_images[:250])
+    assert torch.equal(few.reconstruct(vae), rebuilt[:250])  # from posterior means, so nothing is drawn
+    with torch.no_grad():
+        assert torch.equal(few.eval_latents(vae), vae.encode(to_unit_range(few.eval_images)).mean)
 
 
 def test_latent_statistics_of_the_shipped_vae_normalise_its_latents(small):
@@ -79,6 +86,40 @@ def test_batches_cover_every_epoch_and_repeat_by_seed(small):
     assert not torch.equal(seen, torch.cat(list(small.batches(188, 32, seed=4))))
 
 
+def test_methods_differ_in_what_trains_the_vae_and_in_the_alignment_of_sit():
+    coefficients = {
+        name: (config.vae_align_coeff, config.vae_diffusion_coeff, config.proj_coeff)
+        for name, config in METHODS.items()
+    }
+    assert {name: coefficients[name] for name in ("vae-only", "repa-e", "naive")} == {
+        "vae-only": (0.0, 0.0, 0.5),
+        "repa-e": (1.5, 0.0, 0.5),
+        "naive": (0.0, 1.0, 0.5),
+    }
+    assert coefficients["sit"][2] == 0 and coefficients["repa"][2] == 0.5
+    assert {config.ema_decay for config in METHODS.values()} == {0.98}
+    loss = small_scale.TINY_VAE_LOSS
+    assert (loss.pixel, loss.kl_weight, loss.perceptual_weight, loss.gan_weight) == ("l1", 1e-6, 1.0, 0.0)
+
+
+def test_a_new_state_has_its_learning_rates_a_vae_frozen_or_not_and_statistics_of_the_given_vae(small):
+    few = dataclasses.replace(small, images=small.images[:500])
+    vae = load_vae("tiny")
+    with torch.no_grad():
+        vae.quant_conv.weight[:4] *= 3  # the means: no longer the shipped VAE's
+    state = few.new_state("repa-e", sit_lr=3e-3, vae_lr=4e-4, vae=vae)
+    assert {name: o.param_groups[0]["lr"] for name, o in state.optimizers.items()} == {
+        "sit": 3e-3,
+        "vae": 4e-4,
+    }
+    assert state.vae is vae and all(p.requires_grad for p in vae.parameters())
+    normalised = state.sit.eval().normalize(few.latents(vae)[0])
+    assert (
+        normalised.mean((0, 2, 3)).abs().max() < 0.01 and (normalised.std((0, 2, 3)) - 1).abs().max() < 0.01
+    )
+    assert not any(p.requires_grad for p in few.new_state("repa", vae=vae).vae.parameters())
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_fresh_states_of_one_seed_are_alike(small, method):
     states = []
@@ -102,8 +143,43 @@ def test_generation_repeats_and_scores_are_sane(small):
     assert perfect["frechet_to_reconstructions"] == pytest.approx(
         perfect["reconstruction_frechet"], rel=1e-3, abs=1e-3
     )
+    faithful = small.score(rebuilt, small.eval_labels, rebuilt)
+    assert faithful["frechet_to_reconstructions"] == pytest.approx(0, abs=1e-3)
+    assert (
+        faithful["frechet"] == faithful["reconstruction_frechet"] == perfect["reconstruction_frechet"] > 0.5
+    )
+    assert faithful["psnr"] == perfect["psnr"] == pytest.approx(log("vae")["curve"][-1]["psnr"], abs=0.5)
     untrained = small.score(first, labels, rebuilt)
     assert untrained["frechet"] > perfect["reconstruction_frechet"]
+
+
+@pytest.mark.parametrize("method", ["repa", "repa-e"])
+def test_every_step_of_training_gets_its_images_its_tokens_and_independent_draws(small, monkeypatch, method):
+    calls, state = [], small.new_state(method, sit_lr=1e-3, vae_lr=2e-4)
+
+    def step(state, inputs, labels, tokens, **draws):
+        rates = {name: o.param_groups[0]["lr"] for name, o in state.optimizers.items()}
+        calls.append(draws | {"inputs": inputs, "labels": labels, "tokens": tokens, "rates": rates})
+        return {}
+
+    monkeypatch.setattr(small_scale, "latent_step", step)
+    monkeypatch.setattr(small_scale, "repae_step", step)
+    mean, std = 10 + torch.zeros(6000, 4, 8, 8), 2 + torch.zeros(6000, 4, 8, 8)
+    monkeypatch.setattr(small, "latents", lambda vae: (mean, std))
+    small.train(state, 3, targets=small.tokens, batch=500, seed=5, warmup=2)
+    for number, (call, index) in enumerate(zip(calls, small.batches(3, 500, seed=5), strict=True)):
+        assert torch.equal(call["labels"], small.labels[index])
+        assert torch.equal(call["tokens"], small.tokens[index])
+        share = learning_rate(number, 3, 2)
+        assert call["rates"] == {name: share * {"sit": 1e-3, "vae": 2e-4}[name] for name in call["rates"]}
+        noise = call["eps_posterior"] if method == "repa-e" else (call["inputs"] - 10) / 2
+        for draw in (noise, call["eps"]):
+            assert abs(draw.mean()) < 0.02 and abs(draw.std() - 1) < 0.02
+        assert abs((noise * call["eps"]).mean()) < 0.02
+        assert call["t"].min() < 0.05 and call["t"].max() > 0.95
+        assert 0.05 < call["label_drop"].float().mean() < 0.15
+        if method == "repa-e":
+            assert torch.equal(call["inputs"], to_unit_range(small.images[index]))
 
 
 @pytest.mark.parametrize("method", ["sit", "repa", "repa-e"])
@@ -119,7 +195,7 @@ def test_training_repeats_and_trains_what_it_should(small, method):
     for a, b in zip(runs[0][0].sit.parameters(), runs[1][0].sit.parameters(), strict=True):
         assert torch.equal(a, b)
     moved = {
-        name: any(not torch.equal(p, q) for p, q in zip(getattr(state, name).parameters(), kept, strict=True))
+        name: not all(map(torch.equal, getattr(state, name).parameters(), kept))
         for name, kept in before.items()
     }
     assert moved == {"vae": method == "repa-e", "sit": True}
@@ -130,9 +206,8 @@ def test_plain_sit_and_repa_of_one_seed_start_alike_and_see_the_same_draws(small
     first = {}
     for method, targets in (("sit", None), ("repa", small.tokens)):
         torch.manual_seed(7)
-        first[method] = small.train(small.new_state(method), 1, batch=8, seed=5, targets=targets)[0][
-            "denoising"
-        ]
+        (losses,) = small.train(small.new_state(method), 1, batch=8, seed=5, targets=targets)
+        first[method] = losses["denoising"]
     assert first["sit"] == first["repa"]
 
 
@@ -157,3 +232,13 @@ def test_unknown_method_is_refused(small):
 
 def test_progress_passes_items_through(capsys):
     assert list(progress(iter("abc"), 3, "letters")) == ["a", "b", "c"]
+
+
+def test_progress_in_a_notebook_ends_as_a_line_of_text(monkeypatch):
+    display = pytest.importorskip("IPython.display")
+    shown = []
+    handle = SimpleNamespace(update=lambda html: shown.append(html.data))
+    monkeypatch.setattr("IPython.get_ipython", object)
+    monkeypatch.setattr(display, "display", lambda html, display_id: handle)
+    assert list(progress("abc", 3, "letters")) == ["a", "b", "c"]
+    assert shown == ["letters: 3 in 0 s"]

@@ -1,6 +1,4 @@
-"""The explorers: what moves, what is drawn, what is said when it cannot be; and that nothing is captured
-output.
-"""
+"""The explorers: what moves, what is drawn, what is said when drawing fails; nothing is captured output."""
 
 import io
 
@@ -55,6 +53,5 @@ def test_what_cannot_be_drawn_at_first_fails_in_its_cell():
 
 def test_nothing_is_captured_output():
     """A cell whose output is captured can lose its end under papermill (see `explore`)."""
-    assert not any(
-        isinstance(child, ipywidgets.Output) for child in explore(tiles, name=["dark"], count=(1, 2)).children
-    )
+    children = explore(tiles, name=["dark"], count=(1, 2)).children
+    assert not any(isinstance(child, ipywidgets.Output) for child in children)
