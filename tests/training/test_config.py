@@ -23,7 +23,8 @@ from repae_lite.training.loss_config import read_loss_config
 OFFICIAL = {  # the flags of the official README's training commands
     "repae": "--max-train-steps=400000 --report-to=none --allow-tf32 --mixed-precision=fp16 --seed=0 "
     "--data-dir=data --output-dir=exps --batch-size=256 --path-type=linear --prediction=v "
-    "--weighting=uniform --model=SiT-XL/2 --checkpointing-steps=50000 --loss-cfg-path=configs/l1_lpips_kl_gan.yaml --vae=f8d4 "
+    "--weighting=uniform --model=SiT-XL/2 --checkpointing-steps=50000 "
+    "--loss-cfg-path=configs/l1_lpips_kl_gan.yaml --vae=f8d4 "
     "--vae-ckpt=pretrained/sdvae/sdvae-f8d4.pt --disc-pretrained-ckpt=pretrained/sdvae/disc.pt "
     "--enc-type=dinov2-vit-b --proj-coeff=0.5 --encoder-depth=8 --vae-align-proj-coeff=1.5 --bn-momentum=0.1 "
     "--exp-name=sit-xl --resume-step=0",
