@@ -143,12 +143,89 @@ def test_a_full_disk_is_one_sentence_and_costs_only_the_step(tmp_path, monkeypat
     assert (tmp_path / "data.h5").read_bytes() == whole
 
 
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"head": "2 16\n"},
+        {"names": ["a/1.png", "c.png"]},
+        {"names": ["b/ü\udce9.png", "a/1.png"]},  # the order counts
+        {"labels": [0, 4]},
+        {"more": [b"other pixels"]},
+        {"more": []},
+    ],
+)
+def test_everything_that_a_file_is_made_of_is_in_its_fingerprint(changed):
+    made_of = {"head": "1 16\n", "names": ["a/1.png", "b/ü\udce9.png"], "labels": [0, 3], "more": [b"pixels"]}
+
+    def of(head, names, labels, more):
+        return journal.fingerprint(head, names, labels, *more)
+
+    assert of(**made_of) != of(**made_of | changed)
+
+
+def test_fingerprints_stay_what_they_are_so_that_unfinished_work_goes_on():
+    found = journal.fingerprint("1 16\n", ["a/1.png", "b/ü\udce9.png"], [0, 3])
+    assert found == "b22b6e0fd1f3c6a5bc1b5ab1d10202089c89146cee34e3600870afdd367e92f2"
+    with pytest.raises(ValueError):
+        journal.fingerprint("1 16\n", ["a/1.png", "b.png"], [0])
+
+
+@pytest.mark.parametrize(
+    ("state", "fits"),
+    [
+        ({"done": 3, "labelled": False}, True),
+        ({"done": 5, "labelled": False, "unreadable": {"1": "broken", "2": "broken"}}, True),
+        ({"done": 2, "labelled": False}, False),
+        ({"done": 3, "labelled": False, "unreadable": {"1": "broken"}}, False),
+        ({"done": 3, "labelled": True}, False),  # the labels are not there
+    ],
+)
+def test_an_unfinished_file_holds_what_its_journal_says(tmp_path, state, fits):
+    with h5py.File(tmp_path / "data.h5", "w") as file:
+        for i in range(3):
+            file[f"0000{i // 2}/{i}"] = b"bytes"
+        if fits:
+            journal.check_count(file, state)
+            file["dataset.json"] = b"labels"
+            state = state | {"labelled": False}
+        with pytest.raises(ValueError, match=r"^3 items instead of"):
+            journal.check_count(file, state)
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="this system does not name open files")
+def test_bytes_are_on_the_disk_before_the_journal_counts_them_and_the_file_before_it_is_in_place(
+    tmp_path, monkeypatch
+):
+    """A power cut may lose whatever was not synced, in any order."""
+    events = []
+    originals = {name: getattr(os, name) for name in ("fsync", "replace", "pwrite")}
+
+    def note(name):
+        def call(*args):
+            path = args[0] if name == "replace" else os.readlink(f"/proc/self/fd/{args[0]}")
+            events.append((name, "journal" if str(path).endswith(".partial") else "file"))
+            return originals[name](*args)
+
+        return call
+
+    for name in originals:
+        monkeypatch.setattr(os, name, note(name))
+    work(tmp_path / "data.h5.partial", steps=2)
+    order = [event for i, event in enumerate(events) if i == 0 or events[i - 1] != event]
+    step = [("pwrite", "file"), ("fsync", "file"), ("fsync", "journal"), ("replace", "journal")]
+    assert order == [*step, *step, ("fsync", "file"), ("replace", "file")]
+
+
 def damage_journal(folder):
     (folder / "journal.json").write_text('{"fingerprint": "print"')
 
 
 def damage_tail(folder):
     os.truncate(folder / "data.h5", (folder / "data.h5").stat().st_size - 100)
+
+
+def damage_last_byte(folder):
+    os.truncate(folder / "data.h5", (folder / "data.h5").stat().st_size - 1)
 
 
 def damage_head(folder):
@@ -160,7 +237,7 @@ def damage_all(folder):
     (folder / "data.h5").unlink()
 
 
-@pytest.mark.parametrize("damage", [damage_journal, damage_tail, damage_head, damage_all])
+@pytest.mark.parametrize("damage", [damage_journal, damage_tail, damage_last_byte, damage_head, damage_all])
 def test_a_damaged_run_starts_over_and_says_so(tmp_path, monkeypatch, caplog, whole, damage):
     folder = tmp_path / "data.h5.partial"
     with monkeypatch.context() as patched:

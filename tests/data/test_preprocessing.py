@@ -353,6 +353,19 @@ def test_a_run_killed_at_the_very_end_only_ends(images, tmp_path, monkeypatch, w
     assert (tmp_path / "images.h5").read_bytes() == whole
 
 
+def test_after_the_labels_nothing_is_tried_again(spoiled, tmp_path, monkeypatch):
+    """An image that was repaired in the meantime would be one without a label."""
+    preprocess(spoiled, tmp_path / "whole", resolution=16, workers=1, step=5, on_error="skip")
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(journal.ResumableH5, "finish", interrupt)
+        preprocess(spoiled, tmp_path / "out", resolution=16, workers=1, step=5, on_error="skip")
+    for name in ("ant/000.jpg", "bee/zzz.png"):
+        Image.new("RGB", (20, 20), "red").save(spoiled / name)
+    report = preprocess(spoiled, tmp_path / "out", resolution=16, workers=1, step=5, on_error="skip")
+    assert report["images"] == COUNT and len(report["unreadable"]) == 2
+    assert (tmp_path / "out" / "images.h5").read_bytes() == (tmp_path / "whole" / "images.h5").read_bytes()
+
+
 def interrupt(*_, **__):
     raise KeyboardInterrupt
 
@@ -416,9 +429,11 @@ def test_missing_folders_and_folders_without_classes_are_refused(tmp_path, capsy
     )
 
 
-def test_an_output_among_the_images_is_refused(images, capsys):
-    sentence = refused(capsys, "--imagenet-path", images, "--output-path", images / "out")
-    assert "lies in the image folder" in sentence and not (images / "out").exists()
+def test_an_output_among_the_images_is_refused(images, tmp_path, capsys):
+    (tmp_path / "link").symlink_to(images)
+    for folder in (images, tmp_path / "link"):
+        sentence = refused(capsys, "--imagenet-path", images, "--output-path", folder / "out")
+        assert "lies in the image folder" in sentence and not (images / "out").exists()
 
 
 def test_a_finished_result_is_kept_unless_overwritten(images, tmp_path, capsys, whole):
