@@ -172,9 +172,10 @@ def test_routing_discriminator_step_moves_only_the_discriminator():
     state = make_state()
     x, _, _ = make_batch()
     before = snapshot(state)
+    state.discriminator.eval()
     x_hat = x.flip(3).requires_grad_()
     discriminator_step(state, x, x_hat)
-    assert x_hat.grad is None
+    assert x_hat.grad is None and state.discriminator.training
     assert moved_models(before, state) == {"discriminator"}
 
 
