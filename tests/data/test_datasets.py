@@ -3,6 +3,7 @@
 import hashlib
 import importlib.util
 import json
+import multiprocessing
 import pickle
 import sys
 from pathlib import Path
@@ -172,6 +173,23 @@ def test_spawned_workers_read_the_same_images(small, folder, tmp_path):
     order = [0, 3, 1, 4, 2, 5]  # of the folder: by class
     assert np.array_equal(torch.cat(got_images).numpy(), np.concatenate([images, images[order]]))
     assert torch.cat(got_labels).tolist() == [*labels, *labels[order]]
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork here")
+def test_a_forked_process_opens_the_file_itself(small, tmp_path):
+    write_images_h5(tmp_path / "images.h5", *small)
+    dataset = ImageH5Dataset(tmp_path / "images.h5")
+    dataset[0]
+    own, (here, there) = dataset._file, multiprocessing.Pipe()
+
+    def read():
+        image, _ = dataset[1]
+        there.send((np.array_equal(image.numpy(), small[0][1]), dataset._file is own))
+
+    child = multiprocessing.get_context("fork").Process(target=read)
+    child.start()
+    assert here.recv() == (True, False)
+    child.join()
 
 
 def test_missing_foreign_and_truncated_files(small, tmp_path):

@@ -18,10 +18,10 @@ from torch.utils.data import DataLoader
 
 from repae_lite.checkpoints.models import load_latent_stats, load_vae, save_vae
 from repae_lite.commands.main import main
-from repae_lite.data import journal
+from repae_lite.data import journal, latents
 from repae_lite.data.datasets import ImageH5Dataset
 from repae_lite.data.hdf5 import add_bytes, labels_json, write_images_h5
-from repae_lite.data.latents import CachedLatentsDataset, cache_latents, latent_name, vae_fingerprint
+from repae_lite.data.latents import CachedLatentsDataset, cache_latents, vae_fingerprint
 from repae_lite.networks.latent_stats import LatentStats
 from repae_lite.networks.vae import AutoencoderKL
 from repae_lite.training.build import open_data
@@ -91,7 +91,7 @@ def test_the_official_layout(cached, images, vae):
         "e2e.h5",
         "e2e_h5.json",
     ]
-    assert latent_name(1281166) == "01281/img-mean-std-01281166.npy"
+    assert latents.latent_name(1281166) == "01281/img-mean-std-01281166.npy"
 
 
 def test_the_dataset(cached, vae):
@@ -292,6 +292,46 @@ def test_images_that_do_not_fit_and_latents_that_are_not_finite(tmp_path, images
     broken.quant_conv.bias.data[0] = float("nan")
     with pytest.raises(ValueError, match="latents that are not finite for image 0"):
         cache_latents(broken, ImageH5Dataset(images), tmp_path / "nan.h5", batch_size=4)
+
+
+def test_the_image_whose_latents_are_not_finite_is_named(tmp_path, images, vae, monkeypatch):
+    encode, calls = AutoencoderKL.encode, []
+
+    def failing(self, x):
+        posterior = encode(self, x)
+        calls.append(x)
+        if len(calls) == 4:  # one image to see its size, then batches of four
+            posterior.mean[1] = float("inf")
+        return posterior
+
+    monkeypatch.setattr(AutoencoderKL, "encode", failing)
+    with pytest.raises(ValueError, match="latents that are not finite for image 9: check its weights"):
+        cache_latents(vae, ImageH5Dataset(images), tmp_path / "nan.h5", batch_size=4)
+
+
+class Shades:
+    """Images of one shade each."""
+
+    names, labels = ("a", "b", "c"), (1, 2, 0)
+
+    def __init__(self, *shades):
+        self.shades = shades
+
+    def __len__(self):
+        return len(self.shades)
+
+    def __getitem__(self, index):
+        return torch.full((3, 4, 4), self.shades[index], dtype=torch.uint8), self.labels[index]
+
+
+def test_unfinished_latents_are_of_the_same_images_and_vae():
+    about = {"fingerprint": "abc", "downsampling": 8}
+    found = latents._source_print(Shades(1, 9, 2), about)
+    # As it always was, so that unfinished work goes on.
+    assert found == "1b55c54dc87495e6a7f70be92dfb0892ce72b7aca2a04cba440834d79dc9b94a"
+    assert latents._source_print(Shades(3, 9, 2), about) != found  # the first image
+    assert latents._source_print(Shades(1, 9, 3), about) != found  # the last
+    assert latents._source_print(Shades(1, 9, 2), about | {"fingerprint": "abd"}) != found
 
 
 def test_a_disk_that_is_too_small_or_fills_up(images, vae, cached, tmp_path, monkeypatch):
