@@ -47,6 +47,11 @@ def test_needs_are_counted_by_hand():
     )  # weight, gradient, two moments, average; frozen VAE
     images, latents = 1_281_167 * 256 * 256 * 3, 1_281_167 * 2 * 32 * 16 * 16 * 4
     assert needs["disk"] == images + latents + 3 * 4 * 4 * count["sit"]
+    tiny = read_preset("tiny")  # without images to be written and without a discriminator
+    count = machine.parameters(tiny.config)
+    trained = count["sit"] + count["vae"]
+    assert machine.needs(tiny)["device_memory"] == 4 * (4 * trained + count["sit"])
+    assert machine.needs(tiny)["disk"] == 3 * 4 * (3 * trained + count["sit"])
     tuned = machine.needs(read_preset("repae-invae"))
     assert tuned["device_memory"] > needs["device_memory"] and tuned["downloads"] == ["invae"]
 

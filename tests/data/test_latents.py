@@ -249,6 +249,8 @@ def test_the_command_by_its_official_flags(cached, weights, images, tmp_path, ca
     assert f"e2e.h5: {COUNT} latents of shape (4, 2, 2)" in capsys.readouterr().out
     assert (data / "e2e.h5").exists() and (data / "e2e_h5.json").exists()
     assert CachedLatentsDataset(data / "e2e.h5").fingerprint == vae_fingerprint(load_vae(weights))
+    arguments[arguments.index("e2e")], arguments[-1] = "beside", str(data / "images.h5")
+    assert main(arguments) == 0 and (data / "beside.h5").exists()  # beside the file that was named
 
 
 def test_what_is_in_the_way_is_kept_unless_overwritten(weights, images, tmp_path, capsys, monkeypatch):

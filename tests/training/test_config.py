@@ -191,6 +191,32 @@ def test_resuming_compares_what_the_numbers_depend_on():
     assert values(before)["command"] == "train-repae"
 
 
+FREE = """exp_name output_dir data_dir num_workers vae_ckpt disc_pretrained_ckpt max_train_steps epochs
+gradient_checkpointing micro_batches report_to logging_dir wandb_history_path logging_steps sampling_steps
+sample_images checkpointing_steps keep_last milestone_steps checkpoint_format resume resume_step
+continue_train_exp_dir on_divergence divergence_patience divergence_falls divergence_variance""".split()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_only_what_the_numbers_do_not_depend_on_may_change(command):
+    mine = {name for name, option in OPTIONS.items() if command in option.metadata["only"]}
+    assert set(TrainConfig(command=command).fixed()) == mine - set(FREE) | {"command"}
+
+
+def test_where_a_run_is_resumed_from(tmp_path):
+    checkpoints = tmp_path / "checkpoints"
+    (checkpoints / "0000007").mkdir(parents=True)
+    (checkpoints / "0000008.pt").touch()
+
+    def resumed(**given):
+        return TrainConfig.build("repae", vae="tiny", **given).resume_from
+
+    assert resumed() is None and resumed(resume="latest") == "latest" and resumed(resume_step=5) == "5"
+    for step, name in ((7, "0000007"), (8, "0000008.pt")):
+        found = resumed(resume_step=step, continue_train_exp_dir=str(tmp_path))
+        assert found == str(checkpoints / name)
+
+
 # ---------------------------------------------------------------- presets and the loss configuration
 
 
@@ -275,6 +301,10 @@ losses: {discriminator_start: 0, discriminator_factor: 1.0, discriminator_weight
 
 def test_loss_configuration(tmp_path):
     assert read_loss_config("configs/l1_lpips_kl_gan.yaml") == {}  # the defaults are that recipe
+    assert read_loss_config("tiny") == {"gan_weight": 0.0}
+    path = tmp_path / "l1_lpips_kl_gan.yaml"
+    path.write_text("losses: {kl_weight: 2e-6}")
+    assert read_loss_config(str(path)) == {"kl_weight": 2e-6}  # a file of that name counts
     path = tmp_path / "loss.yaml"
     path.write_text(OFFICIAL_LOSSES)
     assert VAELossConfig(**read_loss_config(str(path))) == VAELossConfig()
@@ -286,6 +316,8 @@ def test_loss_configuration(tmp_path):
     bad = {
         "klweight: 1": "'klweight'",
         "kl_weight: -1": "must be 0 or more",
+        "kl_weight: .inf": "must be 0 or more",
+        "discriminator_start: 0.5": "must be of type int",
         "perceptual_loss: vgg": "only 'lpips'",
     }
     for text, message in bad.items():
