@@ -167,6 +167,11 @@ def test_first_step_in_micro_batches_has_the_gradients_of_the_whole_batch():
         assert_close(a, b, rtol=1e-3, atol=1e-6)
 
 
+def test_micro_batches_cover_the_batch_evenly():
+    assert Mechanics(micro_batches=3).chunks(7) == [slice(0, 2), slice(2, 4), slice(4, 7)]
+    assert Mechanics(micro_batches=9).chunks(2) == [slice(0, 1), slice(1, 2)]
+
+
 def test_micro_batches_below_one_are_refused():
     with pytest.raises(ValueError, match="micro_batches is 0"):
         Mechanics(micro_batches=0)
