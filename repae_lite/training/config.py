@@ -257,7 +257,7 @@ class TrainConfig:
     lr_warmup_steps: int = _option(
         0, "steps over which learning rates rise from 0", "optimisation", within=NOT_NEGATIVE, tiny=50
     )
-    optimizer: str = _option("AdamW", "a class of torch.optim", "optimisation")
+    optimizer: str = _option("AdamW", "AdamW, Adam, NAdam, RAdam or SGD", "optimisation")
     adam_beta1: float = _option(0.9, "first beta of Adam's family", "optimisation", within=SHARE)
     adam_beta2: float = _option(0.999, "second beta of Adam's family", "optimisation", within=SHARE)
     adam_weight_decay: float = _option(0.0, "weight decay", "optimisation", within=NOT_NEGATIVE)
