@@ -155,9 +155,8 @@ def test_sets_are_picked_and_laid_out(stand_in, repositories, tmp_path, capsys):
 def test_what_a_preset_starts_from(stand_in, tmp_path, capsys):
     assert main(["download", "all-for", "repae-sdvae", "--output-dir", str(tmp_path)]) == 0
     assert visible(tmp_path / "sdvae") == {"a.pt", "a-latents-stats.pt", "a-discriminator-ckpt.pt"}
-    assert "names no preset: give all-for and one of tiny, repae-sdvae" in refused(
-        capsys, "all-for", "nothing"
-    )
+    known = "ldm-e2e-vavae, repae-invae, repae-sdvae, repae-vavae, tiny"
+    assert f"names no preset: give all-for and one of {known}" in refused(capsys, "all-for", "nothing")
     assert "tiny starts from nothing released" in refused(capsys, "all-for", "tiny")
 
 

@@ -7,6 +7,7 @@ from torch.testing import assert_close
 
 from repae_lite.method.interpolant import INTERPOLANTS
 from repae_lite.method.sampling import Guidance, sample_images, sample_ode, sample_sde
+from repae_lite.networks.latent_stats import LatentStats
 from repae_lite.networks.sit import SiT
 from repae_lite.networks.vae import AutoencoderKL
 from repae_lite.utils.pixels import to_uint8
@@ -110,7 +111,7 @@ def test_images_are_denormalised_and_decoded_in_batches():
     torch.manual_seed(0)
     sit, vae = SiT.from_preset("tiny", depth=2).eval(), AutoencoderKL.from_preset("tiny")
     nn.init.normal_(sit.final_layer.linear.weight, std=0.1)
-    sit.set_latent_stats(torch.full((4,), 0.5), torch.arange(4.0))
+    sit.set_latent_stats(LatentStats(torch.arange(4.0), torch.full((4,), 2.0)))
     eps, labels = torch.randn(5, 4, 8, 8), torch.arange(5)
     images = sample_images(sit, vae, eps, labels, batch=2, steps=3, guidance=Guidance(2.0))
     z = sample_ode(sit, eps, labels, steps=3, guidance=Guidance(2.0))
