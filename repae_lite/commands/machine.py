@@ -10,7 +10,8 @@ import platform
 import re
 import shutil
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -50,7 +51,7 @@ def survey(folder: str | Path = ".", pretrained: str | Path = "pretrained") -> d
         "repae_lite": __version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {name: version(name) if find_spec(name) else None for name in PACKAGES},
         "cpu": {"cores": os.cpu_count(), "threads": torch.get_num_threads()},
         "memory": _memory(),
         "devices": _devices(),
@@ -64,13 +65,6 @@ def survey(folder: str | Path = ".", pretrained: str | Path = "pretrained") -> d
 
 
 # ---------------------------------------------------------------- what is there
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def _memory() -> dict[str, int | None]:
