@@ -6,7 +6,6 @@ HF_HUB_OFFLINE, HF_HOME, HF_TOKEN.
 
 import glob
 import re
-import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -25,7 +24,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from repae_lite.utils.locks import writing
+from repae_lite.utils.locks import check_space, writing
 
 _HUB_ID = re.compile(r"([\w.-]+/[\w.-]+?)(?:@((?!/|.*\.\.)[\w./-]+))?")  # as in git, no revision holds ".."
 
@@ -128,12 +127,7 @@ def download(repository: Repository, names: list[str], folder: Path) -> None:
     place = {"revision": repository.commit, "local_dir": folder, "endpoint": constants.ENDPOINT}
     with writing(folder), _one_sentence(repository.name, repository.commit):
         folder.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(folder).free
-        if needed > free:
-            raise OSError(
-                f"{repository.name} needs {needed / 1e9:.1f} GB more in {folder}, where {free / 1e9:.1f} GB "
-                "are free: free space, or choose another --output-dir"
-            )
+        check_space(folder, needed, f"{repository.name} needs")
         for name in names:
             path, size = folder / name, repository.sizes[name]
             hf_hub_download(repository.name, name, **place)

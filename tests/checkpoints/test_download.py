@@ -283,7 +283,7 @@ def test_offline_and_unreachable_are_one_sentence(stand_in, tmp_path, capsys, mo
 
 
 def test_a_disk_that_is_too_small_is_refused_at_once(stand_in, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(hub.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 9))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 9))
     assert "REPA-E/sdvae needs 0.0 GB more in" in refused(capsys, "sdvae", "--output-dir", tmp_path)
     assert not stand_in.fetched()
 
