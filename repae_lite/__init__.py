@@ -25,7 +25,9 @@ _HOMES = {  # where the public names live
     "data.datasets": "open_dataset",
     "checkpoints.models": "load_discriminator load_latent_stats load_sit load_vae "
     "export_diffusers save_sit save_vae",
-    "teaching.small_scale": "SmallScale",
+    "evaluation.statistics": "difference_interval",
+    "teaching.small_scale": "SmallScale progress",
+    "teaching.widgets": "explore",
     "utils.pixels": "to_uint8 to_unit_range",
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names.split()}
