@@ -407,9 +407,8 @@ class SiT(nn.Module):
                 "build it with the VAE's in_channels and input_size"
             )
         check_label_count(labels, z.shape[0], "latent")
-        if (
-            labels.device.type == "cpu" and not torch.compiler.is_compiling()
-        ):  # a GPU would have to be waited for
+        # A GPU would have to be waited for.
+        if labels.device.type == "cpu" and not torch.compiler.is_compiling():
             self.check_labels(labels)
 
     def _embed(self, z_t: Tensor, t: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -179,9 +179,8 @@ class RunLog:
         self.bar.close()
         if self.main:
             self.ended = self.ended or (f"{kind.__name__}: {error}" if kind else "finished")
-            with (
-                suppress(OSError) if kind else nullcontext()
-            ):  # a full disk has been told already, and better
+            # A full disk has been told already, and better.
+            with suppress(OSError) if kind else nullcontext():
                 self._write_manifest()
             if kind is None:
                 memory = f"{self.session['peak_memory_gib']:.2f} GiB"

@@ -83,9 +83,8 @@ def train(config: TrainConfig) -> None:
                 folder.remove_leftovers()
             except (ValueError, OSError) as error:
                 refusal = error
-        if broadcast_object_list([refusal is not None])[
-            0
-        ]:  # the first process says why, and none waits for it
+        # The first process says why, and none waits for it.
+        if broadcast_object_list([refusal is not None])[0]:
             raise refusal or SystemExit(2)
         source = find_checkpoint(config.resume_from, folder) if config.resume_from else None
         try:
