@@ -25,6 +25,7 @@ COMMANDS = (  # "cache-latents" is cache_latents.py
     "train-repae",
     "train-ldm",
     "train-vae",
+    "generate",
 )
 
 

@@ -276,3 +276,160 @@ def _same_images(x: Tensor, y: Tensor) -> None:
         raise ValueError(f"Images must both be (B, C, H, W), got {tuple(x.shape)} and {tuple(y.shape)}.")
     if not (x.is_floating_point() and y.is_floating_point()):
         raise TypeError(f"Images must be float in [-1, 1], got {x.dtype} and {y.dtype}: use x / 127.5 - 1.")
+
+
+# ---------------------------------------------------------------- samples, as ADM's evaluator has them
+
+
+class StreamingStats:
+    """`FeatureStats` of features that come batch by batch, in float64; only sums are kept.
+
+    Args:
+        width: D, numbers per image.
+    """
+
+    def __init__(self, width: int):
+        self.count, self.shift = 0, None
+        self.sum = torch.zeros(width, dtype=torch.float64)
+        self.products = torch.zeros(width, width, dtype=torch.float64)
+
+    def add(self, features: Tensor) -> None:
+        """Takes features (B, D).
+
+        Raises:
+            ValueError: They are not finite.
+        """
+        features = _matrix(features, "features").cpu()
+        if self.shift is None:  # products of values near zero keep their digits
+            self.shift = features.mean(dim=0)
+        features = features - self.shift
+        self.count += len(features)
+        self.sum += features.sum(dim=0)
+        self.products.addmm_(features.T, features)
+
+    def result(self) -> FeatureStats:
+        """The Gaussian of all features.
+
+        Raises:
+            ValueError: Fewer than two came.
+        """
+        if self.count < 2:
+            raise ValueError(f"A covariance needs at least 2 samples, got {self.count}: pass more features.")
+        cov = (self.products - torch.outer(self.sum, self.sum) / self.count) / (self.count - 1)
+        return FeatureStats(self.shift + self.sum / self.count, (cov + cov.T) / 2, self.count)
+
+
+def inception_score(probabilities: Tensor, *, chunk: int = 5000) -> float:
+    """exp(mean KL(p(y|x) || p(y))), averaged over consecutive chunks as ADM's evaluator does.
+
+    Source: Salimans et al. 2016 (arXiv 1606.03498). Chunks are consecutive, so images must not be sorted by
+    class: a chunk would then hold few classes and score low.
+
+    Args:
+        probabilities: Of classes (N, K); rows sum to 1.
+        chunk: Images of a chunk; the last one may be smaller.
+
+    Returns:
+        From 1 (all alike) to K.
+
+    Raises:
+        ValueError: Not (N, K), not finite, or rows that are no distributions.
+    """
+    p = _matrix(probabilities, "probabilities")
+    if (p < 0).any() or ((p.sum(dim=1) - 1).abs() > 1e-3).any():
+        raise ValueError("The inception score needs class probabilities: rows must be >= 0 and sum to 1.")
+    scores = []
+    for part in p.split(chunk):
+        kl = torch.special.xlogy(part, part) - torch.special.xlogy(part, part.mean(dim=0, keepdim=True))
+        scores.append(kl.sum(dim=1).mean().exp())
+    return torch.stack(scores).mean().item()
+
+
+def kernel_distance(a: Tensor, b: Tensor, *, block: int = 1000) -> float:
+    """Kernel (Inception) distance: unbiased squared MMD with the kernel (x·y / D + 1)^3.
+
+    Source: Bińkowski et al. 2018 (arXiv 1801.01401), over all pairs rather than over random subsets. Unlike
+    the Fréchet distance it has no bias that depends on the number of samples; it may be negative.
+
+    Args:
+        a: Features (N, D).
+        b: Features (M, D).
+        block: Rows of the kernel at once.
+
+    Raises:
+        ValueError: Widths differ, fewer than two samples, or values that are not finite.
+    """
+    a, b = _matrix(a, "a"), _matrix(b, "b")
+    if a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
+        raise ValueError(f"The kernel distance needs two sets of one width, got {a.shape} and {b.shape}.")
+
+    def total(x: Tensor, y: Tensor) -> Tensor:
+        return sum(((part @ y.T) / x.shape[1] + 1).pow(3).sum() for part in x.split(block))
+
+    def within(x: Tensor) -> Tensor:
+        own = (x.square().sum(dim=1) / x.shape[1] + 1).pow(3).sum()
+        return (total(x, x) - own) / (len(x) * (len(x) - 1))
+
+    return (within(a) + within(b) - 2 * total(a, b) / (len(a) * len(b))).item()
+
+
+def precision_recall(
+    samples: Tensor, reference: Tensor, *, neighbours: int = 3, block: int = 2000
+) -> tuple[float, float]:
+    """Improved precision and recall: shares of one set inside the k-nearest-neighbour manifold of the other.
+
+    Source: Kynkäänniemi et al. 2019 (arXiv 1904.06991). A point lies inside a set's manifold if its distance
+    to any of the set's points is at most that point's distance to its k-th neighbour in the set. Blockwise in
+    float32: memory grows with `block`, not with N * M.
+
+    Args:
+        samples: Features (N, D) of generated images.
+        reference: Features (M, D) of real images.
+        neighbours: k, without the point itself.
+        block: Points at once.
+
+    Returns:
+        Precision (samples inside the reference) and recall (reference inside the samples), in [0, 1].
+
+    Raises:
+        ValueError: Widths differ, a set has no k-th neighbour, or values are not finite.
+    """
+    samples, reference = (
+        _matrix(x, name).float() for x, name in ((samples, "samples"), (reference, "reference"))
+    )
+    if samples.shape[1] != reference.shape[1] or min(len(samples), len(reference)) <= neighbours:
+        raise ValueError(
+            f"precision and recall with {neighbours} neighbours need two sets of one width and more than "
+            f"{neighbours} images, got {tuple(samples.shape)} and {tuple(reference.shape)}"
+        )
+    radii, reference_radii = (_neighbour_radii(x, neighbours, block) for x in (samples, reference))
+    inside = torch.zeros(len(samples), dtype=torch.bool)
+    covered = torch.zeros(len(reference), dtype=torch.bool)
+    for i in range(0, len(samples), block):
+        for j in range(0, len(reference), block):
+            d = _squared_distances(samples[i : i + block], reference[j : j + block])
+            inside[i : i + block] |= (d <= reference_radii[j : j + block]).any(dim=1)
+            covered[j : j + block] |= (d <= radii[i : i + block, None]).any(dim=0)
+    return inside.double().mean().item(), covered.double().mean().item()
+
+
+def _neighbour_radii(x: Tensor, k: int, block: int) -> Tensor:
+    """Squared distance of each point to its k-th neighbour; every pair of blocks is computed once."""
+    nearest = x.new_full((len(x), k), math.inf)
+
+    def update(rows: slice, distances: Tensor) -> None:
+        nearest[rows] = torch.cat([nearest[rows], distances], dim=1).topk(k, dim=1, largest=False).values
+
+    for i in range(0, len(x), block):
+        for j in range(i, len(x), block):
+            d = _squared_distances(x[i : i + block], x[j : j + block])
+            if i == j:
+                d.fill_diagonal_(math.inf)
+            else:
+                update(slice(j, j + block), d.T)
+            update(slice(i, i + block), d)
+    return nearest[:, -1]
+
+
+def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
+    return (a.square().sum(dim=1)[:, None] + b.square().sum(dim=1) - 2 * (a @ b.T)).clamp(min=0)

@@ -7,6 +7,7 @@ result is normalised: `sit.denormalize(sample)` is what the VAE decodes.
 """
 
 import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -103,7 +104,7 @@ def sample_sde(
     steps: int = 250,
     guidance: Guidance | None = None,
     path: str | Interpolant = "linear",
-    noise: Tensor | None = None,
+    noise: Tensor | Iterable[Tensor] | None = None,
     generator: torch.Generator | None = None,
     last_time: float = 0.04,
 ) -> Tensor:
@@ -118,7 +119,8 @@ def sample_sde(
         steps: model evaluations, the last one included; at least 2.
         guidance: off when None.
         path: the path the model was trained on; it turns velocities into scores.
-        noise: the steps' noise (steps - 1, B, C, h, w), float64 for full agreement; drawn when None.
+        noise: the steps' noise (steps - 1, B, C, h, w), float64 for full agreement, or one step's (B, C, h, w)
+            after the other; drawn when None.
         generator: where it is drawn from, in float64; the global one when None.
         last_time: where the noise-free last step starts.
 
@@ -134,14 +136,15 @@ def sample_sde(
         raise ValueError(
             f"last_time {last_time} is not between 0 and 1: the score is undefined at 0, use the default 0.04"
         )
-    if noise is not None and noise.shape != (steps - 1, *eps.shape):
+    if isinstance(noise, Tensor) and noise.shape != (steps - 1, *eps.shape):
         raise ValueError(
             f"step noise has shape {tuple(noise.shape)}: {steps} steps need {(steps - 1, *eps.shape)}"
         )
     guidance = guidance or Guidance()
+    noise = None if noise is None else iter(noise)
     times = [*torch.linspace(1, last_time, steps, dtype=torch.float64).tolist(), 0.0]
     z_t = eps.double()
-    for i, (t, t_next) in enumerate(itertools.pairwise(times)):
+    for t, t_next in itertools.pairwise(times):
         times_now = torch.full((len(z_t),), t, dtype=torch.float64, device=z_t.device)
         velocities = _velocities(sit, z_t, t, labels, guidance.active(t))
         drifts = [v - t * score_from_velocity(v, z_t, times_now, path) for v in velocities]
@@ -151,7 +154,7 @@ def sample_sde(
             if noise is None:
                 draw = torch.randn(z_t.shape, dtype=torch.float64, device=z_t.device, generator=generator)
             else:
-                draw = noise[i].to(z_t)
+                draw = next(noise).to(z_t)
             mean = mean + (2 * t * (t - t_next)) ** 0.5 * draw
         z_t = mean
     return z_t

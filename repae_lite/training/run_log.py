@@ -21,15 +21,12 @@ from pathlib import Path
 import accelerate
 import torch
 from accelerate import Accelerator
-from PIL import Image
-from torch import Tensor
-from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from repae_lite import __version__
 from repae_lite.training.config import TrainConfig, values
 from repae_lite.training.run_folder import RunFolder
-from repae_lite.utils.files import atomic_path, write_text
+from repae_lite.utils.files import write_text
 from repae_lite.utils.progress import QUIET
 
 logger = logging.getLogger(__name__)
@@ -251,9 +248,3 @@ def commit() -> str | None:
         return None
     return found[0] + ("+" if found[1] else "")
 
-
-def save_grid(path: Path, images: Tensor) -> None:
-    """Writes images (N, 3, H, W) uint8 as one PNG, eight in a row."""
-    canvas = make_grid(images, nrow=8, padding=0, pad_value=255)
-    with atomic_path(path) as partial:
-        Image.fromarray(canvas.permute(1, 2, 0).numpy()).save(partial, "PNG")

@@ -42,10 +42,10 @@ from repae_lite.training.run_folder import (
     newest,
     read_checkpoint,
 )
-from repae_lite.training.run_log import RunLog, check_tracker, save_grid
+from repae_lite.training.run_log import RunLog, check_tracker
 from repae_lite.utils.files import write_text
 from repae_lite.utils.locks import locked
-from repae_lite.utils.pixels import to_uint8, to_unit_range
+from repae_lite.utils.pixels import save_grid, to_uint8, to_unit_range
 from repae_lite.utils.processes import any_process, mean_over_processes, same_everywhere
 from repae_lite.utils.seeding import generator
 

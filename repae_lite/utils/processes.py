@@ -22,6 +22,12 @@ def process_rank() -> int:
     return dist.get_rank() if process_count() > 1 else 0
 
 
+def wait_for_all() -> None:
+    """Returns when every process has come here."""
+    if process_count() > 1:
+        dist.barrier()
+
+
 def from_first_process(values: Tensor) -> Tensor:
     """The first process's values, in every process; changed in place."""
     if process_count() > 1:

@@ -1,0 +1,187 @@
+"""Numbers of generated images, with the protocol inside: `repae evaluate`.
+
+Fréchet distance (FID with Inception's pooled features), spatial Fréchet distance (sFID), Inception Score,
+precision and recall in the definitions of ADM's evaluator, and the kernel distance (KID).
+"""
+
+import hashlib
+import json
+import logging
+import platform
+import zipfile
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from repae_lite import __version__
+from repae_lite.data.latents import vae_fingerprint
+from repae_lite.data.samples import ImageStream
+from repae_lite.evaluation.features import Features, features_of, load_judge
+from repae_lite.evaluation.metrics import (
+    FeatureStats,
+    feature_stats,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    precision_recall,
+)
+from repae_lite.evaluation.protocols import Protocol
+from repae_lite.utils.files import read_json
+from repae_lite.utils.processes import process_rank
+
+logger = logging.getLogger(__name__)
+SCHEMA = 1  # of a result
+CONTRAST = (0.5, 2.0)  # std of the samples' pixels over the reference's: outside, something is wrong
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What samples are compared with.
+
+    Attributes:
+        stats: Gaussians by kind of feature, "pooled" and perhaps "spatial".
+        features: "pooled" of the images that precision, recall and kernel distance compare with; or None.
+        content: SHA-256 of the file, or of the images.
+        side: of the images, pixels; None where only statistics are there.
+        images: number of images that `features` are of; 0 for none.
+    """
+
+    stats: dict[str, FeatureStats]
+    features: Tensor | None
+    content: str
+    side: int | None
+    images: int
+
+
+def load_reference(
+    source: str | Path, judge: nn.Module, *, device: str = "cpu", progress: bool = False
+) -> Reference:
+    """The reference: ADM's .npz (mu, sigma, mu_s, sigma_s and perhaps arr_0), or images as .npz or folder.
+
+    ADM's statistics are of the whole training set and of Inception; its arr_0 holds 10,000 images, for
+    precision and recall alone.
+
+    Raises:
+        FileNotFoundError, ValueError: nothing there, or not such a file; statistics of another judge.
+    """
+    path = Path(source)
+    stats = _adm_stats(path) if path.is_file() else {}
+    if not stats:
+        images = features_of(ImageStream(path), judge, device=device, progress=progress, label="reference")
+        kinds = ("pooled", "spatial")
+        stats = {kind: feature_stats(images.values[kind]) for kind in kinds if kind in images.values}
+        return Reference(stats, images.values["pooled"], images.content, images.side, len(images))
+    width = len(stats["pooled"].mean)
+    if not judge.name.startswith("inception") or width != 2048:
+        raise ValueError(
+            f"{path} holds statistics of {width} Inception features, but the judge is {judge.name}: give "
+            "images as the reference"
+        )
+    content = hashlib.sha256()
+    with open(path, "rb") as file:
+        while data := file.read(1 << 24):
+            content.update(data)
+    with zipfile.ZipFile(path) as archive:
+        has_images = "arr_0.npy" in archive.namelist()
+    if not has_images:
+        return Reference(stats, None, content.hexdigest(), None, 0)
+    images = features_of(ImageStream(path), judge, device=device, progress=progress, label="reference")
+    return Reference(stats, images.values["pooled"], content.hexdigest(), images.side, len(images))
+
+
+def _adm_stats(path: Path) -> dict[str, FeatureStats]:
+    """The Gaussians in an ADM reference file; none in a file of images."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            if "mu" not in file:
+                return {}
+            names = {"pooled": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
+            found = {kind: [file[n] for n in pair] for kind, pair in names.items() if pair[0] in file}
+    except (ValueError, OSError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is not a whole .npz ({error}): get it again") from None
+    stats = {}
+    for kind, (mean, cov) in found.items():
+        if mean.ndim != 1 or cov.shape != 2 * mean.shape or not np.isfinite(cov).all():
+            raise ValueError(f"{path} holds no statistics: mean {mean.shape}, covariance {cov.shape}")
+        # The file does not say how many images; the count is only checked to be at least two.
+        tensors = (torch.from_numpy(np.array(x, dtype=np.float64)) for x in (mean, cov))
+        stats[kind] = FeatureStats(*tensors, count=len(mean) + 1)
+    return stats
+
+
+def evaluate(samples: Features, reference: Reference, protocol: Protocol) -> dict[str, float]:
+    """The protocol's metrics.
+
+    Raises:
+        ValueError: another number of samples or size than asked for, or a reference without what a metric
+            needs.
+    """
+    if len(samples) != protocol.count:
+        raise ValueError(
+            f"there are {len(samples)} samples and the protocol has {protocol.count}: distances of other "
+            "numbers cannot be compared, so draw that many"
+        )
+    if reference.side not in (None, samples.side):
+        raise ValueError(
+            f"the samples have {samples.side} pixels and the reference has {reference.side}: give the reference "
+            "of that resolution"
+        )
+    if protocol.reference and not reference.content.startswith(protocol.reference):
+        raise ValueError(
+            f"the reference has the hash {reference.content[:16]} and the protocol wants "
+            f"{protocol.reference}: give that file"
+        )
+    values, wanted, found = samples.values, protocol.metrics, {}
+    for metric, kind in (("frechet", "pooled"), ("spatial_frechet", "spatial")):
+        if metric in wanted:
+            if kind not in values or kind not in reference.stats:
+                raise ValueError(f"{metric} needs {kind} features, which samples or reference do not have")
+            found[metric] = frechet_distance(feature_stats(values[kind]), reference.stats[kind])
+    if "inception_score" in wanted:
+        found["inception_score"] = inception_score(values["probabilities"], chunk=protocol.chunk)
+    pairs = {"precision", "recall", "kernel_distance"} & set(wanted)
+    if pairs and reference.features is None:
+        raise ValueError(
+            f"{', '.join(sorted(pairs))} need images in the reference (arr_0), and it has statistics only"
+        )
+    if pairs & {"precision", "recall"}:
+        found["precision"], found["recall"] = precision_recall(
+            values["pooled"], reference.features, neighbours=protocol.neighbours
+        )
+    if "kernel_distance" in wanted:
+        found["kernel_distance"] = kernel_distance(values["pooled"], reference.features)
+    return {name: found[name] for name in wanted}
+
+
+def result_of(
+    metrics: dict[str, float],
+    protocol: Protocol,
+    *,
+    name: str,
+    samples: Features,
+    reference: Reference,
+    judge: nn.Module,
+    manifest: dict | None,
+) -> dict:
+    """A result as JSON values: metrics, the whole protocol with its hash, and where the images come from."""
+    record = protocol.record(
+        judge_weights=vae_fingerprint(judge)[:16],
+        reference=reference.content[:16],
+        reference_images=reference.images,
+    )
+    return {
+        "schema": SCHEMA,
+        "metrics": metrics,
+        "protocol": {"name": name} | record,
+        "samples": {"content": samples.content[:16], "side": samples.side, "manifest": manifest},
+        "versions": {
+            "repae_lite": __version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+        "date": datetime.now(UTC).date().isoformat(),
+    }

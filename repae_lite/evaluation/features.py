@@ -1,0 +1,176 @@
+"""What images are judged by: networks that turn them into features, and features kept on disk.
+
+`InceptionFeatures` is the Inception of ADM's evaluator, ported from TensorFlow by torch-fidelity (extra
+`eval`), resizing included. `TinyFeatures` is the embedded scale's evaluation network. A judge is never the
+teacher of what it judges.
+"""
+
+import hashlib
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from repae_lite.data.latents import vae_fingerprint
+from repae_lite.data.samples import ImageStream
+from repae_lite.evaluation.evaluation_net import EvaluationNet
+from repae_lite.utils.files import atomic_path, data_small_dir
+from repae_lite.utils.pickles import read_pickle
+from repae_lite.utils.pixels import to_unit_range
+from repae_lite.utils.progress import progress_bar
+from repae_lite.utils.state_dicts import fill_module, load_weights
+
+INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"  # torch-fidelity's name in torch's cache
+INCEPTION_SOURCE = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
+SPATIAL_CHANNELS = 7  # of mixed_6/conv, which sFID compares
+BATCH = 64  # images at once; a constant, so that no number depends on a setting
+
+
+class InceptionFeatures(nn.Module):
+    """Inception-v3 as ADM's evaluator uses it: `pooled` (2048), `spatial` (2023), `probabilities` (1008).
+
+    `spatial` is the first seven channels of mixed_6/conv, 17 × 17, flattened with the channel last.
+    `probabilities` leave out the classifier's bias.
+
+    Args:
+        weights: torch-fidelity's file; None draws random weights from seed 0, for tests of the code alone.
+
+    Raises:
+        FileNotFoundError, ValueError: see `read_pickle` and `fill_module`.
+        ModuleNotFoundError: torch-fidelity is not installed.
+    """
+
+    name, side, square = "inception-v3-tf", None, True
+
+    def __init__(self, weights: Path | None):
+        super().__init__()
+        from torch_fidelity import feature_extractor_inceptionv3 as port
+
+        kind = port.FeatureExtractorInceptionV3
+        # Its constructor would unpickle a file; here the weights are read without running code.
+        with (
+            torch.random.fork_rng(devices=[]),
+            patch.object(port, "load_state_dict_from_url", return_value={}),
+            patch.object(kind, "load_state_dict"),
+        ):
+            torch.manual_seed(0)
+            self.network = kind("inception-v3-compat", ["2048", "logits_unbiased"])
+        if weights is not None:
+            fill_module(self.network, read_pickle(weights), weights)
+        else:
+            self.name = "inception-v3-random"
+        self._spatial: Tensor | None = None
+        self.network.Mixed_6d.branch1x1.register_forward_hook(self._keep)
+
+    def _keep(self, module: nn.Module, inputs: tuple, output: Tensor) -> None:
+        self._spatial = output[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1).clone()
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Features of images (B, 3, H, W) uint8, each (B, D) float32."""
+        pooled, logits = self.network(images)
+        return {"pooled": pooled, "spatial": self._spatial, "probabilities": logits.softmax(dim=1)}
+
+
+class TinyFeatures(nn.Module):
+    """The embedded scale's evaluation network: `pooled` (128) and `probabilities` (10) of 32-pixel images."""
+
+    name, side = "tiny-evaluator", 32
+
+    def __init__(self):
+        super().__init__()
+        self.network = load_weights(data_small_dir() / "evaluator.safetensors", EvaluationNet())
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Features of images (B, 3, 32, 32) uint8, each (B, D) float32."""
+        pooled = self.network.features(to_unit_range(images))
+        return {"pooled": pooled, "probabilities": self.network.head(pooled).softmax(dim=1)}
+
+
+def load_judge(name: str, weights: str | Path | None = None) -> nn.Module:
+    """A network that features come from, in eval mode.
+
+    Args:
+        name: "inception" (ADM's), "inception-random" (the same code with random weights, for tests) or "tiny".
+        weights: the file of "inception"; None looks in torch's cache.
+
+    Raises:
+        ValueError: an unknown name.
+        FileNotFoundError: Inception's weights are not here; which file, from where, and where it goes.
+        ModuleNotFoundError: torch-fidelity is not installed.
+    """
+    if name == "tiny":
+        return TinyFeatures().eval()
+    if name not in ("inception", "inception-random"):
+        raise ValueError(f"unknown judge {name!r}: choose inception or tiny")
+    if importlib.util.find_spec("torch_fidelity") is None:
+        raise ModuleNotFoundError(
+            "Inception's features need the package torch-fidelity: pip install torch-fidelity"
+        )
+    if name == "inception-random":
+        return InceptionFeatures(None).eval()
+    path = Path(weights or Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"the weights of Inception are not at {path}: get them once from {INCEPTION_SOURCE}, or name the "
+            "file with --inception"
+        )
+    return InceptionFeatures(path).eval()
+
+
+@dataclass(frozen=True)
+class Features:
+    """Features of a set of images.
+
+    Attributes:
+        values: by kind, each (N, D) float32.
+        content: SHA-256 of the pixels, in their order.
+        side: of the images, pixels.
+    """
+
+    values: dict[str, Tensor]
+    content: str
+    side: int
+
+    def __len__(self) -> int:
+        return len(self.values["pooled"])
+
+
+def features_of(
+    images: ImageStream, judge: nn.Module, *, device: str = "cpu", progress: bool = False, label: str = ""
+) -> Features:
+    """Features of all images, in order, in batches of a fixed size.
+
+    Args:
+        images: of any size that the judge takes.
+        judge: see `load_judge`; moved to the device.
+        device: that computes.
+        progress: show a bar.
+        label: for the bar.
+
+    Raises:
+        ValueError: images of a size that the judge does not take.
+    """
+    if judge.side not in (None, images.side):
+        raise ValueError(
+            f"{images.path} holds images of {images.side} pixels, but {judge.name} judges {judge.side}: choose "
+            "another protocol"
+        )
+    judge, digest, parts = judge.to(device), hashlib.sha256(), {}
+    with progress_bar(images.count, 0, show=progress) as bar:
+        bar.set_description(label)
+        for batch in images.batches(BATCH):
+            digest.update(np.ascontiguousarray(batch).tobytes())
+            pixels = torch.from_numpy(np.array(batch)).permute(0, 3, 1, 2).contiguous()
+            for kind, values in judge(pixels.to(device)).items():
+                parts.setdefault(kind, []).append(values.float().cpu())
+            bar.update(len(batch))
+    return Features(
+        {kind: torch.cat(values) for kind, values in parts.items()}, digest.hexdigest(), images.side
+    )

@@ -1,0 +1,127 @@
+"""Protocols: everything that a number depends on besides the weights, under a name.
+
+Two numbers may stand in one column only if their protocols have the same hash. `adm-…` are those of the
+paper's tables: 50,000 images judged as ADM's evaluator does, against its reference file of ImageNet's training
+set. Labels drawn at random and balanced ones are two protocols: 1.83 and 1.69 for the same weights (paper,
+version 1 and Table 9).
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from repae_lite.evaluation.generate import Sampling
+from repae_lite.utils.configs import checked_config
+from repae_lite.utils.yaml_files import read_yaml
+
+METRICS = ("frechet", "spatial_frechet", "inception_score", "precision", "recall", "kernel_distance")
+MODELS_OWN = ("seed", "path_type")  # of a Sampling: not the protocol's affair
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """How images are drawn and judged.
+
+    Attributes:
+        mode: see `Sampling`, as for the fields up to `to_uint8`.
+        judge: the network that features come from, see `repae_lite.evaluation.features.load_judge`.
+        metrics: which of `METRICS` are computed.
+        reference: SHA-256 of the reference (its first digits are enough); None takes any, and records which.
+        neighbours: of precision and recall.
+        chunk: images of a chunk of the Inception Score.
+        precision: of features and statistics.
+    """
+
+    mode: str = "sde"
+    solver: str = "euler"
+    steps: int = 250
+    cfg_scale: float = 1.0
+    guidance_low: float = 0.0
+    guidance_high: float = 1.0
+    labels: str = "random"
+    count: int = 50_000
+    to_uint8: str = "truncate"
+    judge: str = "inception"
+    metrics: tuple[str, ...] = METRICS
+    reference: str | None = None
+    neighbours: int = 3
+    chunk: int = 5000
+    precision: str = "float32 features, float64 statistics"
+
+    def __post_init__(self):
+        self.sampling()
+        unknown = [name for name in self.metrics if name not in METRICS]
+        if unknown or not self.metrics:
+            raise ValueError(f"metrics are {list(self.metrics)}: choose among {', '.join(METRICS)}")
+
+    def sampling(self, seed: int = 0, path_type: str = "linear") -> Sampling:
+        """The half that `repae generate` needs."""
+        shared = {name: getattr(self, name) for name in _SAMPLING}
+        return Sampling(seed=seed, path_type=path_type, **shared)
+
+    def with_sampling(self, sampling: dict) -> "Protocol":
+        """This protocol with the guidance that the samples were drawn with, which each model has its own of.
+
+        Raises:
+            ValueError: the samples were drawn in another way otherwise: the first difference.
+        """
+        for name in _SAMPLING:
+            if name not in _GUIDANCE and sampling.get(name) != getattr(self, name):
+                raise ValueError(
+                    f"the samples have {name} {sampling.get(name)!r}, and the protocol {getattr(self, name)!r}: "
+                    "draw them by that protocol, or judge them by their own"
+                )
+        return replace(self, **{name: sampling[name] for name in _GUIDANCE})
+
+    def record(self, **found: object) -> dict:
+        """The protocol as JSON values with its hash.
+
+        Args:
+            found: what is only known when it is carried out, such as the hashes of judge and reference.
+        """
+        values = asdict(self) | {"metrics": list(self.metrics)} | found
+        text = json.dumps(values, sort_keys=True)
+        return values | {"hash": hashlib.sha256(text.encode()).hexdigest()[:16]}
+
+
+_GUIDANCE = ("cfg_scale", "guidance_low", "guidance_high")
+_SAMPLING = tuple(name for name in Sampling.__dataclass_fields__ if name not in MODELS_OWN)
+_ODE = {"mode": "ode", "steps": 50}
+PROTOCOLS = {
+    "adm-sde250-random": Protocol(),
+    "adm-sde250-balanced": Protocol(labels="balanced"),
+    "adm-ode50-random": Protocol(**_ODE),
+    "adm-ode50-balanced": Protocol(**_ODE, labels="balanced"),
+    "tiny": Protocol(
+        mode="ode",
+        steps=20,
+        labels="balanced",
+        count=2000,
+        to_uint8="round",
+        judge="tiny",
+        metrics=("frechet", "inception_score", "precision", "recall", "kernel_distance"),
+    ),
+}
+
+
+def load_protocol(name: str) -> Protocol:
+    """A protocol by its name, or from a YAML file of the fields of `Protocol`.
+
+    Raises:
+        ValueError, FileNotFoundError: an unknown name, or a file that is none.
+    """
+    if name in PROTOCOLS:
+        return PROTOCOLS[name]
+    path = Path(name)
+    if path.suffix not in (".yaml", ".yml"):
+        raise ValueError(
+            f"unknown protocol {name!r}: choose one of {', '.join(PROTOCOLS)}, or give a YAML file"
+        )
+    return checked_config(Protocol, read_yaml(path, "protocol"), path)
+
+
+def differences(a: dict, b: dict) -> list[str]:
+    """What two records of protocols differ in, each as "field: this, that"."""
+    fields = [name for name in dict.fromkeys([*a, *b]) if name not in ("hash", "name")]
+    return [f"{name}: {a.get(name)!r}, {b.get(name)!r}" for name in fields if a.get(name) != b.get(name)]
