@@ -111,6 +111,7 @@ def _check_decodes(sit: SiT, vae: AutoencoderKL, path: Path, vae_source: object,
     apart = torch.maximum((trained.mean - stats.mean).abs(), (trained.std - stats.std).abs()) / stats.std
     if float(apart.max()) > TOLERANCE:
         raise ValueError(
-            f"{path} was trained on latents of other statistics than those of the VAE {vae_source} (a channel "
-            f"is {float(apart.max()):.2g} standard deviations off): give the VAE that it was trained on"
+            f"{path} was trained on latents of other statistics than those of the VAE {vae_source} (a "
+            f"channel is {float(apart.max()):.2g} standard deviations off): give the VAE that it was "
+            "trained on"
         )

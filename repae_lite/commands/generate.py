@@ -9,9 +9,9 @@ meanings of the flags are those of the official script.
 import argparse
 from pathlib import Path
 
-EPILOG = """Labels decide much: with balanced ones the released SiT on E2E-VA-VAE has an FID of 1.69, with random
-ones 1.83 (paper, Table 9 and its first version). Space: 9.8 GB for 50,000 images of 256 pixels, twice while
-the file is finished."""
+EPILOG = """Labels decide much: with balanced ones the released SiT on E2E-VA-VAE has an FID of 1.69, with
+random ones 1.83 (paper, Table 9 and its first version). Space: 9.8 GB for 50,000 images of 256 pixels, twice
+while the file is finished."""
 FLAGS = {
     "what is sampled from": {
         "--exp-path": {
@@ -72,7 +72,7 @@ FLAGS = {
         "--labels --label-sampling": {
             "default": "random",
             "metavar": "KIND",
-            "help": "random; balanced (also: equal), the same number of each class, shuffled; or classes=3,7, "
+            "help": "random; balanced (also: equal): as many of each class, shuffled; or classes=3,7: "
             "these in turn (default: random)",
         },
         "--per-class-sampling": {

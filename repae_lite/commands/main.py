@@ -26,6 +26,8 @@ COMMANDS = (  # "cache-latents" is cache_latents.py
     "train-ldm",
     "train-vae",
     "generate",
+    "evaluate",
+    "compare",
 )
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from repae_lite.data.datasets import ImageH5Dataset
 from repae_lite.data.image_files import ImageList, list_images, read_image
 from repae_lite.utils.files import atomic_path, read_json, write_text
 from repae_lite.utils.locks import check_space, writing
@@ -25,8 +26,8 @@ CHUNK = 1 << 24  # bytes that are copied at once
 class SampleFolder:
     """Samples in the making, in a folder that any number of processes write into; `finish` makes NAME.npz.
 
-    `arr_0.npy` has room for all of them. A batch counts when its byte in `done` is 1, and that byte is written
-    when the batch is on the disk: a killed run recomputes at most the batches that it was working on.
+    `arr_0.npy` has room for all of them. A batch counts when its byte in `done` is 1, and that byte is
+    written when the batch is on the disk: a killed run recomputes at most the batches it was working on.
 
     Args:
         folder: `SAMPLE_DIR/NAME`; the finished file is `NAME.npz` beside it.
@@ -45,7 +46,7 @@ class SampleFolder:
         return -(-self.count // self.batch)
 
     def open(self, manifest: dict) -> None:
-        """Makes the folder, or checks that the one there was begun with the same manifest; first process only.
+        """Makes the folder, or checks that it was begun with the same manifest; for the first process.
 
         Raises:
             ValueError: it was made with other settings; which, and their values.
@@ -57,8 +58,8 @@ class SampleFolder:
             return
         if self.folder.is_dir() and any(self.folder.iterdir()):
             raise ValueError(
-                f"{self.folder} holds files and no {MANIFEST}: it is not of repae generate, so choose another "
-                "--sample-dir"
+                f"{self.folder} holds files and no {MANIFEST}: it is not of repae generate, so choose "
+                "another --sample-dir"
             )
         with writing(self.folder.parent):
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -128,7 +129,7 @@ def check_same(old: dict, new: dict, where: Path) -> None:
 
 
 class ImageStream:
-    """Images of one size, read in order: of an ADM `.npz`, or of a folder of image files.
+    """Images of one size, read in order: of an ADM `.npz`, of images.h5, or of a folder of image files.
 
     Args:
         source: the file or folder.
@@ -145,7 +146,11 @@ class ImageStream:
     def __init__(self, source: str | Path):
         self.path = Path(source)
         self.images: ImageList | None = None
-        if self.path.is_dir():
+        self.dataset: ImageH5Dataset | None = None
+        if self.path.suffix == ".h5" or (self.path / "images.h5").is_file():
+            self.dataset = ImageH5Dataset(self.path if self.path.is_file() else self.path / "images.h5")
+            self.count, (height, width) = len(self.dataset), self._image(0).shape[:2]
+        elif self.path.is_dir():
             self.images = list_images(self.path)
             self.count, (height, width) = len(self.images.names), self._image(0).shape[:2]
         elif self.path.is_file():
@@ -161,7 +166,7 @@ class ImageStream:
 
     def batches(self, size: int) -> Iterator[np.ndarray]:
         """All images in order: (B, H, W, 3) uint8, the last batch perhaps smaller."""
-        if self.images is not None:
+        if self.images is not None or self.dataset is not None:
             for at in range(0, self.count, size):
                 yield np.stack([self._checked(i) for i in range(at, min(at + size, self.count))])
             return
@@ -181,6 +186,8 @@ class ImageStream:
                 yield np.frombuffer(data, np.uint8).reshape(wanted, self.side, self.side, 3)
 
     def _image(self, index: int) -> np.ndarray:
+        if self.dataset is not None:
+            return self.dataset[index][0].permute(1, 2, 0).numpy()
         path = self.images.root / self.images.names[index]
         try:
             return np.asarray(read_image(path))
@@ -190,8 +197,9 @@ class ImageStream:
     def _checked(self, index: int) -> np.ndarray:
         image = self._image(index)
         if image.shape != (self.side, self.side, 3):
+            name = (self.images or self.dataset).names[index]
             raise ValueError(
-                f"{self.images.names[index]} in {self.path} is {image.shape[1]} × {image.shape[0]} pixels and "
+                f"{name} in {self.path} is {image.shape[1]} × {image.shape[0]} pixels and "
                 f"the first image {self.side} × {self.side}: bring all to one size"
             )
         return image

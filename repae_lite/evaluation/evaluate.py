@@ -5,7 +5,6 @@ precision and recall in the definitions of ADM's evaluator, and the kernel dista
 """
 
 import hashlib
-import json
 import logging
 import platform
 import zipfile
@@ -20,18 +19,17 @@ from torch import Tensor, nn
 from repae_lite import __version__
 from repae_lite.data.latents import vae_fingerprint
 from repae_lite.data.samples import ImageStream
-from repae_lite.evaluation.features import Features, features_of, load_judge
+from repae_lite.evaluation.features import Features, features_of
 from repae_lite.evaluation.metrics import (
     FeatureStats,
-    feature_stats,
     frechet_distance,
     inception_score,
     kernel_distance,
     precision_recall,
+    streamed_stats,
 )
-from repae_lite.evaluation.protocols import Protocol
+from repae_lite.evaluation.protocols import Protocol, hash_of
 from repae_lite.utils.files import read_json
-from repae_lite.utils.processes import process_rank
 
 logger = logging.getLogger(__name__)
 SCHEMA = 1  # of a result
@@ -48,6 +46,7 @@ class Reference:
         content: SHA-256 of the file, or of the images.
         side: of the images, pixels; None where only statistics are there.
         images: number of images that `features` are of; 0 for none.
+        contrast: standard deviation of their pixel values; None without images.
     """
 
     stats: dict[str, FeatureStats]
@@ -55,26 +54,32 @@ class Reference:
     content: str
     side: int | None
     images: int
+    contrast: float | None
 
 
-def load_reference(
-    source: str | Path, judge: nn.Module, *, device: str = "cpu", progress: bool = False
-) -> Reference:
+def load_reference(source: str | Path, judge: nn.Module, **options) -> Reference:
     """The reference: ADM's .npz (mu, sigma, mu_s, sigma_s and perhaps arr_0), or images as .npz or folder.
 
     ADM's statistics are of the whole training set and of Inception; its arr_0 holds 10,000 images, for
     precision and recall alone.
 
+    Args:
+        source: the file or folder.
+        judge: whose features are compared.
+        options: of `features_of`.
+
     Raises:
         FileNotFoundError, ValueError: nothing there, or not such a file; statistics of another judge.
     """
     path = Path(source)
-    stats = _adm_stats(path) if path.is_file() else {}
+    stats = _adm_stats(path) if path.suffix == ".npz" and path.is_file() else {}
     if not stats:
-        images = features_of(ImageStream(path), judge, device=device, progress=progress, label="reference")
+        images = features_of(ImageStream(path), judge, label="reference", **options)
         kinds = ("pooled", "spatial")
-        stats = {kind: feature_stats(images.values[kind]) for kind in kinds if kind in images.values}
-        return Reference(stats, images.values["pooled"], images.content, images.side, len(images))
+        stats = {kind: streamed_stats(images.values[kind]) for kind in kinds if kind in images.values}
+        return Reference(
+            stats, images.values["pooled"], images.content, images.side, len(images), images.contrast
+        )
     width = len(stats["pooled"].mean)
     if not judge.name.startswith("inception") or width != 2048:
         raise ValueError(
@@ -88,9 +93,10 @@ def load_reference(
     with zipfile.ZipFile(path) as archive:
         has_images = "arr_0.npy" in archive.namelist()
     if not has_images:
-        return Reference(stats, None, content.hexdigest(), None, 0)
-    images = features_of(ImageStream(path), judge, device=device, progress=progress, label="reference")
-    return Reference(stats, images.values["pooled"], content.hexdigest(), images.side, len(images))
+        return Reference(stats, None, content.hexdigest(), None, 0, None)
+    images = features_of(ImageStream(path), judge, label="reference", **options)
+    found = (images.values["pooled"], content.hexdigest(), images.side, len(images), images.contrast)
+    return Reference(stats, *found)
 
 
 def _adm_stats(path: Path) -> dict[str, FeatureStats]:
@@ -127,20 +133,25 @@ def evaluate(samples: Features, reference: Reference, protocol: Protocol) -> dic
         )
     if reference.side not in (None, samples.side):
         raise ValueError(
-            f"the samples have {samples.side} pixels and the reference has {reference.side}: give the reference "
-            "of that resolution"
+            f"the samples have {samples.side} pixels and the reference has {reference.side}: give the "
+            "reference of that resolution"
         )
     if protocol.reference and not reference.content.startswith(protocol.reference):
         raise ValueError(
             f"the reference has the hash {reference.content[:16]} and the protocol wants "
             f"{protocol.reference}: give that file"
         )
+    if reference.contrast and not CONTRAST[0] <= samples.contrast / reference.contrast <= CONTRAST[1]:
+        logger.warning(
+            f"the samples' pixels vary by {samples.contrast:.1f} grey levels and the reference's by "
+            f"{reference.contrast:.1f}: were the latents brought back to the VAE's scale before decoding?"
+        )
     values, wanted, found = samples.values, protocol.metrics, {}
     for metric, kind in (("frechet", "pooled"), ("spatial_frechet", "spatial")):
         if metric in wanted:
             if kind not in values or kind not in reference.stats:
                 raise ValueError(f"{metric} needs {kind} features, which samples or reference do not have")
-            found[metric] = frechet_distance(feature_stats(values[kind]), reference.stats[kind])
+            found[metric] = frechet_distance(streamed_stats(values[kind]), reference.stats[kind])
     if "inception_score" in wanted:
         found["inception_score"] = inception_score(values["probabilities"], chunk=protocol.chunk)
     pairs = {"precision", "recall", "kernel_distance"} & set(wanted)
@@ -185,3 +196,57 @@ def result_of(
         },
         "date": datetime.now(UTC).date().isoformat(),
     }
+
+
+def read_result(path: Path) -> dict:
+    """A result of `repae evaluate`.
+
+    Raises:
+        FileNotFoundError, ValueError: nothing there, something else, or another schema.
+    """
+    result = read_json(path)
+    if not {"schema", "metrics", "protocol"} <= result.keys() or not isinstance(result["protocol"], dict):
+        raise ValueError(f"{path} is no result of repae evaluate: give the JSON file that it wrote")
+    if result["schema"] != SCHEMA:
+        raise ValueError(
+            f"{path} has schema {result['schema']} and this version reads {SCHEMA}: evaluate again"
+        )
+    if result["protocol"].get("hash") != hash_of(result["protocol"]):
+        raise ValueError(
+            f"{path} was edited: its protocol does not have the hash that it gives; evaluate again"
+        )
+    return result
+
+
+SHOWN = {
+    "frechet": "FID",
+    "spatial_frechet": "sFID",
+    "inception_score": "IS",
+    "precision": "precision",
+    "recall": "recall",
+    "kernel_distance": "KID",
+}
+
+
+def table(results: dict[str, dict]) -> str:
+    """Results of one protocol as lines of text, the protocol below.
+
+    Fréchet distances of other judges than Inception are not called FID.
+    """
+    one = next(iter(results.values()))
+    protocol, inception = one["protocol"], one["protocol"]["judge"] == "inception"
+    titles = [SHOWN.get(name, name) if inception else name for name in one["metrics"]]
+    rows = [["", *titles]]
+    rows += [[name, *(f"{value:.4g}" for value in r["metrics"].values())] for name, r in results.items()]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    guidance = f"guidance {protocol['cfg_scale']}"
+    if protocol["cfg_scale"] > 1:
+        guidance += f" on [{protocol['guidance_low']}, {protocol['guidance_high']}]"
+    sampler = "SDE" if protocol["mode"] == "sde" else f"ODE ({protocol['solver']})"
+    lines.append(
+        f"protocol {protocol['name']} ({protocol['hash']}): {protocol['count']:,} images, {sampler}, "
+        f"{protocol['steps']} steps, {guidance}, labels {protocol['labels']}, {protocol['to_uint8']}; judge "
+        f"{protocol['judge']} {protocol['judge_weights']}, reference {protocol['reference']}"
+    )
+    return "\n".join(lines)

@@ -7,19 +7,20 @@ teacher of what it judges.
 
 import hashlib
 import importlib.util
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from repae_lite.data.latents import vae_fingerprint
 from repae_lite.data.samples import ImageStream
 from repae_lite.evaluation.evaluation_net import EvaluationNet
 from repae_lite.utils.files import atomic_path, data_small_dir
+from repae_lite.utils.locks import writing
 from repae_lite.utils.pickles import read_pickle
 from repae_lite.utils.pixels import to_unit_range
 from repae_lite.utils.progress import progress_bar
@@ -97,7 +98,7 @@ def load_judge(name: str, weights: str | Path | None = None) -> nn.Module:
     """A network that features come from, in eval mode.
 
     Args:
-        name: "inception" (ADM's), "inception-random" (the same code with random weights, for tests) or "tiny".
+        name: "inception" (ADM's), "inception-random" (the same with random weights, for tests) or "tiny".
         weights: the file of "inception"; None looks in torch's cache.
 
     Raises:
@@ -132,18 +133,26 @@ class Features:
         values: by kind, each (N, D) float32.
         content: SHA-256 of the pixels, in their order.
         side: of the images, pixels.
+        contrast: standard deviation of all pixel values.
     """
 
     values: dict[str, Tensor]
     content: str
     side: int
+    contrast: float
 
     def __len__(self) -> int:
         return len(self.values["pooled"])
 
 
 def features_of(
-    images: ImageStream, judge: nn.Module, *, device: str = "cpu", progress: bool = False, label: str = ""
+    images: ImageStream,
+    judge: nn.Module,
+    *,
+    device: str = "cpu",
+    cache: Path | None = None,
+    progress: bool = False,
+    label: str = "",
 ) -> Features:
     """Features of all images, in order, in batches of a fixed size.
 
@@ -151,26 +160,45 @@ def features_of(
         images: of any size that the judge takes.
         judge: see `load_judge`; moved to the device.
         device: that computes.
+        cache: a folder in which features are kept by the content of images and judge; None for none.
         progress: show a bar.
         label: for the bar.
 
     Raises:
         ValueError: images of a size that the judge does not take.
+        OSError: the cache cannot be written.
     """
     if judge.side not in (None, images.side):
         raise ValueError(
-            f"{images.path} holds images of {images.side} pixels, but {judge.name} judges {judge.side}: choose "
-            "another protocol"
+            f"{images.path} holds images of {images.side} pixels, but {judge.name} judges {judge.side}: "
+            "choose another protocol"
         )
-    judge, digest, parts = judge.to(device), hashlib.sha256(), {}
+    content, contrast = _content(images)
+    path = cache and cache / f"{content[:32]}-{vae_fingerprint(judge)[:16]}.safetensors"
+    if path and path.is_file():
+        return Features(load_file(path), content, images.side, contrast)
+    judge, parts = judge.to(device), {}
     with progress_bar(images.count, 0, show=progress) as bar:
         bar.set_description(label)
         for batch in images.batches(BATCH):
-            digest.update(np.ascontiguousarray(batch).tobytes())
             pixels = torch.from_numpy(np.array(batch)).permute(0, 3, 1, 2).contiguous()
             for kind, values in judge(pixels.to(device)).items():
                 parts.setdefault(kind, []).append(values.float().cpu())
             bar.update(len(batch))
-    return Features(
-        {kind: torch.cat(values) for kind, values in parts.items()}, digest.hexdigest(), images.side
-    )
+    values = {kind: torch.cat(found) for kind, found in parts.items()}
+    if path:
+        with writing(cache), atomic_path(path) as partial:
+            save_file(values, partial)
+    return Features(values, content, images.side, contrast)
+
+
+def _content(images: ImageStream) -> tuple[str, float]:
+    """SHA-256 of all pixels, and their standard deviation."""
+    digest, count, total, squares = hashlib.sha256(), 0, 0.0, 0.0
+    for batch in images.batches(BATCH):
+        digest.update(np.ascontiguousarray(batch).tobytes())
+        counts = np.bincount(batch.ravel(), minlength=256)
+        grey = np.arange(256)
+        count, total = count + batch.size, total + float(counts @ grey)
+        squares += float(counts @ grey**2)
+    return digest.hexdigest(), max(0.0, squares / count - (total / count) ** 2) ** 0.5

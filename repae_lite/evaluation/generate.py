@@ -7,7 +7,7 @@ float32 sums).
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -40,8 +40,8 @@ class Sampling:
         guidance_low: guidance acts for times from here ...
         guidance_high: ... to here.
         path_type: the path that the SiT was trained on.
-        labels: "random" (uniform, independent), "balanced" (equal counts, shuffled) or "classes=3,7" (these in
-            turn).
+        labels: "random" (uniform, independent), "balanced" (equal counts, shuffled) or "classes=3,7" (these
+            in turn).
         count: number of images.
         seed: of every draw.
         to_uint8: "truncate" cuts 255·x as the official code does, "round" rounds it.
@@ -108,8 +108,8 @@ class Sampling:
         classes = torch.tensor(self._classes())
         if int(classes.max()) >= num_classes:
             raise ValueError(
-                f"labels is {self.labels!r}, but the SiT has the classes 0 to {num_classes - 1}: choose among "
-                "them"
+                f"labels is {self.labels!r}, but the SiT has the classes 0 to {num_classes - 1}: choose "
+                "among them"
             )
         return classes.repeat(math.ceil(self.count / len(classes)))[: self.count]
 
@@ -138,7 +138,14 @@ class SampleDraws:
 
 
 @torch.no_grad()
-def draw_images(sit: SiT, vae: AutoencoderKL, sampling: Sampling, images: range, labels: Tensor) -> Tensor:
+def draw_images(
+    sit: SiT,
+    vae: AutoencoderKL,
+    sampling: Sampling,
+    images: range,
+    labels: Tensor,
+    roundings: Sequence[str] = (),
+) -> list[Tensor]:
     """The samples of these numbers.
 
     Args:
@@ -147,9 +154,10 @@ def draw_images(sit: SiT, vae: AutoencoderKL, sampling: Sampling, images: range,
         sampling: the settings.
         images: numbers of the samples.
         labels: their classes (B,).
+        roundings: to uint8, one result each; only that of `sampling` if empty.
 
     Returns:
-        uint8 (B, 3, H, W), on the CPU.
+        For each rounding uint8 (B, 3, H, W), on the CPU.
     """
     device, size = sit.pos_embed.device, sit.config.input_size
     draws = SampleDraws(sampling.seed, images, (sit.config.in_channels, size, size))
@@ -160,8 +168,9 @@ def draw_images(sit: SiT, vae: AutoencoderKL, sampling: Sampling, images: range,
     else:
         sample = sample_sde(sit, eps, labels, noise=draws.step_noise(), **given)
     z = sit.denormalize(sample)
-    pixels = [to_uint8(vae.decode(chunk), sampling.to_uint8).cpu() for chunk in z.split(DECODED)]
-    return torch.cat(pixels)
+    decoded = [vae.decode(chunk) for chunk in z.split(DECODED)]
+    roundings = roundings or (sampling.to_uint8,)
+    return [torch.cat([to_uint8(x, rounding).cpu() for x in decoded]) for rounding in roundings]
 
 
 def generate(
@@ -205,7 +214,7 @@ def generate(
     done = sampling.count - sum(map(len, missing))
     with progress_bar(sampling.count, done, show=progress) as bar:
         for images in mine:
-            pixels = draw_images(sit, vae, sampling, images, labels[images.start : images.stop])
+            (pixels,) = draw_images(sit, vae, sampling, images, labels[images.start : images.stop])
             samples.write(images, pixels.permute(0, 2, 3, 1).numpy())
             bar.update(len(images) * process_count())
     wait_for_all()

@@ -281,42 +281,19 @@ def _same_images(x: Tensor, y: Tensor) -> None:
 # ---------------------------------------------------------------- samples, as ADM's evaluator has them
 
 
-class StreamingStats:
-    """`FeatureStats` of features that come batch by batch, in float64; only sums are kept.
-
-    Args:
-        width: D, numbers per image.
-    """
-
-    def __init__(self, width: int):
-        self.count, self.shift = 0, None
-        self.sum = torch.zeros(width, dtype=torch.float64)
-        self.products = torch.zeros(width, width, dtype=torch.float64)
-
-    def add(self, features: Tensor) -> None:
-        """Takes features (B, D).
-
-        Raises:
-            ValueError: They are not finite.
-        """
-        features = _matrix(features, "features").cpu()
-        if self.shift is None:  # products of values near zero keep their digits
-            self.shift = features.mean(dim=0)
-        features = features - self.shift
-        self.count += len(features)
-        self.sum += features.sum(dim=0)
-        self.products.addmm_(features.T, features)
-
-    def result(self) -> FeatureStats:
-        """The Gaussian of all features.
-
-        Raises:
-            ValueError: Fewer than two came.
-        """
-        if self.count < 2:
-            raise ValueError(f"A covariance needs at least 2 samples, got {self.count}: pass more features.")
-        cov = (self.products - torch.outer(self.sum, self.sum) / self.count) / (self.count - 1)
-        return FeatureStats(self.shift + self.sum / self.count, (cov + cov.T) / 2, self.count)
+def streamed_stats(features: Tensor, *, block: int = 2000) -> FeatureStats:
+    """`feature_stats` of many features (N, D): in float64, with one block of them at a time."""
+    shift = features[:block].double().mean(dim=0)  # products of values near zero keep their digits
+    total, products = torch.zeros_like(shift), torch.zeros(2 * shift.shape, dtype=torch.float64)
+    for part in features.split(block):
+        part = _matrix(part, "features") - shift
+        total += part.sum(dim=0)
+        products.addmm_(part.T, part)
+    count = len(features)
+    if count < 2:
+        raise ValueError(f"A covariance needs at least 2 samples, got {count}: pass more features.")
+    cov = (products - torch.outer(total, total) / count) / (count - 1)
+    return FeatureStats(shift + total / count, (cov + cov.T) / 2, count)
 
 
 def inception_score(probabilities: Tensor, *, chunk: int = 5000) -> float:
@@ -335,17 +312,17 @@ def inception_score(probabilities: Tensor, *, chunk: int = 5000) -> float:
     Raises:
         ValueError: Not (N, K), not finite, or rows that are no distributions.
     """
-    p = _matrix(probabilities, "probabilities")
-    if (p < 0).any() or ((p.sum(dim=1) - 1).abs() > 1e-3).any():
-        raise ValueError("The inception score needs class probabilities: rows must be >= 0 and sum to 1.")
     scores = []
-    for part in p.split(chunk):
-        kl = torch.special.xlogy(part, part) - torch.special.xlogy(part, part.mean(dim=0, keepdim=True))
+    for part in probabilities.split(chunk):
+        p = _matrix(part, "probabilities")
+        if (p < 0).any() or ((p.sum(dim=1) - 1).abs() > 1e-3).any():
+            raise ValueError("The inception score needs class probabilities: rows must be >= 0 and sum to 1.")
+        kl = torch.special.xlogy(p, p) - torch.special.xlogy(p, p.mean(dim=0, keepdim=True))
         scores.append(kl.sum(dim=1).mean().exp())
     return torch.stack(scores).mean().item()
 
 
-def kernel_distance(a: Tensor, b: Tensor, *, block: int = 1000) -> float:
+def kernel_distance(a: Tensor, b: Tensor, *, block: int = 2000) -> float:
     """Kernel (Inception) distance: unbiased squared MMD with the kernel (x·y / D + 1)^3.
 
     Source: Bińkowski et al. 2018 (arXiv 1801.01401), over all pairs rather than over random subsets. Unlike
@@ -359,16 +336,21 @@ def kernel_distance(a: Tensor, b: Tensor, *, block: int = 1000) -> float:
     Raises:
         ValueError: Widths differ, fewer than two samples, or values that are not finite.
     """
-    a, b = _matrix(a, "a"), _matrix(b, "b")
-    if a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
-        raise ValueError(f"The kernel distance needs two sets of one width, got {a.shape} and {b.shape}.")
+    _check_pair(a, b, 1)
 
-    def total(x: Tensor, y: Tensor) -> Tensor:
-        return sum(((part @ y.T) / x.shape[1] + 1).pow(3).sum() for part in x.split(block))
+    def total(x: Tensor, y: Tensor, *, upper: bool = False) -> Tensor:
+        result = torch.zeros((), dtype=torch.float64)
+        for i in range(0, len(x), block):
+            rows = x[i : i + block].double()
+            for j in range(i if upper else 0, len(y), block):
+                kernel = (rows @ y[j : j + block].double().T / x.shape[1] + 1).pow(3)
+                if upper and i == j:
+                    kernel.fill_diagonal_(0)
+                result += kernel.sum() * (2 if upper and i != j else 1)
+        return result
 
     def within(x: Tensor) -> Tensor:
-        own = (x.square().sum(dim=1) / x.shape[1] + 1).pow(3).sum()
-        return (total(x, x) - own) / (len(x) * (len(x) - 1))
+        return total(x, x, upper=True) / (len(x) * (len(x) - 1))
 
     return (within(a) + within(b) - 2 * total(a, b) / (len(a) * len(b))).item()
 
@@ -394,14 +376,8 @@ def precision_recall(
     Raises:
         ValueError: Widths differ, a set has no k-th neighbour, or values are not finite.
     """
-    samples, reference = (
-        _matrix(x, name).float() for x, name in ((samples, "samples"), (reference, "reference"))
-    )
-    if samples.shape[1] != reference.shape[1] or min(len(samples), len(reference)) <= neighbours:
-        raise ValueError(
-            f"precision and recall with {neighbours} neighbours need two sets of one width and more than "
-            f"{neighbours} images, got {tuple(samples.shape)} and {tuple(reference.shape)}"
-        )
+    _check_pair(samples, reference, neighbours)
+    samples, reference = samples.float(), reference.float()
     radii, reference_radii = (_neighbour_radii(x, neighbours, block) for x in (samples, reference))
     inside = torch.zeros(len(samples), dtype=torch.bool)
     covered = torch.zeros(len(reference), dtype=torch.bool)
@@ -433,3 +409,16 @@ def _neighbour_radii(x: Tensor, k: int, block: int) -> Tensor:
 
 def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
     return (a.square().sum(dim=1)[:, None] + b.square().sum(dim=1) - 2 * (a @ b.T)).clamp(min=0)
+
+
+def _check_pair(a: Tensor, b: Tensor, neighbours: int) -> None:
+    """Refuses two sets of features that cannot be compared point by point."""
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) <= neighbours:
+        raise ValueError(
+            f"features {tuple(a.shape)} and {tuple(b.shape)} cannot be compared: give two sets (N, D) of one "
+            f"width, with more than {neighbours} each"
+        )
+    if not (a.isfinite().all() and b.isfinite().all()):
+        raise ValueError(
+            "features have NaN or infinity: check the network and the images that they come from"
+        )

@@ -1,9 +1,9 @@
 """Protocols: everything that a number depends on besides the weights, under a name.
 
 Two numbers may stand in one column only if their protocols have the same hash. `adm-…` are those of the
-paper's tables: 50,000 images judged as ADM's evaluator does, against its reference file of ImageNet's training
-set. Labels drawn at random and balanced ones are two protocols: 1.83 and 1.69 for the same weights (paper,
-version 1 and Table 9).
+paper's tables: 50,000 images judged as ADM's evaluator does, against its reference file of ImageNet's
+training set. Labels drawn at random and balanced ones are two protocols: 1.83 and 1.69 for the same weights
+(paper, version 1 and Table 9).
 """
 
 import hashlib
@@ -67,10 +67,11 @@ class Protocol:
             ValueError: the samples were drawn in another way otherwise: the first difference.
         """
         for name in _SAMPLING:
-            if name not in _GUIDANCE and sampling.get(name) != getattr(self, name):
+            drawn, wanted = sampling.get(name), getattr(self, name)
+            if name not in _GUIDANCE and drawn != wanted:
                 raise ValueError(
-                    f"the samples have {name} {sampling.get(name)!r}, and the protocol {getattr(self, name)!r}: "
-                    "draw them by that protocol, or judge them by their own"
+                    f"the samples have {name} {drawn!r}, and the protocol {wanted!r}: draw them by that "
+                    "protocol, or judge them by their own"
                 )
         return replace(self, **{name: sampling[name] for name in _GUIDANCE})
 
@@ -81,8 +82,7 @@ class Protocol:
             found: what is only known when it is carried out, such as the hashes of judge and reference.
         """
         values = asdict(self) | {"metrics": list(self.metrics)} | found
-        text = json.dumps(values, sort_keys=True)
-        return values | {"hash": hashlib.sha256(text.encode()).hexdigest()[:16]}
+        return values | {"hash": hash_of(values)}
 
 
 _GUIDANCE = ("cfg_scale", "guidance_low", "guidance_high")
@@ -119,6 +119,12 @@ def load_protocol(name: str) -> Protocol:
             f"unknown protocol {name!r}: choose one of {', '.join(PROTOCOLS)}, or give a YAML file"
         )
     return checked_config(Protocol, read_yaml(path, "protocol"), path)
+
+
+def hash_of(record: dict) -> str:
+    """The hash of a protocol's record; its name and hash do not count."""
+    values = {key: value for key, value in record.items() if key not in ("name", "hash")}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def differences(a: dict, b: dict) -> list[str]:

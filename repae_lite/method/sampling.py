@@ -119,8 +119,8 @@ def sample_sde(
         steps: model evaluations, the last one included; at least 2.
         guidance: off when None.
         path: the path the model was trained on; it turns velocities into scores.
-        noise: the steps' noise (steps - 1, B, C, h, w), float64 for full agreement, or one step's (B, C, h, w)
-            after the other; drawn when None.
+        noise: the steps' noise (steps - 1, B, C, h, w), float64 for full agreement, or an iterable of the
+            steps' (B, C, h, w); drawn when None.
         generator: where it is drawn from, in float64; the global one when None.
         last_time: where the noise-free last step starts.
 
