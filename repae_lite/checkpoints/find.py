@@ -121,6 +121,7 @@ def choose(
         inside = sorted(name.removeprefix(prefix) for name in names if name.startswith(prefix))
         chosen = inside if which == "run" else choose(inside, which, f"{picked} of {where}", ema=ema)
         return [*(prefix + name for name in chosen), *options]
+    names -= {"resume.pt"}  # of a checkpoint of ours: optimisers, no network
     ours, sit = names & {f"{network}.safetensors" for network in NETWORKS}, "ema" if ema else "sit"
     for network in {"sit": (sit,), "stats": (sit, "vae")}.get(which, (which,)):
         if f"{network}.safetensors" in ours:
