@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> None:
     result = result_of(
         evaluate(features, reference, protocol),
         protocol,
-        name=args.protocol,
+        name=Path(args.protocol).stem,
         samples=features,
         reference=reference,
         judge=judge,
