@@ -26,6 +26,7 @@ COMMANDS = (  # "cache-latents" is cache_latents.py
     "train-ldm",
     "train-vae",
     "generate",
+    "reconstruct",
 )
 
 
