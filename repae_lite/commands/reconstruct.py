@@ -9,9 +9,10 @@ import argparse
 import json
 from pathlib import Path
 
-EPILOG = """No number depends on --pproc-batch-size or --num-workers: networks always see 16 images at once, in
-float32, and means are float64. PSNR, SSIM and LPIPS are of 8-bit images. SSIM is that of scikit-image on
-values from 0 to 255; LPIPS has the VGG-16 trunk (others report AlexNet's, whose numbers are other ones)."""
+EPILOG = """No number depends on --pproc-batch-size or --num-workers: networks always see 16 images at once,
+in float32, and means are float64. PSNR, SSIM and LPIPS are of 8-bit images. SSIM is scikit-image's, of values
+from 0 to 255 (of values in [-1, 1] it is another number); LPIPS has the VGG-16 trunk (with AlexNet's it is
+another number)."""
 FLAGS = {
     "what is reconstructed": {
         "--vae-ckpt --vae-ckpt-path": {
@@ -49,7 +50,8 @@ FLAGS = {
         "--judge": {
             "choices": ("inception", "tiny"),
             "default": "inception",
-            "help": "Inception with LPIPS, or the embedded scale's networks for 32 pixels (default: inception)",
+            "help": "Inception with LPIPS, or the embedded scale's networks, for 32 pixels (default: "
+            "inception)",
         },
         "--sample": {
             "action": "store_true",
@@ -118,6 +120,7 @@ def run(args: argparse.Namespace) -> None:
     from repae_lite.utils.files import write_text
     from repae_lite.utils.locks import writing
     from repae_lite.utils.pixels import save_grid
+    from repae_lite.utils.processes import process_count
 
     output = Path(args.output)
     if output.suffix != ".json":
@@ -125,6 +128,8 @@ def run(args: argparse.Namespace) -> None:
     with writing(output.parent):
         output.parent.mkdir(parents=True, exist_ok=True)
     device, workers = choose_device(args.device), args.num_workers
+    if process_count() > 1:
+        raise ValueError("repae reconstruct is one process's work: start it without accelerate or torchrun")
     if workers is None:
         workers = 0 if device == "cpu" else min(8, os.cpu_count() or 1)
     settings = Reconstructing(

@@ -26,7 +26,7 @@ from repae_lite import __version__
 from repae_lite.data.datasets import ImageFolderDataset, ImageH5Dataset, open_dataset, read_batches
 from repae_lite.data.latents import vae_fingerprint
 from repae_lite.evaluation.evaluate import SCHEMA
-from repae_lite.evaluation.metrics import StreamingStats, frechet_distance, psnr, ssim
+from repae_lite.evaluation.metrics import FeatureStats, frechet_distance, psnr, ssim
 from repae_lite.method.losses import LPIPSLoss, TinyPerceptualLoss
 from repae_lite.networks.vae import AutoencoderKL
 from repae_lite.utils.pixels import ROUNDINGS, to_uint8, to_unit_range
@@ -35,7 +35,6 @@ from repae_lite.utils.seeding import generator
 
 logger = logging.getLogger(__name__)
 CHUNK = 16  # images in the networks at once; a constant, so that no number depends on a setting
-BLOCK = 64 * CHUNK  # images whose features are summed up at once
 SHOWN = 8  # images of a picture
 LATENTS = 1000  # latents that are kept
 POSTERIORS = ("mode", "sample")
@@ -99,6 +98,26 @@ class Reconstruction:
     latents: Tensor
 
 
+class StreamingStats:
+    """`feature_stats` of features (B, D) that come batch by batch: in float64, only sums are kept."""
+
+    def __init__(self, first: Tensor):
+        self.shift = first.double().mean(dim=0)  # products of values near zero keep their digits
+        self.count, self.sum, self.products = 0, 0.0, 0.0
+
+    def add(self, features: Tensor) -> None:
+        """Takes features (B, D)."""
+        features = features.double() - self.shift
+        self.count += len(features)
+        self.sum += features.sum(dim=0)
+        self.products += features.T @ features
+
+    def result(self) -> FeatureStats:
+        """The Gaussian of all, at least two, features."""
+        cov = (self.products - torch.outer(self.sum, self.sum) / self.count) / (self.count - 1)
+        return FeatureStats(self.shift + self.sum / self.count, (cov + cov.T) / 2, self.count)
+
+
 def load_perceptual(judge: str) -> nn.Module:
     """The perceptual distance that goes with a judge, see `PERCEPTUAL`.
 
@@ -120,7 +139,7 @@ def load_perceptual(judge: str) -> nn.Module:
 
 
 def open_originals(source: str | Path, resolution: int | None = None) -> ImageH5Dataset | ImageFolderDataset:
-    """The images to reconstruct, see `open_dataset`.
+    """The images to reconstruct, see `open_dataset`; a folder of them needs no classes.
 
     Raises:
         FileNotFoundError, ValueError: see there; ValueError too for an .npz, as evaluators have them for
@@ -132,7 +151,7 @@ def open_originals(source: str | Path, resolution: int | None = None) -> ImageH5
             "of a training set (rFID would be 1.8 where 0.57 is right), so give the images, a folder or an "
             "images.h5"
         )
-    return open_dataset(source, resolution)
+    return open_dataset(source, resolution, labelled=False)
 
 
 def image_chunks(dataset: Dataset, *, batch: int = 128, workers: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
@@ -150,17 +169,17 @@ def image_chunks(dataset: Dataset, *, batch: int = 128, workers: int = 0) -> Ite
         ValueError: images of several sizes, or not square.
     """
     loader = DataLoader(dataset, batch_size=batch, num_workers=workers, collate_fn=_stack)
-    images, labels = torch.empty(0, dtype=torch.uint8), torch.empty(0, dtype=torch.long)
+    images, labels, shape = torch.empty(0), torch.empty(0, dtype=torch.long), None
     with closing(read_batches(loader)) as batches:
         for more, their_labels in batches:
-            if len(images) and images.shape[1:] != more.shape[1:]:
-                raise _several_sizes(images[0], more[0])
+            shape = more.shape[1:] if shape is None else shape
+            if more.shape[1:] != shape:
+                raise _several_sizes(shape, more.shape[1:])
             images = torch.cat([images, more]) if len(images) else more
             labels = torch.cat([labels, their_labels])
-            whole = len(images) - len(images) % CHUNK
-            yield from zip(images[:whole].split(CHUNK), labels[:whole].split(CHUNK), strict=True)
-            # Never empty, so that the next batch finds the size.
-            images, labels = images[whole:], labels[whole:]
+            while len(images) >= CHUNK:
+                yield images[:CHUNK], labels[:CHUNK]
+                images, labels = images[CHUNK:], labels[CHUNK:]
     if len(images):
         yield images, labels
 
@@ -169,15 +188,15 @@ def _stack(items: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
     images, labels = zip(*items, strict=True)
     for image in images:
         if image.shape != images[0].shape:
-            raise _several_sizes(images[0], image)
+            raise _several_sizes(images[0].shape, image.shape)
     if images[0].shape[1] != images[0].shape[2]:
         height, width = images[0].shape[1:]
         raise ValueError(f"the images are {height} × {width}: they must be square, so preprocess them")
     return torch.stack(images), torch.tensor(labels)
 
 
-def _several_sizes(one: Tensor, other: Tensor) -> ValueError:
-    sizes = " and ".join(f"{height} × {width}" for height, width in (one.shape[1:], other.shape[1:]))
+def _several_sizes(one: torch.Size, other: torch.Size) -> ValueError:
+    sizes = " and ".join(f"{height} × {width}" for _, height, width in (one, other))
     return ValueError(f"the images have several sizes, {sizes}: bring all to one, by repae preprocess")
 
 
@@ -200,7 +219,7 @@ def reconstruct(
     Float32, without TF32. Memory: features are summed up on the way, so it does not grow with the images.
 
     Args:
-        vae: moved to the device, as judge and perceptual distance.
+        vae: moved to the device and put into eval mode, as are judge and perceptual distance.
         dataset: items (uint8 (3, S, S), label), see `open_originals`.
         judge: of `settings.judge`, see `repae_lite.evaluation.features.load_judge`.
         perceptual: see `load_perceptual`.
@@ -228,7 +247,6 @@ def reconstruct(
     digest, pairs, latents = hashlib.sha256(), [], []
     per_image: dict[str, list[Tensor]] = {"psnr": [], "ssim": [], PERCEPTUAL[settings.judge][0]: []}
     stats: dict[tuple[str, str], StreamingStats] = {}
-    waiting: dict[tuple[str, str], list[Tensor]] = {}
     done = 0
     float32 = torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False)
     chunks = image_chunks(Subset(dataset, range(count)), batch=batch, workers=workers)
@@ -245,8 +263,11 @@ def reconstruct(
             z, y = _through(vae, x, settings, done)
             for who, pixels in (("original", x), ("reconstruction", y)):
                 for kind, features in judge(pixels).items():
-                    if kind != "probabilities":
-                        waiting.setdefault((kind, who), []).append(features.float().cpu())
+                    if kind == "probabilities":
+                        continue
+                    if (kind, who) not in stats:
+                        stats[kind, who] = StreamingStats(features.cpu())
+                    stats[kind, who].add(features.cpu())
             # SSIM is that of pixels from 0: in [-1, 1], where means cancel, it would be another number.
             a, b = (pixels.to(exact).double() / 127.5 for pixels in (x, y))
             distance = perceptual(to_unit_range(x), to_unit_range(y)).cpu().double()
@@ -257,10 +278,6 @@ def reconstruct(
             if done < LATENTS:
                 latents.append(z[: LATENTS - done].cpu())
             done += len(images)
-            if done % BLOCK == 0 or done == count:
-                for key, parts in waiting.items():
-                    stats.setdefault(key, StreamingStats(parts[0].shape[1])).add(torch.cat(parts))
-                waiting.clear()
             bar.update(len(images))
     metrics = {}
     for kind, name in (("pooled", "frechet"), ("spatial", "spatial_frechet")):
@@ -269,13 +286,11 @@ def reconstruct(
             metrics[f"reconstruction_{name}"] = frechet_distance(*pair)
     found = {name: torch.cat(values) for name, values in per_image.items()}
     changed = found["psnr"].isfinite()
-    unchanged = int((~changed).sum())
+    unchanged = count - int(changed.sum())
+    if unchanged:
+        logger.warning(f"{unchanged} images came back to the bit: their PSNR, infinite, is not in the mean")
     if unchanged < count:
         found["psnr"] = found["psnr"][changed]
-    if unchanged:
-        logger.warning(
-            f"{unchanged} images came back to the bit: their infinite PSNR is left out of the mean"
-        )
     metrics |= {name: values.mean().item() for name, values in found.items()}
     shown = torch.cat(pairs, dim=1)
     return Reconstruction(metrics, unchanged, digest.hexdigest(), count, side, shown, torch.cat(latents))
@@ -293,8 +308,8 @@ def _through(vae: AutoencoderKL, x: Tensor, settings: Reconstructing, first: int
     x_hat = vae.decode(z)
     if not (z.isfinite().all() and x_hat.isfinite().all()):
         raise ValueError(
-            f"latents or reconstructions of the images {first} to {first + len(x) - 1} are not finite: the VAE "
-            "has diverged"
+            f"latents or reconstructions of the images {first} to {first + len(x) - 1} are not finite: the "
+            "VAE has diverged"
         )
     return z, to_uint8(x_hat, settings.to_uint8)
 
@@ -354,12 +369,12 @@ def result_of(
 
 def protocol_line(protocol: dict) -> str:
     """The protocol of a reconstruction's result in one line."""
-    seed = "" if protocol["seed"] is None else f" (seed {protocol['seed']})"
+    p = protocol
+    seed = "" if p["seed"] is None else f" (seed {p['seed']})"
     return (
-        f"protocol {protocol['name']} ({protocol['hash']}): {protocol['count']:,} images of {protocol['side']} "
-        f"pixels against themselves ({protocol['reference']}), posterior {protocol['posterior']}{seed}, "
-        f"{protocol['to_uint8']}; judge {protocol['judge']} {protocol['judge_weights']}, perceptual distance: "
-        f"{protocol['perceptual']}"
+        f"protocol {p['name']} ({p['hash']}): {p['count']:,} images of {p['side']} pixels against themselves "
+        f"({p['reference']}), posterior {p['posterior']}{seed}, {p['to_uint8']}; judge {p['judge']} "
+        f"{p['judge_weights']}, perceptual distance: {p['perceptual']}"
     )
 
 

@@ -46,7 +46,7 @@ def probe_images(
 ) -> Probed:
     """What `representation_table` needs of some images of a dataset.
 
-    Only a chunk of images is held, and of each its latent and one vector: 16 kB and 3 kB at f8d4 and DINOv2-B.
+    Of all images only a latent and a vector are held: 16 kB and 3 kB of each with f8d4 and DINOv2-B.
 
     Args:
         vae: moved to the device.
