@@ -158,7 +158,6 @@ class ImageFolderDataset(Dataset):
         folder: with one subfolder per class, or a dataset.json; see
             `repae_lite.data.image_files.list_images`.
         resolution: side of the squares in pixels.
-        labelled: see `list_images`.
 
     Attributes:
         root: the folder that holds the classes.
@@ -172,10 +171,10 @@ class ImageFolderDataset(Dataset):
             unreadable image.
     """
 
-    def __init__(self, folder: str | Path, resolution: int, *, labelled: bool = True):
+    def __init__(self, folder: str | Path, resolution: int):
         if resolution < 1:
             raise ValueError(f"the resolution is {resolution} pixels: give at least 1")
-        found = list_images(folder, labelled=labelled)
+        found = list_images(folder)
         if found.missing:
             raise ValueError(
                 f"{found.root} lacks {len(found.missing)} images that dataset.json lists, {found.missing[0]} "
@@ -199,16 +198,13 @@ class ImageFolderDataset(Dataset):
         return torch.from_numpy(pixels).permute(2, 0, 1).contiguous(), self.labels[index]
 
 
-def open_dataset(
-    path: str | Path, resolution: int | None = None, *, labelled: bool = True
-) -> ImageH5Dataset | ImageFolderDataset:
+def open_dataset(path: str | Path, resolution: int | None = None) -> ImageH5Dataset | ImageFolderDataset:
     """The dataset at a path.
 
     Args:
         path: an HDF5 file in the official layout, a data folder with `images.h5`, or a folder of images.
         resolution: side of the images in pixels: what an image folder is cropped to, and an HDF5 file must
             have. None takes an HDF5 file as it is.
-        labelled: a folder of images must have classes.
 
     Raises:
         FileNotFoundError: nothing there.
@@ -226,7 +222,7 @@ def open_dataset(
             raise ValueError(
                 f"{path} is a folder of images: give the resolution to crop them to, as in --resolution 256"
             )
-        return ImageFolderDataset(path, resolution, labelled=labelled)
+        return ImageFolderDataset(path, resolution)
     if not path.exists():
         raise FileNotFoundError(
             f"there is no image file or folder {path}: check the path, or write it by repae preprocess"

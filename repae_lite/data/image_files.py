@@ -71,13 +71,13 @@ class ImageList:
         return len(self.class_names) or max(self.labels) + 1
 
 
-def list_images(folder: str | Path, *, labelled: bool = True) -> ImageList:
+def list_images(folder: str | Path) -> ImageList:
     """Finds the images below a folder and numbers their classes.
 
     Labels are those of a dataset.json in the folder, {"labels": [[path, class], …]}, or else the positions of
     the top-level folders in their sorted order (for ImageNet n01440764 is 0 and n15075141 is 999). A folder
     `train` that itself holds class folders is entered. Hidden files and folders (".…", "__MACOSX") are left
-    out; links are followed. Where nobody asks for classes (`labelled` is False), folders need not be some.
+    out; links are followed.
 
     Raises:
         FileNotFoundError: no such folder.
@@ -106,7 +106,7 @@ def list_images(folder: str | Path, *, labelled: bool = True) -> ImageList:
     listed = root / "dataset.json"
     entries = parse_labels(listed.read_bytes(), listed) if listed.is_file() else []
     if not entries:
-        labels, class_names = _folder_labels(root, names) if labelled else ([0] * len(names), [])
+        labels, class_names = _folder_labels(root, names)
         return ImageList(root, names, labels, class_names, [], dict(ignored))
     numbers = {posixpath.normpath(name.replace("\\", "/")): label for name, label in entries}
     found = set(names)

@@ -139,7 +139,7 @@ def load_perceptual(judge: str) -> nn.Module:
 
 
 def open_originals(source: str | Path, resolution: int | None = None) -> ImageH5Dataset | ImageFolderDataset:
-    """The images to reconstruct, see `open_dataset`; a folder of them needs no classes.
+    """The images to reconstruct, see `open_dataset`.
 
     Raises:
         FileNotFoundError, ValueError: see there; ValueError too for an .npz, as evaluators have them for
@@ -151,7 +151,7 @@ def open_originals(source: str | Path, resolution: int | None = None) -> ImageH5
             "of a training set (rFID would be 1.8 where 0.57 is right), so give the images, a folder or an "
             "images.h5"
         )
-    return open_dataset(source, resolution, labelled=False)
+    return open_dataset(source, resolution)
 
 
 def image_chunks(dataset: Dataset, *, batch: int = 128, workers: int = 0) -> Iterator[tuple[Tensor, Tensor]]:

@@ -113,12 +113,13 @@ def sit_features(
     device = sit.pos_embed.device
     try:
         for at in range(0, len(z), CHUNK):
-            part = z[at : at + CHUNK]
+            part = z[at : at + CHUNK].to(device)
+            labels = torch.full((len(part),), sit.null_class, device=device)
+            sit.check_input(part, labels)
             draws = [generator("representation", seed, first + at + i) for i in range(len(part))]
             eps = torch.stack([torch.randn(z.shape[1:], generator=g) for g in draws]).to(device)
             times = torch.full((len(part),), float(t), device=device)
-            labels = torch.full((len(part),), sit.null_class, device=device)
-            z_t, _ = interpolate(sit.normalize(part.to(device), False), eps, times, path)
+            z_t, _ = interpolate(sit.normalize(part, False), eps, times, path)
             sit.features(z_t, times, labels, max(layers))
     finally:
         for hook in hooks:

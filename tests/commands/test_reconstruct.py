@@ -13,10 +13,12 @@ from repae_lite.utils.files import data_small_dir
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The first 20 evaluation images as files, without classes."""
+    """The first 20 evaluation images as files, of two classes."""
     folder = tmp_path_factory.mktemp("originals")
     for i, image in enumerate(load_embedded("eval")[0][:20]):
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{i:02d}.png")
+        path = folder / f"class {i // 10}" / f"{i:02d}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
     return folder
 
 

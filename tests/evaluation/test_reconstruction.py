@@ -14,7 +14,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch.utils.data import TensorDataset
 
 from repae_lite.checkpoints.models import load_vae
-from repae_lite.data.datasets import load_embedded, open_dataset
+from repae_lite.data.datasets import load_embedded
 from repae_lite.evaluation.features import load_judge
 from repae_lite.evaluation.reconstruction import (
     PERCEPTUAL,
@@ -27,6 +27,7 @@ from repae_lite.evaluation.reconstruction import (
     reconstruct,
     result_of,
 )
+from repae_lite.utils.files import data_small_dir
 from repae_lite.utils.pixels import to_uint8, to_unit_range
 from repae_lite.utils.seeding import generator
 
@@ -305,17 +306,18 @@ def test_statistics_of_a_training_set_are_no_originals(tmp_path):
         open_originals(path)
 
 
-def test_originals_need_no_classes(tmp_path):
-    """As ImageNet's validation images come: all in one folder."""
+def test_originals_are_folders_or_hdf5(tmp_path, images):
     for i in range(3):
-        Image.new("RGB", (40, 36), (i, i, i)).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}").mkdir()
+        Image.new("RGB", (40, 36), (i, i, i)).save(tmp_path / f"{i}" / "image.png")
     dataset = open_originals(tmp_path, 32)
     assert [dataset[i][0][0, 0, 0].item() for i in range(3)] == [0, 1, 2]
     assert dataset[0][0].shape == (3, 32, 32)
     with pytest.raises(ValueError, match="give the resolution"):
         open_originals(tmp_path)
-    with pytest.raises(ValueError, match="have no classes"):
-        open_dataset(tmp_path, 32)
+    assert torch.equal(open_originals(data_small_dir() / "eval")[1][0], images[1])
+    with pytest.raises(ValueError, match="have 32 × 32 pixels and not 16 × 16"):
+        open_originals(data_small_dir() / "eval", 16)
 
 
 def test_without_a_network_lpips_says_where_its_trunk_goes(monkeypatch, tmp_path):

@@ -106,7 +106,7 @@ def test_features_refusals(sit, probed, monkeypatch):
     for layers in ([], [0], [1, 4]):
         with pytest.raises(ValueError, match="this SiT has blocks 1 to 3"):
             sit_features(sit, z, 0.5, layers)
-    with pytest.raises(ValueError, match="the noise level is 1.5"):
+    with pytest.raises(ValueError, match=r"the noise level is 1\.5"):
         sit_features(sit, z, 1.5, [1])
     with pytest.raises(ValueError, match="this SiT takes"):
         sit_features(sit, z[:, :3], 0.5, [1])
