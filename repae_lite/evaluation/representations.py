@@ -165,7 +165,8 @@ def representation_table(
         ValueError: see `sit_features`, `cknna` and `linear_probe`; too many images for CKNNA.
     """
     layers, rows = range(1, sit.config.depth + 1) if layers is None else layers, []
-    if min(images, len(test.z)) > MOST:
+    images = min(images, len(test.z))
+    if images > MOST:
         raise ValueError(f"CKNNA of {images} images takes too much memory: choose at most {MOST}")
     with progress_bar(len(noise_levels) * (len(train.z) + len(test.z)), 0, show=progress) as bar:
         for t in noise_levels:
