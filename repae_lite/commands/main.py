@@ -22,6 +22,7 @@ COMMANDS = (  # "cache-latents" is cache_latents.py
     "download",
     "cache-latents",
     "export-vae",
+    "reconstruct",
     "train-repae",
     "train-ldm",
     "train-vae",
