@@ -45,6 +45,8 @@ def open_data(config: TrainConfig) -> TrainingData:
     if not config.vae_latents_name or config.encoders:
         images = open_dataset(folder, config.resolution)
     data = TrainingData(images, latents)
+    if config.command != "vae":
+        data.require_classes()
     if config.num_classes is not None and data.num_classes > config.num_classes:
         raise ValueError(
             f"the data has {data.num_classes} classes but --num-classes is {config.num_classes}: leave it out"

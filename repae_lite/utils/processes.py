@@ -63,6 +63,25 @@ def any_process(flag: bool, device: torch.device) -> bool:
     return bool(mean_over_processes(torch.tensor([float(flag)], device=device)) > 0)
 
 
+def refuse_together(error: Exception | None) -> None:
+    """Ends every process if the first one has an error, which it alone raises; all must call this.
+
+    Args:
+        error: of this process; None if it has none.
+
+    Raises:
+        Exception: the error, in the first process.
+        SystemExit: 2, in the others.
+    """
+    if process_count() > 1:
+        from accelerate.utils import broadcast_object_list
+
+        if broadcast_object_list([error is not None])[0]:
+            raise error if error is not None and process_rank() == 0 else SystemExit(2)
+    if error is not None:
+        raise error
+
+
 @torch.no_grad()
 def same_everywhere(*modules: nn.Module | None) -> None:
     """Gives every process the weights of the first."""

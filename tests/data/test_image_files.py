@@ -18,11 +18,10 @@ from repae_lite.data.image_files import (
     center_crop,
     encode_png,
     failure,
-    list_images,
-    parse_labels,
     read_image,
     square_pngs,
 )
+from repae_lite.data.image_lists import list_images, parse_labels
 
 
 def noise(height, width, channels=3, seed=0, dtype=np.uint8):
