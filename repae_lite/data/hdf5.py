@@ -64,11 +64,15 @@ def reading(path: str | Path) -> Iterator[None]:
 
 def _told(error: Exception, path: str | Path) -> Exception:
     words, number = " ".join(str(error).split()), getattr(error, "errno", None)
-    if "unable to lock file" in words or "already open for write" in words:
+    if "unable to lock file" in words:
         return OSError(
-            f"{path} is open in another program, or was when that was killed ({words}): wait until it ends; "
-            "if none has it open, as on disks that cannot lock, set HDF5_USE_FILE_LOCKING=FALSE, or run "
-            "h5clear -s on it"
+            f"{path} is open in another program ({words}): wait until that ends, or, if there is "
+            "none, as on disks that lock wrongly, set HDF5_USE_FILE_LOCKING=FALSE"
+        )
+    if "already open for write" in words:
+        return OSError(
+            f"{path} is being written by another program, or by one that was killed ({words}): wait until it "
+            "ends, or write the file again"
         )
     if number == errno.ENOENT:
         return FileNotFoundError(f"{path} does not exist any more: check whether its disk is there")

@@ -87,7 +87,7 @@ class ImageList:
         if self.left_out:
             lines.append(f"left out: {_counted(self.left_out)}")
         if self.ignored:
-            lines.append(f"not images by their names: {_counted(self.ignored)}")
+            lines.append(f"other files: {_counted(self.ignored)}")
         if not self.no_classes and (empty := classes_without_images(self.labels, self.num_classes)):
             lines.append(empty)
         return lines

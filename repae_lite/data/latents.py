@@ -104,6 +104,8 @@ class CachedLatentsDataset(H5Dataset):
                 f"{name} in {self.path} is {moments.dtype} of shape {moments.shape} instead of float32 (2C, "
                 f"h, w) with {expected}: cache the latents again"
             )
+        if not np.isfinite(moments).all():
+            raise ValueError(f"{name} in {self.path} has values that are not finite: cache the latents again")
         return torch.from_numpy(moments)
 
     def check_vae(self, vae: AutoencoderKL) -> None:
