@@ -5,6 +5,7 @@ Taught in `notebooks/00_map.ipynb`. `open_dataset` takes whatever a user has: a 
 from the folder.
 """
 
+import errno
 import io
 import logging
 import os
@@ -21,6 +22,7 @@ from repae_lite.data.hdf5 import item_names, missing_names, open_h5, read_bytes,
 from repae_lite.data.image_files import center_crop, failure, open_image, read_image
 from repae_lite.data.image_lists import LABELS, list_images, parse_labels, refuse_archive
 from repae_lite.utils.files import data_small_dir
+from repae_lite.utils.processes import process_rank
 
 SPLITS = ("train", "eval")
 logger = logging.getLogger(__name__)
@@ -71,9 +73,9 @@ class H5Dataset(Dataset):
         self.path = Path(path)
         self._file, self._process = None, None
         if not self.path.is_file():
+            problem = "is no file" if self.path.exists() else "does not exist"
             raise FileNotFoundError(
-                f"the {self.noun} file {self.path} does not exist: check the path, or write it by "
-                f"{self.maker}"
+                f"the {self.noun} file {self.path} {problem}: check the path, or write it by {self.maker}"
             )
         refuse_archive(self.path)
         with open_h5(self.path) as file:
@@ -94,7 +96,7 @@ class H5Dataset(Dataset):
             raise ValueError(f"{self.path} holds no {self.noun}s: write it by {self.maker}")
         self.labels = [label for _, label in entries] or [0] * len(self.names)
         self.num_classes = max(self.labels) + 1
-        self.no_classes = "" if entries else f"{self.path} has no labels"
+        self.no_classes = "" if entries else f"the {self.noun}s of {self.path} have no classes"
 
     def __len__(self) -> int:
         return len(self.names)
@@ -195,9 +197,11 @@ class ImageFolderDataset(Dataset):
             )
         self.root, self.names, self.labels = found.root, found.names, found.labels
         self.num_classes, self.resolution = found.num_classes, resolution
-        self.no_classes = found.no_classes and f"the images of {found.root} have none ({found.no_classes})"
-        for line in found.summary():
-            logger.info(line)
+        reason = found.no_classes
+        self.no_classes = reason and f"the images of {found.root} have no classes ({reason})"
+        if process_rank() == 0:
+            for line in found.summary():
+                logger.info(line)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -209,6 +213,10 @@ class ImageFolderDataset(Dataset):
         except MemoryError:
             raise
         except Exception as error:  # Pillow raises many kinds on damaged files
+            if getattr(error, "errno", None) not in (None, errno.ENOENT):
+                raise OSError(
+                    f"the image {path} cannot be read now ({failure(error)}): it may be whole all the same"
+                ) from None
             raise ValueError(
                 f"the image {path} cannot be read ({failure(error)}): repair or remove it, or preprocess "
                 "with --on-error skip"

@@ -212,6 +212,8 @@ def square_pngs(root: str, names: list[str], size: int) -> list[bytes | str]:
     for name in names:
         try:
             results.append(encode_png(np.asarray(center_crop(read_image(os.path.join(root, name)), size))))
+        except MemoryError:  # says nothing about the file
+            raise
         except Exception as error:  # Pillow raises many kinds on damaged files; all are reported
             results.append(failure(error))
     return results

@@ -366,6 +366,12 @@ def _folder_labels(root: Path, names: list[str], found: _Walk) -> tuple[list[int
             "folders): fill or remove it, since labels number the class folders in order"
         )
     class_names = sorted(found.folders)
+    spellings = {_plain(name): name for name in class_names}
+    if alike := [name for name in class_names if spellings[_plain(name)] != name]:
+        raise ValueError(
+            f"two class folders of {root} are called {alike[0]} and differ only in their Unicode form: make "
+            "them one"
+        )
     numbers = {name: i for i, name in enumerate(class_names)}
     return [numbers[top] for top in tops], class_names, ""
 

@@ -8,6 +8,7 @@ from torch.utils.data import Dataset
 
 from repae_lite.data.image_lists import classes_without_images
 from repae_lite.data.latents import same_images
+from repae_lite.utils.processes import process_rank
 
 logger = logging.getLogger(__name__)
 
@@ -58,11 +59,12 @@ class TrainingData(Dataset):
         """
         if self.no_classes:
             raise ValueError(
-                f"{self.no_classes}, and only train-vae, preprocess and cache-latents do without classes: "
+                f"{self.no_classes}, and only train-vae, preprocess and cache-latents do without: "
                 "put the images into one subfolder per class, or list their classes in a dataset.json"
             )
         one = self.images if self.images is not None else self.latents
-        if empty := classes_without_images(one.labels, self.num_classes):
+        empty = classes_without_images(one.labels, self.num_classes)
+        if empty and process_rank() == 0:
             logger.warning(empty)
 
     def __len__(self) -> int:

@@ -5,6 +5,7 @@ import hashlib
 import importlib.util
 import json
 import multiprocessing
+import os
 import pickle
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import ConcatDataset, DataLoader
 
+from repae_lite.data import datasets
 from repae_lite.data.datasets import (
     ImageFolderDataset,
     ImageH5Dataset,
@@ -238,7 +240,7 @@ def test_labels_that_are_null_serve_what_needs_no_classes(small, tmp_path, label
     assert len(dataset) == 6 and dataset.labels == [0] * 6
     assert np.array_equal(dataset[3][0].numpy(), small[0][3])
     with pytest.raises(
-        ValueError, match=r"images\.h5 has no labels, and only train-vae, .* do without classes"
+        ValueError, match=r"images\.h5 have no classes, and only train-vae, .* do without: put"
     ):
         TrainingData(dataset, None).require_classes()
 
@@ -247,7 +249,7 @@ def test_one_folder_of_images_serves_what_needs_no_classes(folder, caplog):
     with caplog.at_level("INFO", logger="repae_lite"):
         dataset = ImageFolderDataset(folder / "class 1", 8)
     assert len(dataset) == 2 and "2 images without classes (all lie in one folder)" in caplog.text
-    with pytest.raises(ValueError, match=r"have none \(all lie in one folder\), and only train-vae"):
+    with pytest.raises(ValueError, match=r"have no classes \(all lie in one folder\), and only train-vae"):
         TrainingData(dataset, None).require_classes()
 
 
@@ -467,6 +469,25 @@ def test_what_cannot_be_opened_is_refused(small, folder, tmp_path):
     (tmp_path / "text.h5").write_text("text")
     with pytest.raises(ValueError, match="not a whole HDF5 file"):
         open_dataset(tmp_path / "text.h5")
+
+
+def test_a_machine_in_trouble_is_not_blamed_on_an_image(folder, tmp_path, monkeypatch):
+    dataset = ImageFolderDataset(folder, 8)
+    for error, kind in (
+        (OSError(errno.EMFILE, "Too many open files"), OSError),
+        (MemoryError(), MemoryError),
+    ):
+
+        def refuse(path, error=error):
+            raise error
+
+        monkeypatch.setattr(datasets, "read_image", refuse)
+        with pytest.raises(kind) as caught:
+            dataset[0]
+        assert "repair" not in str(caught.value)
+    os.mkfifo(tmp_path / "pipe.h5")  # opening it would wait for ever
+    with pytest.raises(FileNotFoundError, match=r"pipe\.h5 is no file: check the path"):
+        open_dataset(tmp_path / "pipe.h5")
 
 
 def test_writer_refuses_other_shapes_and_dtypes(small, tmp_path):

@@ -302,6 +302,12 @@ def test_two_spellings_of_one_image_are_refused(other):
         parse_labels(json.dumps({"labels": [["x/é.png", 0], [other, 1]]}), "dataset.json")
 
 
+def test_two_spellings_of_one_class_are_refused(tmp_path):
+    touch(tmp_path, *(unicodedata.normalize(form, f"é/{form}.png") for form in ("NFC", "NFD")), "x/1.png")
+    with pytest.raises(ValueError, match=r"two class folders .* differ only in their Unicode form"):
+        list_images(tmp_path)
+
+
 @pytest.mark.skipif(os.name == "nt", reason="names are text there")
 def test_names_that_are_no_text_are_taken(tmp_path, capsys):
     for name in (b"a/\xff.png", b"b\xfe/2.png"):
