@@ -1,5 +1,7 @@
 """Samplers on a velocity field with a known solution; agreement with the official ones is in test_golden."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -22,6 +24,7 @@ class GaussianVelocity(nn.Module):
         super().__init__()
         self.pos_embed = nn.Parameter(torch.zeros(1, dtype=torch.float64))
         self.path, self.std, self.null_class = INTERPOLANTS[path], std, 2
+        self.config = SimpleNamespace(label_dropout=0.1)
         self.means = torch.tensor([-1.0, 2.0, 0.0], dtype=torch.float64)
         self.times = []
 
