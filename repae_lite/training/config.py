@@ -577,8 +577,8 @@ class TrainConfig:
         """
         for name, option in OPTIONS.items():
             meta = option.metadata
-            harmless = (option.default, meta.get("tiny"))
-            if need not in meta.get("needs", "").split() or getattr(self, name) in harmless:
+            harmless = meta.get("tiny", option.default) if self.vae == "tiny" else option.default
+            if need not in meta.get("needs", "").split() or getattr(self, name) == harmless:
                 continue
             if not self._overruled(name, by):
                 raise ValueError(f"{flag(name)} means nothing {why}: leave it out")
