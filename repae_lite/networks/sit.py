@@ -405,7 +405,7 @@ class SiT(nn.Module):
         """Refuses encoder tokens that do not fit this SiT's grid and projectors.
 
         Raises:
-            ValueError: the wrong number of encoders, or a shape that is not (batch, N, D).
+            ValueError: the wrong number of encoders, or targets that are not floats (batch, N, D).
         """
         dims = self.config.target_dims
         if len(targets) != len(dims):
@@ -415,10 +415,11 @@ class SiT(nn.Module):
             )
         for i, (target, dim) in enumerate(zip(targets, dims, strict=True)):
             expected = (batch, self.config.grid_size**2, dim)
-            if tuple(target.shape) != expected or not target.is_floating_point():
+            if not target.is_floating_point():
+                raise ValueError(f"targets[{i}] have dtype {target.dtype}: give floats, as an encoder does")
+            if tuple(target.shape) != expected:
                 raise ValueError(
-                    f"targets[{i}] have shape {tuple(target.shape)} and dtype {target.dtype} but this SiT "
-                    f"needs floats {expected} (B, N, D): "
+                    f"targets[{i}] have shape {tuple(target.shape)} but this SiT needs {expected} (B, N, D): "
                     "choose an encoder resolution and SiT patch size with the same token grid, and its width "
                     "in target_dims"
                 )

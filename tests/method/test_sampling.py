@@ -141,6 +141,18 @@ def test_ode_refuses(case):
         sample_ode(GaussianVelocity(), torch.zeros(1, 1, 2, 2), **arguments)
 
 
+@pytest.mark.parametrize("sampler", [sample_ode, sample_sde])
+def test_guidance_needs_a_null_class_that_was_trained(sampler):
+    model = GaussianVelocity()
+    model.config.label_dropout = 0.0
+    eps, labels = noise(2)
+    sampler(model, eps, labels, steps=2)
+    with pytest.raises(
+        ValueError, match=r"guidance scale 2.0 needs the null class, which this SiT never saw"
+    ):
+        sampler(model, eps, labels, steps=2, guidance=Guidance(2.0))
+
+
 def test_other_refusals():
     with pytest.raises(ValueError, match="1 sampling steps are too few: use at least 2"):
         sample_sde(GaussianVelocity(), torch.zeros(1, 1, 2, 2), torch.tensor([0]), steps=1)
@@ -148,5 +160,7 @@ def test_other_refusals():
         Guidance(0.5)
     with pytest.raises(ValueError, match=r"guidance scale nan"):
         Guidance(float("nan"))
+    with pytest.raises(ValueError, match=r"guidance scale inf is not finite"):
+        Guidance(float("inf"))
     with pytest.raises(ValueError, match=r"guidance interval \[0.7, 0.2\]"):
         Guidance(2.0, 0.7, 0.2)
