@@ -553,7 +553,7 @@ def repae_step(
     """
     _check_ready(state, targets)
     check_batch(state.sit, x, labels, targets)
-    if t is not None:
+    if t is not None and len(t) == len(x):  # other shapes are refused where they are used
         check_times(t, len(x), wait=True)
     return as_floats(all_updates(state, x, labels, targets, Draws(eps_posterior, t, eps, label_drop))[0])
 
@@ -607,7 +607,7 @@ def latent_step(
         )
     check_label_count(labels, z.shape[0], "latent")
     _check_conditions(state.sit, z.shape[0], labels, targets)
-    if t is not None:
+    if t is not None and len(t) == len(z):  # other shapes are refused where they are used
         check_times(t, len(z), wait=True)
     return as_floats(latent_updates(state, z, labels, targets, Draws(None, t, eps, label_drop)))
 

@@ -4,6 +4,7 @@ Every check that can be made before the first step is made here. Taught at small
 `notebooks/05_end_to_end.ipynb`, section 3.
 """
 
+import logging
 import os
 from dataclasses import dataclass
 from http.client import HTTPException
@@ -25,13 +26,15 @@ from repae_lite.networks.latent_stats import LatentStats
 from repae_lite.networks.layers import set_gradient_checkpointing
 from repae_lite.networks.sit import SIT_PRESETS, SiT
 from repae_lite.networks.vae import VAE_PRESETS, AutoencoderKL
-from repae_lite.training.config import NONE, TrainConfig
-from repae_lite.training.loss_config import read_loss_config
+from repae_lite.training.config import NONE, OFFICIAL_LOSS, TrainConfig
+from repae_lite.training.loss_config import is_built_in, read_loss_config
 from repae_lite.utils.files import data_small_dir
 from repae_lite.utils.pixels import to_unit_range
+from repae_lite.utils.processes import process_rank
 
 ADAM = (torch.optim.AdamW, torch.optim.Adam, torch.optim.NAdam, torch.optim.RAdam)
 OPTIMIZERS = {kind.__name__.lower(): kind for kind in (*ADAM, torch.optim.SGD)}
+logger = logging.getLogger(__name__)
 
 
 def open_data(config: TrainConfig) -> TrainingData:
@@ -135,6 +138,8 @@ def build(config: TrainConfig, num_classes: int, device: torch.device) -> TrainS
         trained["vae"] = (vae, config.vae_learning_rate)
     rates = {name: rate for name, (module, rate) in trained.items() if module is not None}
     optimizers = {name: new_optimizer(config, trained[name][0], rate) for name, rate in rates.items()}
+    if config.command != "ldm" and is_built_in(config.loss_cfg_path) and process_rank() == 0:
+        logger.info(f"the weights of the VAE's losses are the built-in recipe {OFFICIAL_LOSS}")
     state = TrainState(vae, sit, ema, optimizers, steps, discriminator, perceptual)
     return TrainSetup(state, encoders, rates)
 
@@ -214,7 +219,7 @@ def _step_config(config: TrainConfig) -> StepConfig:
 
 def _check_losses(config: TrainConfig, loss: VAELossConfig) -> None:
     """Refuses options that act on a term of the VAE's loss which is not there."""
-    none = f"since the losses of --loss-cfg-path {config.loss_cfg_path} have"
+    none = f"since --loss-cfg-path {config.loss_cfg_path} has"
     if not loss.gan_weight:
         config.refuse_idle("discriminator", f"{none} no adversarial loss", by="loss_cfg_path")
     if not loss.perceptual_weight:

@@ -4,7 +4,6 @@ The official l1_lpips_kl_gan.yaml is built in, so that official commands run wit
 `notebooks/01_vae.ipynb`.
 """
 
-import logging
 import math
 from dataclasses import fields
 from pathlib import Path
@@ -12,10 +11,8 @@ from typing import Any
 
 from repae_lite.method.losses import VAELossConfig
 from repae_lite.training.config import OFFICIAL_LOSS
-from repae_lite.utils.processes import process_rank
 from repae_lite.utils.yaml_files import converted, read_yaml
 
-logger = logging.getLogger(__name__)
 BUILT_IN = (Path(OFFICIAL_LOSS), Path("configs") / OFFICIAL_LOSS)  # the second as official commands say it
 
 OFFICIAL_NAMES = {  # of the fields of `VAELossConfig`
@@ -36,6 +33,11 @@ FIXED = {  # what the recipe has and this code does not vary: any other value is
 }
 
 
+def is_built_in(path: str) -> bool:
+    """Whether a path means the official recipe and no file."""
+    return Path(path) in BUILT_IN and not Path(path).exists()
+
+
 def read_loss_config(path: str) -> dict[str, Any]:
     """Fields of `repae_lite.VAELossConfig` from a loss configuration.
 
@@ -49,11 +51,7 @@ def read_loss_config(path: str) -> dict[str, Any]:
     """
     if path == "tiny":
         return {"gan_weight": 0.0}
-    if Path(path) in BUILT_IN and not Path(path).exists():
-        if process_rank() == 0:
-            logger.info(
-                f"there is no file {path}: the weights of the VAE's losses are those of the built-in recipe"
-            )
+    if is_built_in(path):
         return {}
     found, kinds = {}, {field.name: field.type for field in fields(VAELossConfig)}
     seen = set()

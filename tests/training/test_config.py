@@ -191,8 +191,8 @@ OFF = {
     "guard": ({"on_divergence": "off"}, "with --on-divergence off"),
     "half": ({"mixed_precision": "no"}, r"in precision no \(--mixed-precision no\)"),
     "fp16": ({"mixed_precision": "bf16"}, "in precision bf16"),
-    "discriminator": ("discriminator_weight: 0", "loss.yaml have no adversarial loss"),
-    "perceptual": ("perceptual_weight: 0", "loss.yaml have no perceptual loss"),
+    "discriminator": ("discriminator_weight: 0", "loss.yaml has no adversarial loss"),
+    "perceptual": ("perceptual_weight: 0", "loss.yaml has no perceptual loss"),
     "losses": ("{discriminator_weight: 0, perceptual_weight: 0}", "neither a perceptual nor an adversarial"),
 }
 SAID = {  # some value that is not the default
