@@ -57,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     with _messages_on_stderr():
         try:
+            _refuse_empty(args)
             args.run(args)
         except (ValueError, OSError) as error:
             print(f"repae {args.command}: {error}", file=sys.stderr)
@@ -65,6 +66,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"repae {args.command}: interrupted", file=sys.stderr)
             return 130
     return 0
+
+
+def _refuse_empty(args: argparse.Namespace) -> None:
+    """Refuses an empty value: as a path it would mean the current folder.
+
+    Raises:
+        ValueError: a flag was given one, as by a shell variable that is not set.
+    """
+    for name, value in vars(args).items():
+        for word in value if isinstance(value, list) else [value]:
+            if isinstance(word, str) and not word.strip():
+                option = "a name" if isinstance(value, list) else f"--{name.replace('_', '-')}"
+                raise ValueError(f"{option} is {word!r}, without a letter: give a value, or leave it out")
 
 
 @contextmanager

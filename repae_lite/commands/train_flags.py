@@ -62,9 +62,9 @@ def config_from(args: argparse.Namespace) -> TrainConfig:
     """
     command = args.command.removeprefix("train-")
     given = {name: value for name, value in vars(args).items() if name in OPTIONS}
-    if "preset" in args:
-        given = read_preset(args.preset, command).options | given
-    return TrainConfig.build(command, **given)
+    preset = read_preset(args.preset, command).options if "preset" in args else {}
+    sources = dict.fromkeys(preset, "preset") | dict.fromkeys(given, "flag")
+    return TrainConfig.build(command, sources=sources, **preset | given)
 
 
 def train(args: argparse.Namespace) -> None:

@@ -33,9 +33,10 @@ class Guidance:
     high: float = 1.0
 
     def __post_init__(self):
-        if not self.scale >= 1:
+        if not 1 <= self.scale < float("inf"):
+            wrong = "below 1" if self.scale < 1 else "not finite"
             raise ValueError(
-                f"guidance scale {self.scale} is below 1: use 1 for none, more for stronger guidance"
+                f"guidance scale {self.scale} is {wrong}: use 1 for none, more for stronger guidance"
             )
         if not 0 <= self.low <= self.high <= 1:
             raise ValueError(
@@ -79,8 +80,8 @@ def sample_ode(
     if solver not in ("euler", "heun"):
         raise ValueError(f"unknown solver {solver!r}: choose euler or heun")
     get_interpolant(path)
-    _check(sit, eps, labels, steps, minimum=1)
     guidance = guidance or Guidance()
+    _check(sit, eps, labels, steps, guidance, minimum=1)
     times = torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()
     z_t = eps.double()
     for i, (t, t_next) in enumerate(itertools.pairwise(times)):
@@ -128,8 +129,8 @@ def sample_sde(
     Raises:
         ValueError: unknown path, fewer than two steps, or labels out of range.
     """
-    path = get_interpolant(path)
-    _check(sit, eps, labels, steps, minimum=2)
+    path, guidance = get_interpolant(path), guidance or Guidance()
+    _check(sit, eps, labels, steps, guidance, minimum=2)
     if not 0 < last_time < 1:
         raise ValueError(
             f"last_time {last_time} is not between 0 and 1: the score is undefined at 0, use the default 0.04"
@@ -138,7 +139,6 @@ def sample_sde(
         raise ValueError(
             f"step noise has shape {tuple(noise.shape)}: {steps} steps need {(steps - 1, *eps.shape)}"
         )
-    guidance = guidance or Guidance()
     times = [*torch.linspace(1, last_time, steps, dtype=torch.float64).tolist(), 0.0]
     z_t = eps.double()
     for i, (t, t_next) in enumerate(itertools.pairwise(times)):
@@ -181,11 +181,16 @@ def sample_images(
     return torch.cat(images)
 
 
-def _check(sit: SiT, eps: Tensor, labels: Tensor, steps: int, minimum: int) -> None:
+def _check(sit: SiT, eps: Tensor, labels: Tensor, steps: int, guidance: Guidance, minimum: int) -> None:
     check_label_count(labels, eps.shape[0], "sample")
     if steps < minimum:
         raise ValueError(f"{steps} sampling steps are too few: use at least {minimum}")
     sit.check_labels(labels)
+    if guidance.scale > 1 and not sit.config.label_dropout:
+        raise ValueError(
+            f"guidance scale {guidance.scale} needs the null class, which this SiT never saw (its "
+            "label_dropout is 0): sample without guidance, or train with --cfg-prob 0.1"
+        )
 
 
 def _velocities(sit: SiT, z_t: Tensor, t: float, labels: Tensor, guided: bool) -> list[Tensor]:

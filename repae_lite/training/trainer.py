@@ -142,6 +142,7 @@ class Trainer:
         self.networks = setup.networks()
         self.frozen_vae = vae_fingerprint(self.state.vae) if config.command == "ldm" else None
         self.precision = _precision(config.mixed_precision, self.device)
+        config.check_precision(self.precision)
         self.mechanics = self.state.mechanics = ParallelMechanics(
             self.device,
             self.precision,

@@ -55,17 +55,34 @@ def read_json(path: Path) -> dict:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: something else.
+        ValueError: something else; a name that is set twice, a number that is not finite.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: check the path")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(
+            path.read_text(encoding="utf-8-sig"), object_pairs_hook=_once, parse_constant=_not_finite
+        )
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error}): restore it") from None
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deeply: restore it") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}: restore it")
     return content
+
+
+def _once(pairs: list[tuple[str, object]]) -> dict:
+    """An object whose names are all different."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is set twice")
+    return found
+
+
+def _not_finite(word: str) -> None:
+    raise ValueError(f"{word} is no number")
 
 
 def check_name(name: str, option: str) -> None:
