@@ -193,7 +193,7 @@ def latent_rgb(
         widths = {z_by_method[name].shape[1] for name in group}
         if len(widths) > 1:
             raise ValueError(f"A joint PCA needs equal channels, got {sorted(widths)}: use joint=False.")
-        latents = {name: z_by_method[name].detach().double().cpu().movedim(1, -1) for name in group}
+        latents = {name: z_by_method[name].detach().cpu().to(torch.float64).movedim(1, -1) for name in group}
         flat = torch.cat([z.flatten(0, -2) for z in latents.values()])  # (positions, C)
         mean = flat.mean(dim=0)
         basis = torch.linalg.eigh((flat - mean).T @ (flat - mean)).eigenvectors.flip(1)[:, :3]  # (C, <= 3)
@@ -361,8 +361,8 @@ def spectrum(z_by_method: Mapping[str, torch.Tensor], *, title: str = "") -> Fig
     fig = Figure(figsize=(6.6, 3.9), layout="constrained")
     ax = fig.subplots()
     for name, z in z_by_method.items():
-        power = torch.fft.fft2(z.detach().double().cpu()).abs().square().mean(dim=0)  # (C, h, w)
-        f_y, f_x = (torch.fft.fftfreq(size, dtype=torch.float64) for size in z.shape[-2:])
+        power = torch.fft.fft2(z.detach().cpu().to(torch.float64)).abs().square().mean(dim=0)  # (C, h, w)
+        f_y, f_x = (torch.fft.fftfreq(size, dtype=torch.float64, device="cpu") for size in z.shape[-2:])
         radius = 2 * torch.hypot(f_y[:, None], f_x[None, :])  # 1 at Nyquist
         power = (power / power[:, radius > 0].mean(dim=1)[:, None, None]).mean(dim=0)
         rings = (radius * min(z.shape[-2:]) / 2).round()

@@ -24,6 +24,7 @@ from repae_lite.networks.sit import SIT_PRESETS, SiT
 from repae_lite.networks.vae import VAE_PRESETS, AutoencoderKL
 from repae_lite.training.config import NONE, TrainConfig
 from repae_lite.training.loss_config import read_loss_config
+from repae_lite.utils.devices import fused_optimizer
 from repae_lite.utils.files import data_small_dir
 from repae_lite.utils.pixels import to_unit_range
 
@@ -240,7 +241,7 @@ def new_optimizer(config: TrainConfig, module: nn.Module, rate: float) -> torch.
             if getattr(config, name) != getattr(TrainConfig, name):
                 raise ValueError(f"--{name.replace('_', '-')} means nothing to {kind.__name__}: leave it out")
     if kind in (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD):
-        options["fused"] = parameters[0].is_cuda or None
+        options["fused"] = fused_optimizer(parameters[0].device)
     return kind(parameters, **options)
 
 
