@@ -64,7 +64,9 @@ class _Storages(TorchDispatchMode):
         if name == "copy_" and not self.holds(given[0]):
             return out
         if name not in CROSSING and any(x.dim() and not self.holds(x) for x in given):
-            raise RuntimeError(f"Expected all tensors to be on the same device, but found mps and cpu: {name}")
+            raise RuntimeError(
+                f"Expected all tensors to be on the same device, but found mps and cpu: {name}"
+            )
         for x in tree_leaves(out):
             if isinstance(x, Tensor):
                 self.adopt(x)
@@ -114,7 +116,9 @@ class _Functions(TorchFunctionMode):
             kwargs["device"] = default_device.CURRENT_DEVICE or self.default or CPU
         on_mps, g = is_on_mps(kwargs.get("device")), kwargs.get("generator")
         if constructor and g is not None and is_on_mps(g.device) != on_mps:
-            raise RuntimeError(f"Expected a {kwargs['device']} device type for generator but found {g.device}")
+            raise RuntimeError(
+                f"Expected a {kwargs['device']} device type for generator but found {g.device}"
+            )
         if not on_mps:
             out = func(*args, **kwargs)
             return storages.adopt(out) if name in COPYING and storages.holds(first) else out
@@ -132,7 +136,9 @@ def pretended_mps(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", cache(lambda: True))
     monkeypatch.setattr(torch, "set_default_device", lambda device: setattr(functions, "default", device))
     monkeypatch.setattr(
-        torch, "get_default_device", lambda: torch.device(default_device.CURRENT_DEVICE or functions.default or CPU)
+        torch,
+        "get_default_device",
+        lambda: torch.device(default_device.CURRENT_DEVICE or functions.default or CPU),
     )
     with ExitStack() as stack:
         stack.enter_context(storages)
