@@ -74,7 +74,7 @@ FLAGS = {
         },
         "--device": {
             "metavar": "NAME",
-            "help": "cpu, cuda, cuda:1, mps (default: cuda if there is one)",
+            "help": "cpu, cuda, cuda:1, mps (default: cuda if there is one, else mps, else cpu)",
         },
     },
 }

@@ -25,6 +25,7 @@ from repae_lite.data.hdf5 import open_h5, read_bytes, reading
 from repae_lite.data.journal import ResumableH5, check_count, fingerprint
 from repae_lite.networks.latent_stats import LatentStats
 from repae_lite.networks.vae import AutoencoderKL
+from repae_lite.utils.devices import loading
 from repae_lite.utils.files import atomic_path
 from repae_lite.utils.locks import check_space, locked
 from repae_lite.utils.pixels import to_unit_range
@@ -284,7 +285,7 @@ def _encode_all(file: ResumableH5, batches: Iterator[Tensor], total: int, step: 
                     _check_finite(moments, at)
                     for i, one in enumerate(moments.numpy()):
                         added.add(latent_name(at + i), _npy(one))
-                    mean, std = moments.double().chunk(2, dim=1)
+                    mean, std = moments.to(torch.float64).chunk(2, dim=1)
                     sums["mean"] = sums["mean"] + mean.sum((0, 2, 3)).numpy()
                     sums["square"] = sums["square"] + (mean.square() + std.square()).sum((0, 2, 3)).numpy()
                     count += mean[:, 0].numel()
@@ -315,7 +316,7 @@ def _moments(
         dataset,
         batch_sampler=batches[process_rank() :: processes],
         num_workers=workers,
-        pin_memory=device.type == "cuda",
+        **loading(device, workers),
     )
     with closing(read_batches(loader)) as mine:
         for first in range(0, len(batches), processes):

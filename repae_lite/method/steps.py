@@ -38,6 +38,7 @@ from repae_lite.method.losses import (
 from repae_lite.networks.layers import full_precision, run
 from repae_lite.networks.sit import SiT, check_label_count, check_times
 from repae_lite.networks.vae import AutoencoderKL
+from repae_lite.utils.devices import fused_optimizer
 
 GRAD_NORMS = {"vae": "grad_norm_vae", "discriminator": "grad_norm_disc", "sit": "grad_norm_sit"}
 
@@ -233,7 +234,12 @@ def make_optimizer(
             "unfreeze it"
         )
     return torch.optim.AdamW(
-        trainable, lr=lr, betas=betas, weight_decay=weight_decay, eps=1e-8, fused=trainable[0].is_cuda or None
+        trainable,
+        lr=lr,
+        betas=betas,
+        weight_decay=weight_decay,
+        eps=1e-8,
+        fused=fused_optimizer(trainable[0].device),
     )
 
 

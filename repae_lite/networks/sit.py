@@ -129,12 +129,13 @@ SIT_PRESETS = {
 
 def sincos_position_embedding(width: int, grid_size: int) -> Tensor:
     """2-D sine-cosine embedding (1, grid_size^2, width): half the channels for columns, half for rows."""
-    omega = 1.0 / 10000 ** (torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    angles = torch.arange(grid_size, dtype=torch.float64)[:, None] * omega  # (grid, width/4)
+    omega = 1.0 / 10000 ** (torch.arange(width // 4, dtype=torch.float64, device="cpu") / (width // 4))
+    angles = torch.arange(grid_size, dtype=torch.float64, device="cpu")[:, None] * omega  # (grid, width/4)
     axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # (grid, width/2)
     columns = axis[None].expand(grid_size, -1, -1)
     rows = axis[:, None].expand(-1, grid_size, -1)
-    return torch.cat([columns, rows], dim=2).reshape(1, grid_size**2, width).float()
+    table = torch.cat([columns, rows], dim=2).reshape(1, grid_size**2, width)
+    return table.float().to(torch.get_default_device())  # which may have no float64
 
 
 class PatchEmbed(nn.Module):

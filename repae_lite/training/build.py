@@ -28,6 +28,7 @@ from repae_lite.networks.sit import SIT_PRESETS, SiT
 from repae_lite.networks.vae import VAE_PRESETS, AutoencoderKL
 from repae_lite.training.config import NONE, OFFICIAL_LOSS, TrainConfig
 from repae_lite.training.loss_config import is_built_in, read_loss_config
+from repae_lite.utils.devices import fused_optimizer
 from repae_lite.utils.files import data_small_dir
 from repae_lite.utils.pixels import to_unit_range
 from repae_lite.utils.processes import process_rank
@@ -269,7 +270,7 @@ def new_optimizer(config: TrainConfig, module: nn.Module, rate: float) -> torch.
     if kind in ADAM:
         options |= {"betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_epsilon}
     if kind in (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD):
-        options["fused"] = parameters[0].is_cuda or None
+        options["fused"] = fused_optimizer(parameters[0].device)
     return kind(parameters, **options)
 
 

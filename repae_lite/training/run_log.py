@@ -29,6 +29,7 @@ from tqdm import tqdm
 from repae_lite import __version__
 from repae_lite.training.config import TrainConfig, values
 from repae_lite.training.run_folder import RunFolder
+from repae_lite.utils import devices
 from repae_lite.utils.files import atomic_path, write_text
 from repae_lite.utils.progress import QUIET
 
@@ -216,8 +217,9 @@ def _tracker_options(config: TrainConfig, folder: str, main: bool) -> dict:
 
 def peak_memory(device: torch.device) -> float:
     """The most so far, in GiB: of the GPU, or of this process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
+    on_gpu = devices.peak_memory(device)
+    if on_gpu is not None:
+        return on_gpu / 2**30
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**30 if sys.platform == "darwin" else 2**20)
 
@@ -229,9 +231,9 @@ def hardware(accelerator: Accelerator) -> dict:
         "cpu_cores": os.cpu_count(),
         "device": str(accelerator.device),
     }
-    if accelerator.device.type == "cuda":
-        properties = torch.cuda.get_device_properties(accelerator.device)
-        found |= {"gpu": properties.name, "gpu_memory_gib": round(properties.total_memory / 2**30, 1)}
+    gpu = devices.gpu_properties(accelerator.device)
+    if gpu:
+        found |= {"gpu": gpu[0], "gpu_memory_gib": round(gpu[1] / 2**30, 1)}
     return found | {"processes": accelerator.num_processes, "torch_threads": torch.get_num_threads()}
 
 

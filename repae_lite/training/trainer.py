@@ -43,6 +43,7 @@ from repae_lite.training.run_folder import (
     read_checkpoint,
 )
 from repae_lite.training.run_log import RunLog, check_tracker, save_grid
+from repae_lite.utils.devices import check_device, choose_precision, loading, try_compile
 from repae_lite.utils.files import write_text
 from repae_lite.utils.locks import locked
 from repae_lite.utils.pixels import to_uint8, to_unit_range
@@ -126,6 +127,7 @@ class Trainer:
     def __init__(self, config: TrainConfig, accelerator: Accelerator, folder: RunFolder):
         self.config, self.accelerator, self.folder = config, accelerator, folder
         self.device, self.main = accelerator.device, accelerator.is_main_process
+        check_device(self.device, asked=config.cpu)
         self.data = open_data(config)
         self.share = share_of(config.images_per_step, accelerator.process_index, accelerator.num_processes)
         cuts = config.gradient_accumulation_steps * config.micro_batches
@@ -141,7 +143,7 @@ class Trainer:
         self.state, self.encoders, self.rates = setup.state, setup.encoders, setup.rates
         self.networks = setup.networks()
         self.frozen_vae = vae_fingerprint(self.state.vae) if config.command == "ldm" else None
-        self.precision = _precision(config.mixed_precision, self.device)
+        self.precision = choose_precision(config.mixed_precision, self.device)
         config.check_precision(self.precision)
         self.mechanics = self.state.mechanics = ParallelMechanics(
             self.device,
@@ -237,15 +239,14 @@ class Trainer:
 
     def _loader(self) -> DataLoader:
         """This process's batches, from the state's step on."""
-        workers, cuda = self.config.num_workers, self.device.type == "cuda"
+        workers = self.config.num_workers
         return DataLoader(
             self.data,
             batch_sampler=self._batches(range(self.state.step, self.last_step)),
             num_workers=workers,
-            pin_memory=cuda,
             generator=torch.Generator(),  # its own: the workers' seeds would come from torch's
-            multiprocessing_context="spawn" if workers and cuda else None,
             worker_init_fn=_ignore_stop_signals,
+            **loading(self.device, workers),
         )
 
     def _step(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -494,30 +495,11 @@ def _ignore_stop_signals(_: int) -> None:
             signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
-def _precision(wanted: str, device: torch.device) -> str:
-    """The precision that "auto" means on a device.
-
-    Raises:
-        ValueError: the device does not have the one that was asked for.
-    """
-    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    if wanted == "auto":
-        return "bf16" if has_bf16 else "no"
-    if wanted == "bf16" and device.type == "cuda" and not has_bf16:
-        raise ValueError("this GPU has no bf16: take --mixed-precision fp16 or no")
-    return wanted
-
-
 def _compile(state, device: torch.device) -> None:
     """Compiles SiT's blocks and the VAE, or says why not."""
-    try:
-        probe = torch.compile(torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.GELU()).to(device))
-        probe(torch.randn(2, 4, device=device)).sum().backward()
-    except Exception as error:  # many kinds: no C++ compiler, no Triton, a new Python
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
-        logger.warning(
-            f"torch.compile does not work here ({type(error).__name__}: {reason}): training without it"
-        )
+    obstacle = try_compile(device)
+    if obstacle:
+        logger.warning(f"training goes on without --compile: {obstacle}")
         return
     for module in (state.vae.encoder, state.vae.decoder, *(state.sit.blocks if state.sit else ())):
         module.compile()
