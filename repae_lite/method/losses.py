@@ -7,6 +7,7 @@ Which loss may reach which network is not decided here but in `repae_lite.method
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +16,11 @@ from torch import Tensor, nn
 from repae_lite.method.interpolant import Interpolant, get_interpolant, interpolate, sample_time
 from repae_lite.networks.layers import full_precision
 from repae_lite.networks.sit import SiT
+from repae_lite.utils.downloads import torch_hub_file
 from repae_lite.utils.files import data_small_dir
-from repae_lite.utils.state_dicts import load_weights
+from repae_lite.utils.pickles import read_pickle
+from repae_lite.utils.state_dicts import fill_module, load_weights, plain_state
+from repae_lite.utils.weight_files import DamagedFile
 
 
 def velocity_loss(v_hat: Tensor, v: Tensor) -> Tensor:
@@ -247,6 +251,10 @@ class LPIPSLoss(nn.Module):
             which rescales them once more as if they were in [0, 1], so that LPIPS sees [-3, 1] (D1).
         pretrained_trunk: False leaves the VGG trunk at random weights, for offline tests; the distance then
             means nothing.
+
+    Raises:
+        ConnectionError, OSError: the trunk is not in torch's cache (TORCH_HOME) and cannot be downloaded.
+        DamagedFile: what is there is not whole.
     """
 
     def __init__(self, lpips_range: str = "corrected", pretrained_trunk: bool = True):
@@ -258,7 +266,13 @@ class LPIPSLoss(nn.Module):
         self.lpips_range = lpips_range
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=UserWarning, module="torchvision")
-            self.net = lpips.LPIPS(net="vgg", pnet_rand=not pretrained_trunk, verbose=False)
+            self.net = lpips.LPIPS(net="vgg", pretrained=False, pnet_rand=True, verbose=False)
+        weights = Path(lpips.__file__).parent / "weights" / "v0.1" / "vgg.pth"
+        linear = read_pickle(weights, remedy="install the lpips package again")
+        state = self.net.state_dict() | plain_state(linear, weights)
+        if pretrained_trunk:
+            state |= _vgg_trunk(self.net)
+        fill_module(self.net, state, weights)
         self.net.eval().requires_grad_(False)
 
     def train(self, mode: bool = True) -> "LPIPSLoss":
@@ -270,6 +284,27 @@ class LPIPSLoss(nn.Module):
         if self.lpips_range == "official":
             x, x_hat = 2 * x - 1, 2 * x_hat - 1
         return self.net(x, x_hat).flatten()
+
+
+_VGG = "https://download.pytorch.org/models/vgg16-397923af.pth"  # of torchvision, trained on ImageNet
+
+
+def _vgg_trunk(net: nn.Module) -> dict[str, Tensor]:
+    """The weights of LPIPS' trunk by its own names, from torch's cache (TORCH_HOME) or downloaded into it."""
+    path = torch_hub_file(
+        _VGG,
+        "the VGG-16 network of LPIPS",
+        "take --perceptual tiny, or a --loss-cfg-path with perceptual_weight: 0",
+    )
+    state = read_pickle(path, remedy=f"remove {path}, and it is downloaded again")
+    trunk = {}
+    for name in net.state_dict():
+        if name.startswith("net."):  # net.slice2.5.bias is features.5.bias
+            trunk[name] = state.get(f"features.{name.split('.', 2)[2]}")
+    missing = [name for name, tensor in trunk.items() if not isinstance(tensor, Tensor)]
+    if missing:
+        raise DamagedFile(f"{path} is not the VGG-16 network of LPIPS", f"remove {path}, and it is downloaded again")
+    return trunk
 
 
 class TinyPerceptualLoss(nn.Module):

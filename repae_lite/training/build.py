@@ -209,13 +209,7 @@ def _new_discriminator(config: TrainConfig, loss: VAELossConfig) -> PatchDiscrim
 def _perceptual(config: TrainConfig) -> nn.Module:
     if config.perceptual == "tiny":
         return TinyPerceptualLoss.pretrained()
-    try:
-        return LPIPSLoss(config.lpips_range)
-    except OSError as error:
-        raise ConnectionError(
-            f"cannot download the VGG-16 network of LPIPS ({error}): connect once, take --perceptual tiny, "
-            "or a --loss-cfg-path with perceptual_weight: 0"
-        ) from None
+    return LPIPSLoss(config.lpips_range)
 
 
 # ---------------------------------------------------------------- optimisers
