@@ -53,8 +53,8 @@ def network_inside(state: dict[str, Tensor], which: str, path: Path) -> dict[str
     ] or found  # its own weights before their average
     if len(plain) > 1:
         raise ValueError(
-            f"{path} holds several networks that could be meant ({', '.join(p + '*' for p in plain)}): save one "
-            "of them in a file of its own"
+            f"{path} holds several networks that could be meant ({', '.join(p + '*' for p in plain)}): save "
+            "one of them in a file of its own"
         )
     prefix, own, aside = plain[0], {}, {}
     others = _OTHERS | set().union(*(names for network, names in _OWN.items() if network != which))

@@ -268,8 +268,9 @@ class LPIPSLoss(nn.Module):
             warnings.filterwarnings("ignore", category=UserWarning, module="torchvision")
             self.net = lpips.LPIPS(net="vgg", pretrained=False, pnet_rand=True, verbose=False)
         weights = Path(lpips.__file__).parent / "weights" / "v0.1" / "vgg.pth"
-        linear = read_pickle(weights, remedy="install the lpips package again")
-        state = self.net.state_dict() | plain_state(linear, weights)
+        linear = plain_state(read_pickle(weights, remedy="install the lpips package again"), weights)
+        twice = {name.replace("lin", "lins.", 1): tensor for name, tensor in linear.items()}  # two names each
+        state = self.net.state_dict() | linear | twice
         if pretrained_trunk:
             state |= _vgg_trunk(self.net)
         fill_module(self.net, state, weights)
@@ -296,14 +297,15 @@ def _vgg_trunk(net: nn.Module) -> dict[str, Tensor]:
         "the VGG-16 network of LPIPS",
         "take --perceptual tiny, or a --loss-cfg-path with perceptual_weight: 0",
     )
-    state = read_pickle(path, remedy=f"remove {path}, and it is downloaded again")
+    remedy = f"remove {path}, and it is downloaded again"
+    state = read_pickle(path, remedy=remedy)
     trunk = {}
     for name in net.state_dict():
         if name.startswith("net."):  # net.slice2.5.bias is features.5.bias
             trunk[name] = state.get(f"features.{name.split('.', 2)[2]}")
     missing = [name for name, tensor in trunk.items() if not isinstance(tensor, Tensor)]
     if missing:
-        raise DamagedFile(f"{path} is not the VGG-16 network of LPIPS", f"remove {path}, and it is downloaded again")
+        raise DamagedFile(f"{path} is not the VGG-16 network of LPIPS", remedy)
     return trunk
 
 

@@ -24,7 +24,7 @@ from repae_lite.utils.downloads import failed, trouble
 from repae_lite.utils.files import data_small_dir
 from repae_lite.utils.pickles import read_pickle
 from repae_lite.utils.pixels import CLASS_NAMES, to_unit_range
-from repae_lite.utils.state_dicts import fill_module, load_weights, plain_state, read_weights
+from repae_lite.utils.state_dicts import fill_module, load_weights, read_weights
 from repae_lite.utils.weight_files import DamagedFile, first_line, is_safetensors
 
 ENCODER_NAMES = ("tiny", *ENCODERS)
@@ -349,7 +349,7 @@ def _why_not_loaded(error: Exception, name: str, spec: EncoderSpec) -> OSError |
         for path in _cached(source, hub):
             remedy = f"remove {path.resolve()}, and it is downloaded again"
             try:
-                read_weights(path, remedy=remedy) if is_safetensors(path) else read_pickle(path, remedy=remedy)
+                (read_weights if is_safetensors(path) else read_pickle)(path, remedy=remedy)
             except DamagedFile as damaged:
                 return damaged
         if not fetching:
@@ -359,9 +359,8 @@ def _why_not_loaded(error: Exception, name: str, spec: EncoderSpec) -> OSError |
                 f"weights=FILE ({first_line(error)})"
             )
         found = failed(error, source)
-    return found.becomes(
-        f"cannot download {name} ({spec.timm_name} of timm; {found.reason}): {found.remedy}, or pass weights=FILE"
-    )
+    what = f"{name} ({spec.timm_name} of timm; {found.reason})"
+    return found.becomes(f"cannot download {what}: {found.remedy}, or pass weights=FILE")
 
 
 def _came_through(error: Exception, modules: tuple[str, ...]) -> bool:
@@ -400,15 +399,14 @@ def _fill(vit: nn.Module, path: Path) -> None:
         state = module.checkpoint_filter_fn(from_moco(state), vit)
     except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{path} holds no weights of {type(vit).__name__} that timm can convert ({first_line(error)}): give "
-            "another file"
+            f"{path} holds no weights of {type(vit).__name__} that timm can convert ({first_line(error)}): "
+            "give another file"
         ) from None
-    state = plain_state(state, path)
     own = vit.state_dict()
     state = {
         key: value
         for key, value in state.items()
-        if key in own or key.split(".")[0] not in ("head", "head_dist")
+        if key in own or str(key).split(".")[0] not in ("head", "head_dist")
     }
     fill_module(vit, state, path)
 

@@ -222,7 +222,7 @@ def check_fits(module: nn.Module, state: dict[str, Tensor], source: str | Path) 
     """
     own = module.state_dict()
     wrong = []
-    for name in sorted(own.keys() | state.keys()):
+    for name in sorted(own.keys() | state.keys(), key=str):
         mine, given = (_shape(tensors[name]) if name in tensors else None for tensors in (own, state))
         if mine is None or given is None or mine != given:
             wrong.append(f"{name} {given or 'missing'} instead of {mine or 'nothing'}")

@@ -615,8 +615,8 @@ def test_without_a_network_one_sentence_says_what_to_do(small, monkeypatch, tmp_
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     message = (
-        r"^cannot download dinov2-vit-b \(vit_base_patch14_dinov2.lvd142m of timm; \w+\): connect once, or "
-        r"pass weights=FILE$"
+        r"^cannot download dinov2-vit-b \(vit_base_patch14_dinov2.lvd142m of timm; the Hub cannot be reached "
+        r"\(offline\)\): connect and unset HF_HUB_OFFLINE, or pass weights=FILE$"
     )
     with pytest.raises(ConnectionError, match=message):
         small("dinov2-vit-b", 64, weights="pretrained")
