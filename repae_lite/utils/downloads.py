@@ -5,7 +5,6 @@ causes; of anything else the library's own words are passed on.
 """
 
 import errno
-import hashlib
 import http.client
 import re
 import socket
@@ -201,14 +200,8 @@ def torch_hub_file(url: str, what: str, remedy: str) -> Path:
     return path
 
 
-def has_its_hash(path: Path) -> bool:
-    """Whether a file of torch's cache has the SHA-256 that its name begins; True if the name has none."""
-    begins = _begins(path)
-    with open(path, "rb") as file:
-        return begins is None or hashlib.file_digest(file, "sha256").hexdigest().startswith(begins)
-
-
 def _begins(path: Path) -> str | None:
+    """How the SHA-256 of a file of torch's cache begins, if its name says it."""
     found = re.search(r"-([a-f0-9]{8,})\.", path.name)
     return found and found[1]
 

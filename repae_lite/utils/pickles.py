@@ -12,6 +12,7 @@ import pickletools
 import re
 import warnings
 import zipfile
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from pathlib import Path
 
 import torch
@@ -167,7 +168,7 @@ _PLAIN = re.compile(  # what files of torch.save are made of
 _BYSTANDERS = re.compile(  # what lies beside the weights in checkpoints of training frameworks
     r"(pytorch_lightning|lightning|lightning_fabric|lightning_utilities|omegaconf|ml_collections|easydict|numpy)"
     r"\.[\w.]+|pathlib\.\w*Path|datetime\.\w+|typing\.Any|collections\.(defaultdict|deque)|"
-    r"copy_?reg\._reconstructor|(builtins|__builtin__)\.(dict|list|tuple|int|float|str|bool|bytes|object|slice)"
+    r"copy_?reg\._reconstructor|(builtins|__builtin__)\.(dict|list|tuple|int|long|float|str|unicode|bool|bytes|object)"
 )
 
 
@@ -193,9 +194,8 @@ class _Bystander(dict):
 
 
 def _bystander(name: str) -> type[_Bystander]:
-    module, _, cls = (
-        name.replace("__builtin__.", "builtins.").replace("copy_reg.", "copyreg.").rpartition(".")
-    )
+    module, _, cls = name.rpartition(".")
+    module, cls = NAME_MAPPING.get((module, cls), (IMPORT_MAPPING.get(module, module), cls))  # of Python 2
     return type(cls, (_Bystander,), {"__module__": module})
 
 
