@@ -4,7 +4,6 @@ REPA-E sections 3.1 and 3.3 (eq. 1 to 4); taught in `notebooks/01_vae.ipynb` and
 Which loss may reach which network is not decided here but in `repae_lite.method.steps`.
 """
 
-import hashlib
 import math
 import warnings
 from collections.abc import Sequence
@@ -18,8 +17,11 @@ from torch import Tensor, nn
 from repae_lite.method.interpolant import Interpolant, get_interpolant, interpolate, sample_time
 from repae_lite.networks.layers import full_precision
 from repae_lite.networks.sit import SiT, check_times
+from repae_lite.utils.downloads import torch_hub_file
 from repae_lite.utils.files import data_small_dir
-from repae_lite.utils.state_dicts import load_weights
+from repae_lite.utils.pickles import read_pickle
+from repae_lite.utils.state_dicts import fill_module, load_weights, plain_state
+from repae_lite.utils.weight_files import DamagedFile
 
 
 def velocity_loss(v_hat: Tensor, v: Tensor) -> Tensor:
@@ -287,27 +289,6 @@ def vae_regularization_loss(
     return terms
 
 
-def _check_trunk() -> None:
-    """Refuses a damaged VGG-16 in torch's cache, whose name holds the start of its hash.
-
-    Raises:
-        ValueError: see above.
-    """
-    from torchvision.models import VGG16_Weights  # as slow as lpips
-
-    name = VGG16_Weights.IMAGENET1K_V1.url.rpartition("/")[2]  # vgg16-397923af.pth
-    path = Path(torch.hub.get_dir()) / "checkpoints" / name
-    if not path.is_file():
-        return  # torch downloads it, and checks what has come
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if not digest.startswith(path.stem.rpartition("-")[2]):
-        raise ValueError(
-            f"the VGG-16 network of LPIPS in {path} is damaged or cut short: remove this file, and the next "
-            "start downloads it again"
-        )
-
-
 class LPIPSLoss(nn.Module):
     """LPIPS with a VGG-16 trunk (Zhang et al. 2018, arXiv 1801.03924), through the `lpips` package; frozen.
 
@@ -321,7 +302,9 @@ class LPIPSLoss(nn.Module):
         smallest: height and width, in pixels, that images must have: the trunk halves them four times.
 
     Raises:
-        ValueError: an unknown range, or a damaged trunk in torch's cache.
+        ValueError: an unknown range.
+        ConnectionError, OSError: the trunk is not in torch's cache (TORCH_HOME) and cannot be downloaded.
+        DamagedFile: what is there is not whole.
     """
 
     smallest = 16
@@ -332,12 +315,17 @@ class LPIPSLoss(nn.Module):
             raise ValueError(f"unknown lpips_range {lpips_range!r}: choose corrected or official")
         import lpips  # slow to import: only training with LPIPS pays for it
 
-        if pretrained_trunk:
-            _check_trunk()
         self.lpips_range = lpips_range
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=UserWarning, module="torchvision")
-            self.net = lpips.LPIPS(net="vgg", pnet_rand=not pretrained_trunk, verbose=False)
+            self.net = lpips.LPIPS(net="vgg", pretrained=False, pnet_rand=True, verbose=False)
+        weights = Path(lpips.__file__).parent / "weights" / "v0.1" / "vgg.pth"
+        linear = plain_state(read_pickle(weights, remedy="install the lpips package again"), weights)
+        twice = {name.replace("lin", "lins.", 1): tensor for name, tensor in linear.items()}  # two names each
+        state = self.net.state_dict() | linear | twice
+        if pretrained_trunk:
+            state |= _vgg_trunk(self.net)
+        fill_module(self.net, state, weights)
         self.net.eval().requires_grad_(False)
 
     def train(self, mode: bool = True) -> "LPIPSLoss":
@@ -354,6 +342,28 @@ class LPIPSLoss(nn.Module):
         if self.lpips_range == "official":
             x, x_hat = 2 * x - 1, 2 * x_hat - 1
         return self.net(x, x_hat).flatten()
+
+
+_VGG = "https://download.pytorch.org/models/vgg16-397923af.pth"  # of torchvision, trained on ImageNet
+
+
+def _vgg_trunk(net: nn.Module) -> dict[str, Tensor]:
+    """The weights of LPIPS' trunk by its own names, from torch's cache (TORCH_HOME) or downloaded into it."""
+    path = torch_hub_file(
+        _VGG,
+        "the VGG-16 network of LPIPS",
+        "take --perceptual tiny, or a --loss-cfg-path with perceptual_weight: 0",
+    )
+    remedy = f"remove {path}, and it is downloaded again"
+    state = read_pickle(path, remedy=remedy)
+    trunk = {}
+    for name in net.state_dict():
+        if name.startswith("net."):  # net.slice2.5.bias is features.5.bias
+            trunk[name] = state.get(f"features.{name.split('.', 2)[2]}")
+    missing = [name for name, tensor in trunk.items() if not isinstance(tensor, Tensor)]
+    if missing:
+        raise DamagedFile(f"{path} is not the VGG-16 network of LPIPS", remedy)
+    return trunk
 
 
 class TinyPerceptualLoss(nn.Module):

@@ -7,9 +7,7 @@ Every check that can be made before the first step is made here. Taught at small
 import logging
 import os
 from dataclasses import dataclass
-from http.client import HTTPException
 from pathlib import Path
-from urllib.error import URLError
 
 import torch
 from torch import nn
@@ -241,15 +239,7 @@ def _new_discriminator(config: TrainConfig) -> PatchDiscriminator:
 def _perceptual(config: TrainConfig) -> nn.Module:
     if config.perceptual == "tiny":
         return TinyPerceptualLoss.pretrained()
-    try:
-        return LPIPSLoss(config.lpips_range)
-    except (URLError, HTTPException, ConnectionError, TimeoutError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "invalid hash" not in str(error):  # torch's word for cut short
-            raise
-        raise ConnectionError(
-            f"cannot download the VGG-16 network of LPIPS ({error}): connect once, take --perceptual tiny, "
-            "or a --loss-cfg-path with perceptual_weight: 0"
-        ) from None
+    return LPIPSLoss(config.lpips_range)
 
 
 # ---------------------------------------------------------------- optimisers
