@@ -1,8 +1,8 @@
 """Which device this process computes on."""
 
-import os
-
 import torch
+
+from repae_lite.utils.processes import join, started_together
 
 
 def choose_device(name: str | None = None) -> str:
@@ -22,9 +22,7 @@ def choose_device(name: str | None = None) -> str:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"there is no device {name!r} ({reason}): give cpu, cuda or cuda:N") from None
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        from accelerate import PartialState
-
-        device = PartialState(cpu=name == "cpu").device
+    if started_together():
+        device = join(cpu=name == "cpu").device
         return str(device) if device.type != "cpu" else "cpu"
     return name
