@@ -76,7 +76,7 @@ def started_together() -> bool:
         value = os.environ.get(name, "")
         if not (value if name == "MASTER_ADDR" else value.isdecimal()):
             raise ValueError(
-                "the environment says that this is one of several processes (WORLD_SIZE or LOCAL_RANK is set), "
+                "this is one of several processes, as the environment says (WORLD_SIZE or LOCAL_RANK), "
                 f"but {name} is {repr(value) if value else 'not set'}: start with accelerate launch or "
                 f"torchrun, or unset {', '.join(LAUNCHER)}"
             )
