@@ -80,6 +80,12 @@ FLAGS = {
 }
 
 
+def saves_memory(args: argparse.Namespace, error: BaseException) -> str:
+    """What helps when memory runs out."""
+    size = args.pproc_batch_size
+    return f"give --pproc-batch-size {max(1, size // 2)}, or take a machine with more"
+
+
 def run(args: argparse.Namespace) -> None:
     """Writes NAME.h5."""
     from repae_lite.checkpoints.models import load_vae

@@ -35,6 +35,11 @@ from repae_lite.utils.progress import QUIET
 
 logger = logging.getLogger(__name__)
 SHOWN = ("sit_total", "sit_align", "vae_total", "reconstruction", "disc")  # losses on the bar
+LOGINS = {
+    "wandb": "log in with `wandb login`, or work without network by WANDB_MODE=offline",
+    "trackio": "log in with `hf auth login` if it writes to a Space, and check TRACKIO_DIR",
+    "tensorboard": "check that --logging-dir can be written",
+}
 
 
 def check_tracker(name: str) -> None:
@@ -45,10 +50,8 @@ def check_tracker(name: str) -> None:
     """
     if name == "none":
         return
-    if not any(
-        importlib.util.find_spec(module)
-        for module in ([name, "tensorboardX"] if name == "tensorboard" else [name])
-    ):
+    found = map(importlib.util.find_spec, [name, "tensorboardX"] if name == "tensorboard" else [name])
+    if not any(spec and spec.origin for spec in found):  # a folder named wandb, as it leaves, has no origin
         raise ValueError(
             f"--report-to {name} needs the package {name}: pip install {name}, or --report-to none"
         )
@@ -118,9 +121,15 @@ class RunLog:
             }
             # To tensorboard the project is the run's folder.
             project = config.exp_name if config.report_to == "tensorboard" else "repae_lite"
-            self.accelerator.init_trackers(
-                project, plain, _tracker_options(config, self.accelerator.logging_dir, self.main)
-            )
+            options = _tracker_options(config, self.accelerator.logging_dir, self.main)
+            try:
+                self.accelerator.init_trackers(project, plain, options)
+            except Exception as error:  # trackers raise kinds of their own: no login, no network, no disk
+                raise ConnectionError(
+                    f"--report-to {config.report_to} cannot start ({type(error).__name__}: "
+                    f"{' '.join(str(error).split())}): {LOGINS[config.report_to]}, or leave it out "
+                    "(metrics.jsonl is always written)"
+                ) from None
         self.start = time.perf_counter()
         if self.main:
             path = self.folder.path / "manifest.json"

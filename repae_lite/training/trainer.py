@@ -9,6 +9,7 @@ Taught in `notebooks/05_end_to_end.ipynb`: this is its loop, with a folder aroun
 import json
 import logging
 import math
+import os
 import shutil
 import signal
 import threading
@@ -19,7 +20,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, broadcast_object_list
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -47,7 +48,17 @@ from repae_lite.utils.devices import check_device, choose_precision, loading, tr
 from repae_lite.utils.files import write_text
 from repae_lite.utils.locks import locked
 from repae_lite.utils.pixels import to_uint8, to_unit_range
-from repae_lite.utils.processes import any_process, mean_over_processes, same_everywhere
+from repae_lite.utils.processes import (
+    WAITING,
+    any_process,
+    check_settings,
+    join,
+    mean_over_processes,
+    refuse_together,
+    same_everywhere,
+    settings,
+    started_together,
+)
 from repae_lite.utils.seeding import generator
 
 ROLLBACKS = 3
@@ -65,17 +76,9 @@ def train(config: TrainConfig) -> None:
         SystemExit: 143 or 130 after a signal, 3 when the collapse guard halted the run.
     """
     check_tracker(config.report_to)
-    accelerator = Accelerator(
-        mixed_precision="no",
-        cpu=config.cpu,
-        log_with=None if config.report_to == "none" else config.report_to,
-        project_config=ProjectConfiguration(
-            project_dir=config.output_dir, logging_dir=str(Path(config.output_dir) / config.logging_dir)
-        ),
-    )
+    accelerator = _accelerator(config)
     with ExitStack() as stack:
-        folder = RunFolder(config.folder)
-        refusal = None
+        folder, refusal = RunFolder(config.folder), None
         if accelerator.is_main_process:
             try:
                 stack.callback(_remove_if_unused, folder.path)
@@ -84,19 +87,39 @@ def train(config: TrainConfig) -> None:
                 folder.remove_leftovers()
             except (ValueError, OSError) as error:
                 refusal = error
-        # The first process says why, and none waits for it.
-        if broadcast_object_list([refusal is not None])[0]:
-            raise refusal or SystemExit(2)
+        refuse_together(refusal)
         source = find_checkpoint(config.resume_from, folder) if config.resume_from else None
-        try:
-            Trainer(config, accelerator, folder).run(source)
-        except RuntimeError as error:  # raised wherever the training process happens to be
-            if "DataLoader worker" not in str(error):
-                raise
-            raise OSError(
-                "a loader process died, perhaps for lack of memory: go on with --resume latest, with fewer "
-                "--num-workers if need be"
-            ) from None
+        Trainer(config, accelerator, folder).run(source)
+
+
+def _accelerator(config: TrainConfig) -> Accelerator:
+    """This process's device and the others, with the tracker.
+
+    Raises:
+        ValueError, ConnectionError: a launcher's or accelerate's settings, see `repae_lite.utils.processes`.
+    """
+    check_settings()
+    if started_together():
+        join(cpu=config.cpu)
+    try:
+        accelerator = Accelerator(
+            mixed_precision="no",
+            cpu=config.cpu,
+            log_with=None if config.report_to == "none" else config.report_to,
+            project_config=ProjectConfiguration(
+                project_dir=config.output_dir, logging_dir=str(Path(config.output_dir) / config.logging_dir)
+            ),
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=WAITING)],  # of a group that MPI started
+        )
+    except (ValueError, KeyError, ImportError, NotImplementedError) as error:
+        raise ValueError(f"accelerate cannot start ({error}): look at its settings ({settings()})") from None
+    own = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if accelerator.is_main_process and own not in ("", "no", config.mixed_precision):
+        logger.warning(
+            f"accelerate's mixed precision, {own}, is not used: what counts is --mixed-precision "
+            f"{config.mixed_precision}"
+        )
+    return accelerator
 
 
 def _remove_if_unused(path: Path) -> None:

@@ -28,6 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from repae_lite.utils.processes import join, started_together
+
 # Their CUDA 12.6 builds have code for Maxwell to Hopper; torch 2.15 has no such build.
 OLD_CARDS = 'pip install --force-reinstall "torch<2.15" torchvision --index-url https://download.pytorch.org/whl/cu126'
 CHOOSE = "choose a build at https://pytorch.org/get-started/locally/"
@@ -63,10 +65,8 @@ def choose_device(name: str | None = None) -> str:
             unusable or f"there is no device {name!r} ({_words(error)}): give cpu, cuda or cuda:N"
         ) from None
     check_device(name, asked=asked)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        from accelerate import PartialState
-
-        device = PartialState(cpu=name == "cpu").device
+    if started_together():
+        device = join(cpu=name == "cpu").device
         return str(device) if device.type != "cpu" else "cpu"
     return name
 
