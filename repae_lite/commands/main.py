@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from importlib import import_module
 
 from repae_lite import __version__
+from repae_lite.utils.output import patient_output
 
 COMMANDS = (  # "cache-latents" is cache_latents.py
     "check",
@@ -52,6 +53,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@patient_output()
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; user mistakes become one sentence on stderr and exit code 2."""
     args = make_parser().parse_args(argv)

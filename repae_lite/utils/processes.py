@@ -1,6 +1,8 @@
 """Am I one of several processes, and what do the others have: the collectives that this project needs."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -69,3 +71,25 @@ def same_everywhere(*modules: nn.Module | None) -> None:
     for module in filter(None, modules):
         for tensor in module.state_dict().values():
             from_first_process(tensor)
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Inside, an error in one process ends all of them, and none waits for it; also a decorator.
+
+    All processes must enter. It ends as a barrier does: when the last one is through.
+
+    Raises:
+        SystemExit: 2, where another process, the first that failed, says why.
+    """
+    failure = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    failed = [failure is not None]
+    if process_count() > 1:
+        failed = [False] * process_count()
+        dist.all_gather_object(failed, failure is not None)
+    if any(failed):
+        raise failure if failure and failed.index(True) == process_rank() else SystemExit(2)
