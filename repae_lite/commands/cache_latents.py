@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> None:
     from repae_lite.networks.vae import VAE_PRESETS
     from repae_lite.utils.devices import choose_device
     from repae_lite.utils.files import check_name
-    from repae_lite.utils.processes import local_process_count, process_rank, refuse_together
+    from repae_lite.utils.processes import local_process_count, process_rank, together
 
     name, workers = args.vae_latents_name, args.num_workers
     check_name(name, "--vae-latents-name")
@@ -110,15 +110,12 @@ def run(args: argparse.Namespace) -> None:
     if workers is None:
         workers = 0 if device == "cpu" else min(8, (os.cpu_count() or 1) // local_process_count())
     config = VAE_PRESETS[args.vae_arch] if args.vae_arch else None
-    refusal, data = None, Path(args.data_dir)
+    data = Path(args.data_dir)
     path = Path(args.output_dir or (data if data.is_dir() else data.parent)) / f"{name}.h5"
-    try:
+    with together():
         vae = load_vae(args.vae_ckpt_path, config=config, step=args.train_steps)
         dataset = open_dataset(data, args.resolution)
         check_output(path, dataset, args.overwrite)
-    except (ValueError, OSError) as error:
-        refusal = error
-    refuse_together(refusal)
     first = process_rank() == 0
     if args.dry_run:
         if first:

@@ -21,6 +21,7 @@ from typing import NoReturn
 
 from repae_lite import __version__
 from repae_lite.utils.errors import BUG, interrupted, sentence
+from repae_lite.utils.output import patient_output
 
 COMMANDS = (  # "cache-latents" is cache_latents.py
     "check",
@@ -65,6 +66,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@patient_output()
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code.
 

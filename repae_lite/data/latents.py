@@ -29,7 +29,7 @@ from repae_lite.utils.devices import loading
 from repae_lite.utils.files import atomic_path
 from repae_lite.utils.locks import check_space, locked
 from repae_lite.utils.pixels import to_unit_range
-from repae_lite.utils.processes import from_first_process, process_count, process_rank, refuse_together
+from repae_lite.utils.processes import from_first_process, process_count, process_rank, together
 from repae_lite.utils.progress import progress_bar
 
 STEP = 1000  # images that a killed run has to do again, about
@@ -175,19 +175,14 @@ def cache_latents(
         )
     vae, device = vae.to(device).eval(), torch.device(device)
     with ExitStack() as stack:
-        file = refusal = None
-        try:
+        file = None
+        with together():
             if process_rank() == 0:
                 check_output(path, dataset, overwrite)
             # Refuses images that do not fit.
             first = vae.encode(to_unit_range(dataset[0][0][None]).to(device)).mean
             if process_rank() == 0:
                 file, entries, about = _start(stack, vae, dataset, path, first.numel(), overwrite)
-        except (ValueError, OSError) as error:
-            refusal = error
-        refuse_together(refusal)
-        if refusal is not None:
-            raise refusal
         done = torch.tensor([file.state["done"] if file else 0], device=device)
         batches = _moments(
             vae,

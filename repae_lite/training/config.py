@@ -398,7 +398,8 @@ class TrainConfig:
     )
     keep_last: int | None = _option(
         None,
-        "remove checkpoints but the last N and the milestones (default: keep all)",
+        "remove checkpoints but the last N and the milestones (default: keep all, but for one that only a "
+        "signal caused: it goes once a later one is whole)",
         "checkpoint",
         within=POSITIVE,
         free=True,
@@ -420,7 +421,7 @@ class TrainConfig:
     )
     resume: str | None = _option(
         None,
-        "latest (starts from nothing if there is no checkpoint), a step, or the path of another run's "
+        "latest (starts from nothing if the run has saved none), a step, or the path of another run's "
         "checkpoint",
         "checkpoint",
         free=True,

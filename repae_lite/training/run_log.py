@@ -13,7 +13,7 @@ import resource
 import subprocess
 import sys
 import time
-from contextlib import nullcontext, suppress
+from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -30,7 +30,8 @@ from repae_lite import __version__
 from repae_lite.training.config import TrainConfig, values
 from repae_lite.training.run_folder import RunFolder
 from repae_lite.utils import devices
-from repae_lite.utils.files import atomic_path, write_text
+from repae_lite.utils.files import atomic_path, set_aside, write_text
+from repae_lite.utils.processes import together
 from repae_lite.utils.progress import QUIET
 
 logger = logging.getLogger(__name__)
@@ -112,10 +113,12 @@ class RunLog:
         }
         self.sessions: list[dict] = []
         self.last_line = 0.0
+        self.tracking = config.report_to != "none"
 
+    @together()
     def __enter__(self) -> "RunLog":
         config, batch = self.config, self.manifest["batch"]
-        if config.report_to != "none":
+        if self.tracking:
             plain = {
                 k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in values(config).items()
             }
@@ -132,9 +135,10 @@ class RunLog:
                 ) from None
         self.start = time.perf_counter()
         if self.main:
-            path = self.folder.path / "manifest.json"
-            if path.is_file():
-                self.sessions = json.loads(path.read_text(encoding="utf-8")).get("sessions", [])
+            try:
+                self.sessions = self.folder.sessions()
+            except (ValueError, OSError):
+                set_aside(self.folder.path / "manifest.json", "tells of no run")
             self._write_manifest()
             accumulated = f" × {config.gradient_accumulation_steps} accumulated" * (
                 config.gradient_accumulation_steps > 1
@@ -165,8 +169,7 @@ class RunLog:
         self.passed(step)
         if self.main:
             self.folder.log({"step": step, **record})
-        if self.config.report_to != "none":
-            self.accelerator.log(record, step=step)
+        self._track(self.accelerator.log, record, step=step)
         shown = {name: f"{record[name]:.3f}" for name in SHOWN if name in record}
         self.bar.set_postfix(shown, refresh=False)
         now = time.perf_counter()
@@ -189,28 +192,44 @@ class RunLog:
         self.bar.close()
         if self.main:
             self.ended = self.ended or (f"{kind.__name__}: {error}" if kind else "finished")
-            # A full disk has been told already, and better.
-            with suppress(OSError) if kind else nullcontext():
-                self._write_manifest()
+            self._write_manifest(quiet=kind is not None)  # a full disk has been told already, and better
             if kind is None:
                 memory = f"{self.session['peak_memory_gib']:.2f} GiB"
                 logger.info(f"{self.folder.path}: {self.ended} at step {self.step}, peak memory {memory}")
-        if self.config.report_to != "none":
-            self.accelerator.end_training()
+        self._track(self.accelerator.end_training)
+
+    def _track(self, call: Callable, *args, **kwargs) -> None:
+        """Tells the tracker; one that fails is left alone from then on."""
+        if not self.tracking:
+            return
+        try:
+            call(*args, **kwargs)
+        except Exception as error:  # of its own kinds
+            self.tracking, kind = False, type(error).__name__
+            logger.warning(
+                f"{self.config.report_to} failed ({kind}: {error}): training goes on without it; "
+                "metrics.jsonl has everything"
+            )
 
     def _speed(self) -> float:
         return max(0, self.step - self.session["from_step"]) / (time.perf_counter() - self.start)
 
-    def _write_manifest(self) -> None:
+    def _write_manifest(self, *, quiet: bool = False) -> None:
         self.session |= {
             "to_step": self.step,
             "seconds": round(time.perf_counter() - self.start, 1),
             "steps_per_second": round(self._speed(), 4),
             "peak_memory_gib": round(peak_memory(self.accelerator.device), 3),
+            "checkpoint": max(self.folder.checkpoints(), default=None),
             "ended": self.ended,
         }
         content = self.manifest | {"sessions": [*self.sessions, self.session]}
-        write_text(self.folder.path / "manifest.json", json.dumps(content, indent=2) + "\n")
+        path = self.folder.path / "manifest.json"
+        try:
+            write_text(path, json.dumps(content, indent=2) + "\n")
+        except OSError as error:
+            if not quiet:
+                logger.warning(f"{path} cannot be written ({error.strerror or error}): training goes on")
 
 
 def _tracker_options(config: TrainConfig, folder: str, main: bool) -> dict:

@@ -6,6 +6,8 @@ where they meet; accelerate decides on devices and the backend.
 
 import hashlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -161,23 +163,6 @@ def leave(*, together: bool) -> None:
         dist.destroy_process_group()
 
 
-def refuse_together(error: Exception | None) -> None:
-    """Ends all processes if the first has an error; every process calls this.
-
-    Args:
-        error: the first process's, or None; others' are not looked at.
-
-    Raises:
-        Exception: the error, in the first process.
-        SystemExit: 2, in the others, which have nothing to add.
-    """
-    failed = [error is not None]
-    if process_count() > 1:
-        dist.broadcast_object_list(failed, 0)
-    if failed[0]:
-        raise error if process_rank() == 0 else SystemExit(2)
-
-
 def first_to_say(sentence: str) -> bool:
     """Whether no other process has said this before; where that cannot be asked, this one says it."""
     try:
@@ -257,3 +242,25 @@ def same_everywhere(*modules: nn.Module | None) -> None:
     for module in filter(None, modules):
         for tensor in module.state_dict().values():
             from_first_process(tensor)
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Inside, an error in one process ends all of them, and none waits for it; also a decorator.
+
+    All processes must enter. It ends as a barrier does: when the last one is through.
+
+    Raises:
+        SystemExit: 2, where another process, the first that failed, says why.
+    """
+    failure = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    failed = [failure is not None]
+    if process_count() > 1:
+        failed = [False] * process_count()
+        dist.all_gather_object(failed, failure is not None)
+    if any(failed):
+        raise failure if failure and failed.index(True) == process_rank() else SystemExit(2)

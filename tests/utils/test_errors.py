@@ -255,8 +255,8 @@ CACHE = "cache-latents --vae-ckpt tiny --vae-latents-name x --device cpu --pproc
         (
             [*TRAIN, "--num-classes", "100"],
             "repae_lite.training.build._new_sit",
-            "the networks and their optimisers alone do not fit, so take a smaller --model or --vae, or fewer "
-            "than --num-classes 100",
+            "the networks and their optimisers alone do not fit, so take a smaller --model or --vae, or "
+            "fewer than --num-classes 100",
         ),
         (
             CACHE,

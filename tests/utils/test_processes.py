@@ -11,8 +11,8 @@ from repae_lite.utils.processes import (
     REFUSED,
     check_settings,
     join,
-    refuse_together,
     started_together,
+    together,
 )
 
 TOGETHER = {
@@ -46,9 +46,8 @@ def test_a_process_alone_is_alone(monkeypatch):
     for name in LAUNCHER:
         monkeypatch.delenv(name, raising=False)
     assert not started_together()
-    refuse_together(None)
-    with pytest.raises(OSError, match="full"):
-        refuse_together(OSError("full"))
+    with pytest.raises(OSError, match="full"), together():
+        raise OSError("full")
 
 
 @pytest.mark.parametrize("name", LAUNCHER)
