@@ -234,6 +234,7 @@ TRAIN = ["train-repae", "--vae", "tiny", "--cpu", "--batch-size", "4"]
 
 
 STEP = "repae_lite.training.trainer.Trainer._step"
+CACHED = "repae_lite.data.latents.vae_fingerprint"
 CACHE = "cache-latents --vae-ckpt tiny --vae-latents-name x --device cpu --pproc-batch-size 64".split()
 
 
