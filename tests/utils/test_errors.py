@@ -234,7 +234,6 @@ TRAIN = ["train-repae", "--vae", "tiny", "--cpu", "--batch-size", "4"]
 
 
 STEP = "repae_lite.training.trainer.Trainer._step"
-CACHED = "repae_lite.data.latents.vae_fingerprint"
 CACHE = "cache-latents --vae-ckpt tiny --vae-latents-name x --device cpu --pproc-batch-size 64".split()
 
 
@@ -256,8 +255,8 @@ CACHE = "cache-latents --vae-ckpt tiny --vae-latents-name x --device cpu --pproc
         (
             [*TRAIN, "--num-classes", "100"],
             "repae_lite.training.build._new_sit",
-            "the networks and their optimisers alone do not fit, so take a smaller --model or --vae, or fewer "
-            "than --num-classes 100",
+            "the networks and their optimisers alone do not fit, so take a smaller --model or --vae, or "
+            "fewer than --num-classes 100",
         ),
         (
             CACHE,
