@@ -49,6 +49,7 @@ OPTIMIZERS = {"sit": "opt", "vae": "opt_vae", "discriminator": "opt_disc"}  # ou
 # discriminator, then the perceptual network (LPIPS on VGG-16), which is frozen too.
 FROZEN = {"discriminator": (1, 26 + 5)}  # parameters before and after those that train
 EVIDENCE = "evidence"  # what a rollback discards, below divergence/
+FULL = (errno.ENOSPC, errno.EDQUOT)
 INTERIM = "interim.txt"
 INTERIM_TEXT = "A signal caused this checkpoint: it goes once a later one is whole. Unmarked, it stays.\n"
 MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer", "max_exp_avg_sq")  # states shaped as their parameter
@@ -158,10 +159,9 @@ class RunFolder:
             self.remove_leftovers()
             last = max(self.checkpoints(), default=None)
             kept = "there is no earlier one" if last is None else f"the one of step {last} is whole"
-            remedy = "once files can be written there again"
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                needed = checkpoint_bytes(networks, optimizers, kind) / 1e9
-                kept, remedy = f"it needs about {needed:.2g} GB; {kept}", "make room, then"
+            remedy = _remedy(error)
+            if error.errno in FULL:
+                kept = f"it needs about {checkpoint_bytes(networks, optimizers, kind) / 1e9:.2g} GB; {kept}"
             raise OSError(
                 f"cannot write the checkpoint of step {step} in {self.checkpoints_path} "
                 f"({error.strerror or error}): {kept}; {remedy} go on with --resume latest"
@@ -262,15 +262,27 @@ class RunFolder:
 
     def log(self, record: dict) -> None:
         """Appends a line to metrics.jsonl; floats come back to the bit, those that are not finite as null."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        with open(self.metrics_path, "a", encoding="utf-8") as file:
-            file.write(_line(record))
+        with self._history():
+            self.path.mkdir(parents=True, exist_ok=True)
+            with open(self.metrics_path, "a", encoding="utf-8") as file:
+                file.write(_line(record))
 
     def sync_metrics(self) -> None:
         """Puts metrics.jsonl on the disk, before a checkpoint that relies on it."""
         if self.metrics_path.exists():
-            with open(self.metrics_path, "rb+") as file:
-                os.fsync(file.fileno())
+            with self._history():
+                sync(self.metrics_path)
+
+    @contextmanager
+    def _history(self) -> Iterator[None]:
+        """Inside, what keeps metrics.jsonl from being written is said in a sentence."""
+        try:
+            yield
+        except OSError as error:
+            raise OSError(
+                f"cannot write {self.metrics_path} ({error.strerror or error}): {_remedy(error)} go on with "
+                "--resume latest"
+            ) from None
 
     def cut_metrics(self, step: int) -> None:
         """Cuts off what comes after the last line up to a step: later lines, and a half-written one.
@@ -563,7 +575,7 @@ def _is_state(key: str, value: object) -> bool:
         plain = value.layout == torch.strided and not value.is_meta and not value.is_complex()
         return plain and (value.is_floating_point() if key in MOMENTS else bool(value.isfinite().all()))
     if key in MOMENTS:
-        return value is None  # SGD without momentum
+        return key == "momentum_buffer" and value is None  # SGD without momentum
     return isinstance(value, int | float) and math.isfinite(value)
 
 
@@ -576,6 +588,11 @@ def checkpoint_bytes(
         moments = 2 if "betas" in optimizer.defaults else 0
         tensors += [p for group in optimizer.param_groups for p in group["params"]] * moments
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors) * (1 + (kind == "both"))
+
+
+def _remedy(error: OSError) -> str:
+    """What to do before going on, as far as the system says why it refused."""
+    return "make room, then" if error.errno in FULL else "once files can be written there again"
 
 
 def _is_interim(path: Path) -> bool:

@@ -13,7 +13,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -134,9 +134,10 @@ def _claimed(path: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            if {*os.listdir(path)} == before | {"lock"}:
-                for place in made:
-                    place.rmdir() if place.is_dir() else place.unlink()
+            with suppress(OSError):  # what stays is an empty folder
+                if {*os.listdir(path)} == before | {"lock"}:
+                    for place in made:
+                        place.rmdir() if place.is_dir() else place.unlink()
 
 
 def _check_new(config: TrainConfig, folder: RunFolder) -> None:

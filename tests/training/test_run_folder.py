@@ -328,7 +328,7 @@ def test_a_damaged_file_of_a_run_is_not_to_be_got_again(folder):
     save(folder, 5)
     save(folder, 10)
     newest_one = folder.checkpoints()[10]
-    for name in ("resume.pt", "discriminator.safetensors"):
+    for name in ("discriminator.safetensors", "resume.pt"):
         (newest_one / name).write_bytes(b"half")
         with pytest.raises(
             ValueError, match=f"{name} is not a whole .*0000005 is whole: give --resume"
@@ -454,6 +454,19 @@ def test_an_odd_line_drops_nothing_after_it(folder, caplog, odd):
     folder.cut_metrics(2)
     assert folder.metrics_path.read_bytes() == b"\n".join([*lines[:3], b""])
     assert ("1 lines that are no measurements: they stay" in caplog.text) == (b"99" not in odd)
+
+
+def test_a_full_disk_is_said_of_the_metrics_too(folder, monkeypatch):
+    folder.log({"step": 1})
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.EDQUOT, "Quota exceeded")))
+    with pytest.raises(
+        OSError, match=r"cannot write .*metrics\.jsonl \(Quota exceeded\): make room, then go on"
+    ):
+        folder.sync_metrics()
+    folder.metrics_path.unlink()
+    folder.metrics_path.mkdir()
+    with pytest.raises(OSError, match=r"cannot write .*metrics\.jsonl \(Is a directory\): once files can be"):
+        folder.log({"step": 2})
 
 
 def test_rolling_back_keeps_what_it_takes_away(folder):
