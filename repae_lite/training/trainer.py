@@ -123,8 +123,6 @@ def _accelerator(config: TrainConfig) -> Accelerator:
     return accelerator
 
 
-
-
 @contextmanager
 def _claimed(path: Path) -> Iterator[None]:
     """Holds a run's folder; what was made for that goes again if nothing came of it, as after a refusal."""

@@ -641,7 +641,8 @@ def test_a_cached_file_that_is_not_whole_is_named(small, monkeypatch, tmp_path):
     path.write_bytes(b"\x10")
     monkeypatch.setattr(timm.models._hub, "hf_hub_download", lambda *_, **__: str(path))
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: str(path))
-    with pytest.raises(ValueError, match=r"model\.safetensors is not a whole .*: remove \S+, and it is downloaded"):
+    sentence = r"model\.safetensors is not a whole .*: remove \S+, and it is downloaded"
+    with pytest.raises(ValueError, match=sentence):
         small("dinov2-vit-b", 64, weights="pretrained")
 
 
