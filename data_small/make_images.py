@@ -871,6 +871,14 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def record_checksums(folder: Path, digests: dict[str, str]) -> None:
+    """Writes CHECKSUMS.sha256 with these digests by name; those of other files stay."""
+    path = folder / "CHECKSUMS.sha256"
+    lines = path.read_text().splitlines() if path.is_file() else []
+    known = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
+    write_text(path, "".join(f"{digest}  {name}\n" for name, digest in (known | digests).items()))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -881,30 +889,28 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="remake all pixels and compare; write nothing")
     args = parser.parse_args()
 
-    lines = []
+    digests = {}
     for split, count in SPLITS.items():
         images, labels, _, _ = make_split(split, count, progress=True)
-        lines.append(f"{sha256(images.tobytes())}  pixels of {split}")
+        digests[f"pixels of {split}"] = sha256(images.tobytes())
         if not args.check:
             path = args.out / split / "images.h5"
             write_images_h5(path, images, labels)
-            lines += [
-                f"{sha256(f.read_bytes())}  {split}/{f.name}"
-                for f in (path, path.with_name("images_h5.json"))
-            ]
-    checksums = args.out / "CHECKSUMS.sha256"
+            for file in (path, path.with_name("images_h5.json")):
+                digests[f"{split}/{file.name}"] = sha256(file.read_bytes())
     if args.check:
+        checksums = args.out / "CHECKSUMS.sha256"
         known = checksums.read_text().splitlines() if checksums.is_file() else []
-        for line in lines:
-            if line not in known:
+        for name, digest in digests.items():
+            if f"{digest}  {name}" not in known:
                 print(
-                    f"{line.split('  ')[1]} differ from {checksums}: another numpy, or a changed maker",
+                    f"{name} differ from {checksums}: another numpy, or a changed maker",
                     file=sys.stderr,
                 )
                 return 1
         print("all pixels are as shipped")
         return 0
-    write_text(checksums, "\n".join(lines) + "\n")
+    record_checksums(args.out, digests)
     return 0
 
 

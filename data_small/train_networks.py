@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from make_images import PART_NAMES, POSE_NAMES, make_split
+from make_images import PART_NAMES, POSE_NAMES, make_split, record_checksums, sha256
 from torch import Tensor
 from tqdm import tqdm
 
@@ -257,6 +257,7 @@ def main() -> None:
         save_vae(path, net, latent_statistics(net, to_unit_range(load_embedded("train")[0])))
     else:
         save_weights(path, net)
+    record_checksums(args.out, {path.name: sha256(path.read_bytes())})
     log = {
         "network": args.network,
         "parameters": sum(p.numel() for p in net.parameters()),

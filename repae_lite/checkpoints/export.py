@@ -3,13 +3,16 @@
 The command is `repae export-vae`; taught in `notebooks/06_drop_in_vae.ipynb`.
 """
 
+import io
 import json
-from collections.abc import Iterable
-from contextlib import suppress
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from repae_lite import __version__
 from repae_lite.checkpoints import hub
@@ -23,18 +26,19 @@ from repae_lite.checkpoints.find import (
     read_model,
 )
 from repae_lite.checkpoints.models import (
+    build_vae,
     export_diffusers,
     load_discriminator,
     load_latent_stats,
-    load_vae,
     save_vae,
 )
-from repae_lite.data.latents import STATS, save_stats, vae_fingerprint
+from repae_lite.data.latents import STATS, official_stats, vae_fingerprint
 from repae_lite.networks.latent_stats import LatentStats
 from repae_lite.networks.vae import AutoencoderKL
 from repae_lite.utils.files import atomic_path, check_name, write_text
 from repae_lite.utils.locks import writing
 
+_MARK = "Exported by repae_lite"  # in the card, by which an export is known
 _PLACES = ("dir", "path", "ckpt")  # in names of options that are places on someone's machine
 
 
@@ -51,8 +55,8 @@ def export_vae(
 
     The files are NAME.pt, NAME-latents-stats.pt, NAME-discriminator-ckpt.pt, NAME.safetensors, the two of a
     diffusers model, and README.md. Latents are normalised by the running statistics of the run's SiT, as the
-    official export does. Everything is read and made before the first file is written or removed, and NAME.pt
-    is there only when all the others are.
+    official export does. Every file is written beside the folder first; then all are put in their places,
+    NAME.pt last. On any failure what was there is as it was.
 
     Args:
         source: a run folder or a checkpoint in it, official or ours.
@@ -60,19 +64,21 @@ def export_vae(
         save_dir: where its folder goes.
         step: of the run's checkpoints; the last one for None.
         ema: statistics of the averaged SiT.
-        overwrite: replace an earlier export, of which nothing is left.
+        overwrite: replace an earlier export, of which nothing is left; other files stay.
 
     Returns:
         `folder`, `files` [names of those that were written], `left_out` {what: why}.
 
     Raises:
         FileNotFoundError, ValueError: see `repae_lite.load_vae`; ValueError for a name that the files cannot
-            have, for files that are in the way and for a folder that holds a run.
+            have, for files that are in the way or of no export, and for a folder that holds a run.
         OSError: the folder cannot be written.
     """
     weights, safe = f"{name}.pt", f"{name}.safetensors"
     stats_file, adversary = name + STATS, name + DISCRIMINATOR
     check_name(name, "--vae-name")
+    if not str(save_dir):
+        raise ValueError("--save-dir is empty: give a folder, or . for this one")
     if name.startswith(DIFFUSERS_STEM) or weights.endswith((STATS, DISCRIMINATOR)):
         raise ValueError(
             f"--vae-name is {name!r}, whose files would be taken for another part of a VAE: give another name"
@@ -84,7 +90,9 @@ def export_vae(
     there = [folder / file for file in possible if (folder / file).exists()]
     if there and not overwrite:
         raise ValueError(f"{there[0]} exists: choose another --vae-name, or replace it with --overwrite")
-    vae, found = load_vae(source, step=step), read_model(source, "vae", step=step)
+    _check_ours(folder, there, safe)
+    found = read_model(source, "vae", step=step)
+    vae = build_vae(found)
     stats = load_latent_stats(source, ema=ema, step=step)
     if len(stats.mean) != vae.config.latent_channels:
         raise ValueError(
@@ -104,19 +112,68 @@ def export_vae(
         left_out["the diffusers folder"] = str(error)
     diffusers = "the diffusers folder" not in left_out
     card = model_card(name, vae, stats, found, diffusers=diffusers)
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        for file in there:  # NAME.pt first: it must never lie beside parts of another export
-            file.unlink()
-        save_vae(folder / safe, vae, stats)
-        save_stats(folder / stats_file, stats)
+    with writing(folder), _beside(folder) as staged:
+        save_vae(staged / safe, vae, stats)
+        _save(staged / stats_file, official_stats(stats))
         if adversary in files:
-            _save_state(folder / adversary, discriminator)
+            _save(staged / adversary, discriminator.state_dict())
         if diffusers:
-            export_diffusers(folder, vae, stats)
-        write_text(folder / "README.md", card)
-        _save_state(folder / weights, vae)  # last of all
+            export_diffusers(staged, vae, stats)
+        write_text(staged / "README.md", card)
+        _save(staged / weights, vae.state_dict())
+        # NAME.pt goes first and comes last: it must never lie beside parts of another export
+        _swap(staged, folder, sorted(files, key=weights.__eq__), [file.name for file in there])
     return {"folder": str(folder), "files": sorted(files), "left_out": left_out}
+
+
+def _check_ours(folder: Path, there: list[Path], safe: str) -> None:
+    """Refuses to replace a file that any folder may have and that is of no export.
+
+    Raises:
+        ValueError: there is one.
+    """
+    card = folder / "README.md"
+    if card.is_file():
+        ours = _MARK in card.read_text(encoding="utf-8", errors="replace")
+    else:
+        ours = (folder / safe).is_file()
+    common = [file for file in there if file.name in (*DIFFUSERS, "README.md")]
+    if common and not ours:
+        raise ValueError(
+            f"{common[0]} is of no export: choose another --vae-name or --save-dir, or move it away"
+        )
+
+
+@contextmanager
+def _beside(folder: Path) -> Iterator[Path]:
+    """A hidden folder beside another one, which is made if need be; what is left in it goes at the end."""
+    made = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    staged = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    try:
+        staged.mkdir()
+        yield staged
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+        if made:
+            with suppress(OSError):  # it holds the export
+                folder.rmdir()
+
+
+def _swap(staged: Path, folder: Path, new: list[str], old: list[str]) -> None:
+    """Moves files out of a folder and others in, all or none."""
+    aside = staged / "old"
+    aside.mkdir()
+    moves = [(folder / name, aside / name) for name in old] + [(staged / name, folder / name) for name in new]
+    done = []
+    try:
+        for source, target in moves:
+            os.replace(source, target)
+            done.append((source, target))
+    except BaseException:
+        for source, target in reversed(done):
+            os.replace(target, source)
+        raise
 
 
 def model_card(
@@ -141,7 +198,7 @@ def model_card(
         "tags:\n- vae\n- repa-e\n---\n",
         f"# {name}\n",
         f"A VAE of latent diffusion, {c.downsampling}-fold reduction, {c.latent_channels} latent channels, "
-        f"{sum(p.numel() for p in vae.parameters()) / 1e6:.1f} M parameters. Exported by repae_lite "
+        f"{sum(p.numel() for p in vae.parameters()) / 1e6:.1f} M parameters. {_MARK} "
         f"{__version__}; the method is REPA-E (https://arxiv.org/abs/2504.10483).\n",
         f"Fingerprint of the weights: `{vae_fingerprint(vae)[:16]}`.\n",
         _HOW_TO_LOAD.format(name=name),
@@ -188,9 +245,11 @@ def push(folder: str | Path, files: list[str], repository: str, *, private: bool
     return hub.upload(Path(folder), files, repository, private=private)
 
 
-def _save_state(path: Path, module: nn.Module) -> None:
+def _save(path: Path, state: dict[str, Tensor]) -> None:
+    buffer = io.BytesIO()  # written by Python, which tells a full disk from other trouble
+    torch.save({name: tensor.cpu().clone() for name, tensor in state.items()}, buffer)
     with atomic_path(path) as partial:
-        torch.save({name: tensor.cpu().clone() for name, tensor in module.state_dict().items()}, partial)
+        partial.write_bytes(buffer.getbuffer())
 
 
 def _table(*titles: str, rows: Iterable[tuple]) -> str:

@@ -4,7 +4,8 @@
 names are listed and their files fetched. A run folder holds args.json and checkpoints/0400000.pt (official)
 or checkpoints/0400000/ (ours). A released VAE is NAME.pt, beside it NAME-latents-stats.pt and
 NAME-discriminator-ckpt.pt; not every NAME is known beforehand, so files are picked by their endings, and an
-ambiguous choice is refused. Nothing that is read here can run code.
+ambiguous choice is refused. What a file holds decides how it is read, not its ending. Nothing that is read
+here can run code.
 """
 
 import glob
@@ -16,10 +17,12 @@ from pathlib import Path
 from torch import Tensor
 
 from repae_lite.checkpoints.hub import fetch, parse_hub_id
+from repae_lite.checkpoints.inside import has_network, network_inside
 from repae_lite.checkpoints.official import ALONE, NETWORKS, read_official
 from repae_lite.data.latents import STATS
 from repae_lite.utils.files import data_small_dir, read_json
-from repae_lite.utils.state_dicts import plain_state, read_weights
+from repae_lite.utils.state_dicts import RESTORE, plain_state, read_weights
+from repae_lite.utils.weight_files import REMEDY, DamagedFile, is_safetensors, unreadable
 
 SHIPPED = {
     "tiny": "vae.safetensors",
@@ -110,7 +113,8 @@ def choose(
         remedy: what to do when it is not there, or several files could be meant.
 
     Raises:
-        FileNotFoundError: it is not there. ValueError: several files could be meant.
+        FileNotFoundError: it is not there.
+        ValueError: several files could be meant, or a step of what is no run.
     """
     names = set(names)
     if checkpoints_in(names):
@@ -122,6 +126,10 @@ def choose(
         chosen = inside if which == "run" else choose(inside, which, f"{picked} of {where}", ema=ema)
         return [*(prefix + name for name in chosen), *options]
     names -= {"resume.pt"}  # of a checkpoint of ours: optimisers, no network
+    if step is not None:
+        if OPTIONS in names:
+            pick_checkpoint(names, step, where)  # there is none, and it says so
+        raise ValueError(_no_steps(step, where))
     ours, sit = names & {f"{network}.safetensors" for network in NETWORKS}, "ema" if ema else "sit"
     for network in {"sit": (sit,), "stats": (sit, "vae")}.get(which, (which,)):
         if f"{network}.safetensors" in ours:
@@ -133,7 +141,15 @@ def choose(
     if OPTIONS in names and remedy is None:
         pick_checkpoint(names, step, where)  # there is none, and it says so
     hint = _ELSEWHERE.get(which) if ours else "give a file, a run folder or the folder of a released model"
+    if split := sorted(name for name in names if name.endswith(".index.json")):
+        hint = f"its weights are split over the files that {split[0]} names: save them as one"
     raise FileNotFoundError(f"{where} holds no {_NOUNS[which]}: {remedy or hint}")
+
+
+def _no_steps(step: int, where: object) -> str:
+    return (
+        f"--train-steps is {step}, but {where} is no run and has no checkpoints to choose from: leave it out"
+    )
 
 
 def _released(names: set[str], form: str, where: object, remedy: str | None) -> list[str]:
@@ -165,12 +181,21 @@ def resolve(source: str | Path, which: str, *, ema: bool = True, step: int | Non
 
     Arguments and errors as for `read_model`.
     """
-    if str(source) in SHIPPED:
-        return data_small_dir() / SHIPPED[str(source)]
-    path = Path(source)
-    if path.is_dir():
-        return path / choose(files_in(path), which, path, ema=ema, step=step)[0]
-    if path.exists():
+    if not str(source).strip():
+        raise ValueError("the source of the weights is empty: give a file, a folder or a Hub id")
+    path = data_small_dir() / SHIPPED[str(source)] if str(source) in SHIPPED else Path(source)
+    try:
+        if path.is_dir():
+            next(path.iterdir(), None)  # a folder that may not be read looks empty to glob
+            return path / choose(files_in(path), which, path, ema=ema, step=step)[0]
+        there = path.exists()
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise unreadable(path, error) from None
+    if there:
+        if step is not None:
+            raise ValueError(_no_steps(step, source))
         return path
     hub_id = None if isinstance(source, Path) or source.endswith(WEIGHTS) else parse_hub_id(source)
     if hub_id is None or path.parent.exists():
@@ -214,22 +239,66 @@ def read_model(source: str | Path, which: str, *, ema: bool = True, step: int | 
             without this network.
     """
     path = resolve(source, which, ema=ema, step=step)
-    if path.suffix == ".safetensors":
-        state, header = read_weights(path)
+    try:
+        return _read(path, which, ema, _remedy(source, path))
+    except DamagedFile as error:
+        if Path(source).exists() and (whole := _whole_instead(path, which, ema)):
+            raise DamagedFile(error.what, whole) from None
+        raise
+
+
+def _read(path: Path, which: str, ema: bool, remedy: str = REMEDY) -> ModelFile:
+    if is_safetensors(path):
+        state, header = read_weights(path, remedy=remedy)
         config = path.with_name(DIFFUSERS_CONFIG)
         if path.name == DIFFUSERS_WEIGHTS and config.is_file():
             header = read_json(config)
-        return ModelFile(path, plain_state(state, path), header, _run_options(path))
-    networks, content = read_official(path)
+        state = network_inside(plain_state(state, path), which, path)
+        return ModelFile(path, state, header, _run_options(path))
+    networks, content = read_official(path, remedy=remedy)
     network = which if which in ("vae", "discriminator") else "ema" if ema else "sit"
     state = networks.get(ALONE) or networks.get(network)
+    if state is None:  # other projects name what they train "model"
+        state = next(
+            (networks[name] for name in ("sit", "ema") if has_network(networks.get(name, {}), which)), None
+        )
     if state is None:
         held = ", ".join(sorted(NETWORKS[name] for name in networks)) or "none"
         raise ValueError(f"{path} has no {NETWORKS[network]} (it has {held}): {_ELSEWHERE[which]}")
+    state = network_inside(state, which, path)
     return ModelFile(path, state, {}, content.get("args") or _run_options(path))
+
+
+def _remedy(source: str | Path, path: Path) -> str:
+    """What to do about a damaged file, which depends on where it comes from."""
+    if str(source) in SHIPPED:
+        return RESTORE
+    if not Path(source).exists():  # of the Hub: the file that its cache links to
+        return f"remove {path.resolve()}, and it is fetched again"
+    return "restore it from a copy; no other checkpoint of its run is whole" if _run_of(path) else REMEDY
+
+
+def _whole_instead(path: Path, which: str, ema: bool) -> str | None:
+    """What to do instead of reading a damaged checkpoint: take its run's last whole one, if there is one."""
+    run = _run_of(path)
+    steps = checkpoints_in(files_in(run)) if run else {}
+    for step, name in sorted(steps.items(), reverse=True):
+        if run / name in (path, *path.parents):
+            continue
+        try:
+            _read(run / choose(files_in(run), which, run, ema=ema, step=step)[0], which, ema)
+        except (OSError, ValueError):
+            continue
+        return f"the checkpoint of step {step} is whole: give the run folder and --train-steps {step}"
+    return None
+
+
+def _run_of(path: Path) -> Path | None:
+    """The folder of the run that a checkpoint lies in, or None."""
+    return next((folder.parent for folder in path.parents[:2] if folder.name == "checkpoints"), None)
 
 
 def _run_options(path: Path) -> dict:
     """The options of the run that a checkpoint lies in, from its args.json; empty if it lies in none."""
-    runs = [folder.parent for folder in path.parents[:2] if folder.name == "checkpoints"]
-    return read_json(runs[0] / OPTIONS) if runs and (runs[0] / OPTIONS).is_file() else {}
+    run = _run_of(path)
+    return read_json(run / OPTIONS) if run and (run / OPTIONS).is_file() else {}

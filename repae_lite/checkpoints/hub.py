@@ -7,23 +7,15 @@ HF_HUB_OFFLINE, HF_HOME, HF_TOKEN.
 import glob
 import re
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HfHubHTTPError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+from repae_lite.utils.downloads import fetching
 from repae_lite.utils.locks import check_space, writing
 
 _HUB_ID = re.compile(r"([\w.-]+/[\w.-]+?)(?:@((?!/|.*\.\.)[\w./-]+))?")  # as in git, no revision holds ".."
@@ -66,8 +58,9 @@ def look_up(name: str, revision: str | None = None) -> Repository:
         ConnectionError: offline, or the Hub does not answer.
         ValueError: no such repository or revision, no access, or an HF_ENDPOINT that is no address.
     """
-    with _one_sentence(name, revision):
-        info = _api().model_info(name, revision=revision, files_metadata=True)
+    api = _api()
+    with fetching(name, revision, remedy="give a file"):
+        info = api.model_info(name, revision=revision, files_metadata=True)
     # A backslash separates folders on some systems: such a file's place would depend on the machine.
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or () if "\\" not in file.rfilename}
     return Repository(name, info.sha, sizes)
@@ -95,7 +88,7 @@ def fetch(name: str, revision: str | None, choose: Callable[[list[str]], list[st
         missing = error
     if missing is None:
         names = choose(list(repository.sizes))
-        with _one_sentence(name, revision):
+        with fetching(name, revision):
             folder = snapshot_download(
                 name,
                 revision=revision,
@@ -103,9 +96,13 @@ def fetch(name: str, revision: str | None, choose: Callable[[list[str]], list[st
                 endpoint=constants.ENDPOINT,
             )
         return Path(folder) / names[0]
-    try:
+    folder = None
+    with fetching(name, revision), suppress(FileNotFoundError):
         # No pattern: the client need not hold the folder against the whole repository.
         folder = Path(snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=[]))
+    try:
+        if folder is None:
+            raise FileNotFoundError
         names = choose([file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()])
     except FileNotFoundError:
         raise ConnectionError(f"{where} is not in the cache, or not all of it; {missing}") from None
@@ -125,14 +122,19 @@ def download(repository: Repository, names: list[str], folder: Path) -> None:
     there = sum((folder / name).stat().st_size for name in names if (folder / name).is_file())
     needed = sum(repository.sizes[name] for name in names) - there
     place = {"revision": repository.commit, "local_dir": folder, "endpoint": constants.ENDPOINT}
-    with writing(folder), _one_sentence(repository.name, repository.commit):
+
+    def fetch_one(name: str, **options: bool) -> None:
+        with fetching(f"{name} of {repository.name}", repository.commit[:8], folder=folder):
+            hf_hub_download(repository.name, name, **place, **options)
+
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         check_space(folder, needed, f"{repository.name} needs")
         for name in names:
             path, size = folder / name, repository.sizes[name]
-            hf_hub_download(repository.name, name, **place)
+            fetch_one(name)
             if size and path.stat().st_size != size:  # the client goes by the time of the last change alone
-                hf_hub_download(repository.name, name, force_download=True, **place)
+                fetch_one(name, force_download=True)
             if size and path.stat().st_size != size:
                 raise OSError(
                     f"{path} has {path.stat().st_size:,} bytes where {repository.name} lists {size:,}: "
@@ -148,8 +150,8 @@ def upload(folder: Path, files: list[str], name: str, *, private: bool) -> str:
             is none.
     """
     check_repository(name)
-    with _one_sentence(name, None):
-        api = _api()
+    api = _api()
+    with fetching(name):
         address = api.create_repo(name, private=private, exist_ok=True)
         patterns = [glob.escape(file) for file in files]
         api.upload_folder(
@@ -169,75 +171,3 @@ def _api() -> HfApi:
             f"HF_ENDPOINT is {constants.ENDPOINT!r}: unset it, or set it to an address with http:// or https://"
         )
     return HfApi(endpoint=constants.ENDPOINT)
-
-
-_SENTENCES = (  # for the client's errors: the first kind that fits
-    (
-        (OfflineModeIsEnabled, LocalEntryNotFoundError),
-        ConnectionError,
-        "the Hub cannot be reached (offline): connect and unset HF_HUB_OFFLINE, or give a file",
-    ),
-    (
-        GatedRepoError,
-        ValueError,
-        "{where} wants its terms accepted: accept them on its page, then log in with hf auth login",
-    ),
-    (
-        RepositoryNotFoundError,
-        ValueError,
-        "there is no repository {name} on the Hub, or it is private: check the name, or log in",
-    ),
-    (
-        RevisionNotFoundError,
-        ValueError,
-        "{name} has no revision {revision!r}: give one of its branches, tags or commits",
-    ),
-    (
-        EntryNotFoundError,
-        ValueError,
-        "{where} lacks a file that was expected ({reason}): list its files",
-    ),
-)
-_PACKAGES = {
-    "requests",
-    "httpx",
-    "httpx2",
-    "urllib3",
-}  # of HTTP, which versions of the client raise errors of
-
-
-@contextmanager
-def _one_sentence(name: str, revision: str | None) -> Iterator[None]:
-    """Turns the client's errors into a sentence.
-
-    Raises:
-        ConnectionError, ValueError: instead.
-    """
-    where = f"{name}@{revision}" if revision else name
-    try:
-        yield
-    except Exception as error:
-        reason = next(iter(str(error).strip().splitlines()), "").rstrip(".:")
-        for kind, becomes, sentence in _SENTENCES:
-            if isinstance(error, kind):
-                raise becomes(
-                    sentence.format(name=name, revision=revision, where=where, reason=reason)
-                ) from None
-        if isinstance(error, HfHubHTTPError):
-            code = getattr(error.response, "status_code", None)
-            if code in (401, 403):
-                raise ValueError(
-                    f"the Hub refuses access to {where} ({code}): log in with hf auth login"
-                ) from None
-            raise ConnectionError(
-                f"the Hub answers {where} with an error ({reason}): try again later"
-            ) from None
-        packages = {type(one).__module__.split(".")[0] for one in (error, error.__cause__)}
-        # the client wraps its own errors where it fetches a file anew
-        network = packages & _PACKAGES or isinstance(error.__cause__, HfHubHTTPError)
-        if not network and "Consistency check failed" not in str(error):
-            raise
-        raise ConnectionError(
-            f"the connection to the Hub broke off at {where} ({reason or type(error).__name__}): give the "
-            "same command again; finished files are kept"
-        ) from None

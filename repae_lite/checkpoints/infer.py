@@ -21,9 +21,9 @@ def vae_config(found: ModelFile) -> VAEConfig:
         ValueError: not a VAE, or of no known size.
     """
     if "vae_config" in found.header:
-        return checked_config(VAEConfig, found.header["vae_config"], found.path)
+        return _possible(checked_config(VAEConfig, found.header["vae_config"], found.path), found)
     if "_class_name" in found.header:
-        return from_diffusers_config(found.header, found.path)
+        return _possible(from_diffusers_config(found.header, found.path), found)
     sizes = vae_fields(found.state, found.path)
     channels = {"latent_channels": sizes.pop("latent_channels")}
     for preset in VAE_PRESETS.values():
@@ -43,7 +43,7 @@ def sit_config(found: ModelFile) -> SiTConfig:
         ValueError: not a SiT, of no known size, or not of a run with these options.
     """
     if "sit_config" in found.header:
-        return checked_config(SiTConfig, found.header["sit_config"], found.path)
+        return _possible(checked_config(SiTConfig, found.header["sit_config"], found.path), found)
     sizes, options, path = sit_fields(found.state, found.path), found.options, found.path
     name, classes = options.get("model"), options.get("num_classes")
     size = {"width": sizes["width"], "depth": sizes["depth"]}
@@ -69,6 +69,16 @@ def sit_config(found: ModelFile) -> SiTConfig:
     said = {"encoder_depth": "alignment_depth", "bn_momentum": "bn_momentum"}
     sizes |= {said[name]: value for name, value in options.items() if name in said and value is not None}
     return checked_config(SiTConfig, asdict(preset) | sizes, path)
+
+
+def _possible(config: VAEConfig | SiTConfig, found: ModelFile) -> VAEConfig | SiTConfig:
+    """Refuses more layers than the file has tensors: merely to sketch them could take for ever."""
+    layers = config.depth if isinstance(config, SiTConfig) else config.blocks
+    if layers > len(found.state):
+        raise ValueError(
+            f"{found.path} is said to have {layers} layers, but it has {len(found.state)} tensors"
+        )
+    return config
 
 
 def vae_fields(state: dict[str, Tensor], where: object) -> dict:

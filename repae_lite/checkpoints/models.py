@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from repae_lite.checkpoints.diffusers_layout import from_diffusers, to_diffusers, to_diffusers_config
-from repae_lite.checkpoints.find import DIFFUSERS_CONFIG, DIFFUSERS_WEIGHTS, read_model
+from repae_lite.checkpoints.find import DIFFUSERS_CONFIG, DIFFUSERS_WEIGHTS, ModelFile, read_model
 from repae_lite.checkpoints.infer import discriminator_fields, sit_config, vae_config
 from repae_lite.data.latents import STATS, official_stats
 from repae_lite.networks.discriminator import PatchDiscriminator
@@ -23,6 +23,7 @@ from repae_lite.networks.sit import SiT, SiTConfig
 from repae_lite.networks.vae import AutoencoderKL, VAEConfig
 from repae_lite.utils.files import write_text
 from repae_lite.utils.state_dicts import build_module, fill_module, save_state, save_weights
+from repae_lite.utils.weight_files import first_line
 
 # ---------------------------------------------------------------- saving
 
@@ -74,7 +75,8 @@ def load_vae(
     (REPA-E) and "tiny-vae-only" (the control).
 
     Args:
-        source: one of these names; a file (safetensors, or an official .pt); an official run folder or ours,
+        source: one of these names; a file (safetensors, an official .pt, or a training checkpoint of VA-VAE
+            or latent diffusion, of which what is not the VAE is left aside); an official run folder or ours,
             or a checkpoint in it; a folder with a released set; a diffusers folder; or a Hub id
             "owner/name[@revision]".
         config: sizes, where neither the file nor its shapes tell them.
@@ -83,10 +85,15 @@ def load_vae(
     Raises:
         FileNotFoundError: nothing there, or a run without a VAE of its own.
         ConnectionError: not in the Hub's cache, and no connection.
+        OSError: a file that the system does not let us read.
         ValueError: no VAE, a pickle that wants to run code, or weights that do not fit: the first three, with
             their shapes.
     """
-    found = read_model(source, "vae", step=step)
+    return build_vae(read_model(source, "vae", step=step), config)
+
+
+def build_vae(found: ModelFile, config: VAEConfig | None = None) -> AutoencoderKL:
+    """The VAE of a file that `read_model` has read; see `load_vae`."""
     config, state = config or vae_config(found), found.state
     if "_class_name" in found.header:
         state = from_diffusers(state, levels=len(config.multipliers))
@@ -144,8 +151,7 @@ def load_latent_stats(source: str | Path, *, ema: bool = True, step: int | None 
         else:
             stats = LatentStats.from_moments(record["bn.running_mean"], record["bn.running_var"])
         return stats.check()
-    except (LookupError, TypeError, ValueError, RuntimeError) as error:
+    except (ArithmeticError, LookupError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
-            f"the latent statistics in {found.path} cannot be used ({str(error).splitlines()[0]}): compute "
-            "them again"
+            f"the latent statistics in {found.path} cannot be used ({first_line(error)}): compute them again"
         ) from None

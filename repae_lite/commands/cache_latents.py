@@ -52,7 +52,12 @@ FLAGS = {
         },
         "--overwrite": {
             "action": "store_true",
-            "help": "replace a finished NAME.h5, and discard an unfinished one of other images or VAE",
+            "help": "replace a finished NAME.h5 and the two files beside it; discard an unfinished one of "
+            "other images or another VAE",
+        },
+        "--dry-run": {
+            "action": "store_true",
+            "help": "only say which images would be encoded, and what left out",
         },
     },
     "how it runs": {
@@ -69,21 +74,27 @@ FLAGS = {
         },
         "--device": {
             "metavar": "NAME",
-            "help": "cpu, cuda, cuda:1, mps (default: cuda if there is one)",
+            "help": "cpu, cuda, cuda:1, mps (default: cuda if there is one, else mps, else cpu)",
         },
     },
 }
+
+
+def saves_memory(args: argparse.Namespace, error: BaseException) -> str:
+    """What helps when memory runs out."""
+    size = args.pproc_batch_size
+    return f"give --pproc-batch-size {max(1, size // 2)}, or take a machine with more"
 
 
 def run(args: argparse.Namespace) -> None:
     """Writes NAME.h5."""
     from repae_lite.checkpoints.models import load_vae
     from repae_lite.data.datasets import open_dataset
-    from repae_lite.data.latents import CachedLatentsDataset, cache_latents
+    from repae_lite.data.latents import CachedLatentsDataset, cache_latents, check_output
     from repae_lite.networks.vae import VAE_PRESETS
     from repae_lite.utils.devices import choose_device
     from repae_lite.utils.files import check_name
-    from repae_lite.utils.processes import local_process_count, process_rank
+    from repae_lite.utils.processes import local_process_count, process_rank, together
 
     name, workers = args.vae_latents_name, args.num_workers
     check_name(name, "--vae-latents-name")
@@ -99,10 +110,17 @@ def run(args: argparse.Namespace) -> None:
     if workers is None:
         workers = 0 if device == "cpu" else min(8, (os.cpu_count() or 1) // local_process_count())
     config = VAE_PRESETS[args.vae_arch] if args.vae_arch else None
-    vae = load_vae(args.vae_ckpt_path, config=config, step=args.train_steps)
-    dataset, data = open_dataset(args.data_dir, args.resolution), Path(args.data_dir)
+    data = Path(args.data_dir)
     path = Path(args.output_dir or (data if data.is_dir() else data.parent)) / f"{name}.h5"
+    with together():
+        vae = load_vae(args.vae_ckpt_path, config=config, step=args.train_steps)
+        dataset = open_dataset(data, args.resolution)
+        check_output(path, dataset, args.overwrite)
     first = process_rank() == 0
+    if args.dry_run:
+        if first:
+            print(f"{path} would hold the latents of {len(dataset):,} images; nothing was written")
+        return
     stats = cache_latents(
         vae,
         dataset,

@@ -52,6 +52,15 @@ def run(args: argparse.Namespace) -> None:
 
     names = _sets_for_preset(args.names) if args.names[0] == EVERYTHING_FOR else args.names
     check_sets(names, step=args.train_steps)
+    for flag in ("revision", "include", "output_dir"):
+        if getattr(args, flag) == "":
+            raise ValueError(f"--{flag.replace('_', '-')} is empty: give a value, or leave it out")
+    if args.revision and all("@" in name for name in names):
+        raise ValueError(
+            f"--revision {args.revision} is of no use, since all names have their own: leave it out"
+        )
+    if args.list and (args.include or args.train_steps is not None):
+        raise ValueError("--list shows all files, whatever --include and --train-steps: leave these out")
     for name in names:
         if args.list:
             plain, _, pinned = name.partition("@")

@@ -5,9 +5,11 @@ activations, which grow with the images per process, come on top. Times are not 
 none, and guesses would be worse.
 """
 
+import hashlib
 import os
 import platform
 import re
+import shlex
 import shutil
 from functools import cache
 from importlib.metadata import version
@@ -28,11 +30,14 @@ from repae_lite.networks.encoder_table import ENCODERS, EncoderSpec
 from repae_lite.networks.sit import SIT_PRESETS, SiT
 from repae_lite.networks.vae import VAE_PRESETS, AutoencoderKL
 from repae_lite.training.config import TrainConfig
+from repae_lite.utils import devices
 from repae_lite.utils.files import data_small_dir
 from repae_lite.utils.state_dicts import read_weights
 
 PACKAGES = "torch torchvision timm lpips accelerate huggingface_hub safetensors h5py diffusers".split()
 NETWORKS = ("teacher", "perceptual", "evaluator", "vae")
+CHECKSUMS, SHA256 = "CHECKSUMS.sha256", re.compile("[0-9a-f]{64}")
+NO_FLOAT64 = "no float64: sampling keeps float32; PYTORCH_ENABLE_MPS_FALLBACK=1 has the CPU do what MPS lacks"
 GIB = 2**30
 CHECKPOINTS = 3  # that a preset's disk space is reckoned with
 
@@ -43,18 +48,16 @@ def survey(folder: str | Path = ".", pretrained: str | Path = "pretrained") -> d
     Args:
         folder: where runs would be written: its disk is looked at.
         pretrained: where `repae download` puts released sets.
-
-    Raises:
-        FileNotFoundError, ValueError: the embedded data lacks a file, or is damaged.
     """
     found = {
         "repae_lite": __version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "packages": {name: version(name) if find_spec(name) else None for name in PACKAGES},
-        "cpu": {"cores": os.cpu_count(), "threads": torch.get_num_threads()},
+        "cpu": {"cores": os.cpu_count(), "threads": torch.get_num_threads()} | _abilities("cpu"),
         "memory": _memory(),
         "devices": _devices(),
+        "unusable": devices.unusable_gpu(),
         "disk": {"folder": str(Path(folder).resolve()), "free": shutil.disk_usage(folder).free},
         "embedded": _embedded(),
         "cached": _cached(Path(pretrained)),
@@ -78,28 +81,85 @@ def _memory() -> dict[str, int | None]:
 
 
 def _devices() -> list[dict]:
-    devices = []
-    for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        free, total = torch.cuda.mem_get_info(i)
-        with torch.cuda.device(i):
-            bf16 = torch.cuda.is_bf16_supported()
-        kind = torch.cuda.get_device_name(i)
-        devices.append({"name": f"cuda:{i}", "kind": kind, "memory": total, "free": free, "bf16": bf16})
-    return devices
+    """The GPUs: what they are, what torch can do on them, and what keeps it from using them."""
+    found = []
+    for i in range(devices.gpus()):
+        obstacle = devices.cuda_obstacle(i)
+        free, total = (0, 0) if obstacle else torch.cuda.mem_get_info(i)
+        about = {"name": f"cuda:{i}", "kind": torch.cuda.get_device_name(i), "memory": total, "free": free}
+        found.append(about | _abilities(f"cuda:{i}", obstacle))
+    if torch.backends.mps.is_available():
+        total = torch.mps.recommended_max_memory()
+        free = total - torch.mps.driver_allocated_memory()
+        about = {"name": "mps", "kind": "Apple GPU", "memory": total, "free": free}
+        found.append(about | _abilities("mps"))
+    return found
+
+
+def _abilities(name: str, obstacle: str | None = None) -> dict:
+    """What torch can do on a device; `obstacle` and `compile` say why not, None that nothing is known to be
+    in the way.
+    """
+    device = torch.device(name)
+    return {
+        "bf16": not obstacle and devices.has_bf16(device),
+        "float64": devices.widest_float(device) == torch.float64,
+        "compile": None if obstacle else devices.compile_obstacle(device),
+        "obstacle": obstacle,
+    }
 
 
 def _embedded() -> dict:
-    """What the embedded data holds; `missing` says why it holds nothing."""
+    """What the embedded data holds; `missing` says why it holds nothing, or what of it is damaged."""
+    nothing = {"splits": {}, "networks": {}}
     try:
         folder = data_small_dir()
-    except FileNotFoundError as error:
-        return {"splits": {}, "networks": {}, "missing": [str(error)]}
-    splits = {split: ImageH5Dataset(folder / split / "images.h5") for split in SPLITS}
-    networks = {name: read_weights(folder / f"{name}.safetensors")[0] for name in NETWORKS}
+        damaged = damaged_files(folder)
+        if damaged:
+            names = ", ".join(f"{name} ({state})" for name, state in damaged.items())
+            restore = f"git -C {shlex.quote(str(folder))} checkout -- {shlex.join(damaged)}"
+            return nothing | {
+                "missing": [
+                    f"the embedded data in {folder} is not whole: {names}; bring it back with {restore}"
+                ]
+            }
+        splits = {split: ImageH5Dataset(folder / split / "images.h5") for split in SPLITS}
+        networks = {name: read_weights(folder / f"{name}.safetensors")[0] for name in NETWORKS}
+    except (ValueError, OSError) as error:
+        return nothing | {"missing": [str(error)]}
     return {
         "splits": {name: {"images": len(data), "classes": data.num_classes} for name, data in splits.items()},
         "networks": {name: sum(t.numel() for t in state.values()) for name, state in networks.items()},
     }
+
+
+def damaged_files(folder: Path) -> dict[str, str]:
+    """The embedded files that are not as their checksums say: name, and "missing", "unreadable" or "changed".
+
+    `data_small/make_images.py` and `train_networks.py` write CHECKSUMS.sha256: "<sha256>  <name>", and also
+    lines of pixels, which a test compares.
+    """
+    checksums = folder / CHECKSUMS
+    if not checksums.is_file():
+        return {CHECKSUMS: "missing"}
+    lines = [line.partition("  ") for line in checksums.read_text("utf-8", "replace").splitlines()]
+    expected = {name: digest for digest, _, name in lines if not name.startswith("pixels of ")}
+    required = {f"{split}/{name}" for split in SPLITS for name in ("images.h5", "images_h5.json")}
+    required |= {f"{name}.safetensors" for name in NETWORKS}
+    if not required <= expected.keys() or not all(SHA256.fullmatch(digest) for digest in expected.values()):
+        return {CHECKSUMS: "changed"}
+    found = {name: _state(folder / name, digest) for name, digest in expected.items()}
+    return {name: state for name, state in found.items() if state}
+
+
+def _state(path: Path, digest: str) -> str | None:
+    try:
+        with open(path, "rb") as file:
+            return None if hashlib.file_digest(file, "sha256").hexdigest() == digest else "changed"
+    except FileNotFoundError:
+        return "missing"
+    except OSError as error:
+        return f"unreadable: {error.strerror}"
 
 
 def _cached(pretrained: Path) -> dict:
@@ -199,9 +259,13 @@ def verdict(preset: Preset, found: dict) -> dict:
     else:
         missing.append("preprocessed images (repae preprocess)")
     if config.vae != "tiny":
-        largest = max((device["memory"] for device in found["devices"]), default=0)
-        if not largest:
-            against.append("there is no CUDA device")
+        cards = [device for device in found["devices"] if device["name"].startswith("cuda")]
+        unusable = [card for card in cards if card.get("obstacle")]
+        largest = max((card["memory"] for card in cards if card not in unusable), default=0)
+        if not largest and unusable:
+            against += [f"torch cannot use {card['name']} ({card['kind']})" for card in unusable]
+        elif not largest:
+            against.append("there is no CUDA device" + " that torch can use" * bool(found.get("unusable")))
         elif largest < wanted["device_memory"]:
             against.append(
                 f"weights and optimisers alone need {wanted['device_memory'] / GIB:.1f} GiB of a device, the "
@@ -237,11 +301,20 @@ def report(found: dict) -> str:
         f"{cpu['cores']} CPU cores, torch uses {cpu['threads']} threads; memory {_gib(memory['total'])}, "
         f"{_gib(memory['available'])} available; disk {found['disk']['free'] / 1e9:.0f} GB free here",
     ]
-    lines += [
-        f"{device['name']}: {device['kind']}, {_gib(device['memory'])}, {_gib(device['free'])} free, "
-        f"{'bf16' if device['bf16'] else 'no bf16'}"
-        for device in found["devices"]
-    ] or ["no CUDA device: the embedded scale runs on the CPU, the full-scale presets need a GPU"]
+    lines.append(f"cpu: float32, {_compiles(cpu)}")
+    for device in found["devices"]:
+        if device.get("obstacle"):
+            lines.append(f"{device['name']}: {device['kind']}, not usable: {device['obstacle']}")
+            continue
+        lines.append(
+            f"{device['name']}: {device['kind']}, {_gib(device['memory'])}, {_gib(device['free'])} free, "
+            f"{'bf16' if device['bf16'] else 'no bf16'}, {_compiles(device)}"
+            + ("" if device.get("float64", True) else f"; {NO_FLOAT64}")
+        )
+    if found.get("unusable"):
+        lines.append(f"not used: {found['unusable']}")
+    if not any(device["name"].startswith("cuda") for device in found["devices"]):
+        lines.append("no CUDA device: the embedded scale runs on the CPU, the full-scale presets need a GPU")
     lines += found["embedded"].get("missing", [])
     for split, size in found["embedded"]["splits"].items():
         lines.append(f"embedded {split} split: {size['images']} images, {size['classes']} classes")
@@ -265,6 +338,12 @@ def report(found: dict) -> str:
         if preset["missing"]:
             lines.append(f"    needed first: {'; '.join(preset['missing'])}")
     return "\n".join(lines)
+
+
+def _compiles(device: dict) -> str:
+    """Whether --compile has what it needs, in words."""
+    obstacle = device.get("compile")
+    return f"no torch.compile ({obstacle})" if obstacle else "torch.compile"
 
 
 def _gib(size: int | None) -> str:

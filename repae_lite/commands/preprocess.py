@@ -17,8 +17,8 @@ FLAGS = {
             "required": True,
             "metavar": "FOLDER",
             "help": "a folder with one subfolder per class (labels 0, 1, … in the order of the sorted folder "
-            'names, as for ImageNet), one with a dataset.json {"labels": [[path, class], …]}, or one with '
-            "such a folder in train/",
+            'names, as for ImageNet), one with a dataset.json {"labels": [[path, class], …]}, one with '
+            "such a folder in train/, or one of images without classes, for train-vae and cache-latents",
         },
         "--max-images": {
             "type": int,
@@ -40,7 +40,12 @@ FLAGS = {
         },
         "--overwrite": {
             "action": "store_true",
-            "help": "replace a finished images.h5; discard an unfinished one of other images or resolution",
+            "help": "replace a finished images.h5 and what lies beside it; discard an unfinished one of "
+            "other images or resolution",
+        },
+        "--dry-run": {
+            "action": "store_true",
+            "help": "only say which images and classes would be taken, and what left out",
         },
     },
     "how it runs": {
@@ -71,10 +76,15 @@ def run(args: argparse.Namespace) -> None:
         on_error=args.on_error,
         overwrite=args.overwrite,
         max_images=args.max_images,
+        dry_run=args.dry_run,
         progress=True,
     )
     output, size = Path(args.output_path), f"{report['resolution']} × {report['resolution']} pixels"
-    images = f"{report['images']:,} images of {size} in {len(report['classes']):,} classes"
+    classes = f"in {len(report['classes']):,} classes" if report["classes"] else "without classes"
+    images = f"{report['images']:,} images of {size} {classes}"
+    if args.dry_run:
+        print(f"{output / 'images.h5'} would hold {images}; nothing was written")
+        return
     print(f"{output / 'images.h5'}: {images}")
     unreadable, ignored = len(report["unreadable"]), sum(report["ignored_files"].values())
     for what, count in (("unreadable images", unreadable), ("other files", ignored)):

@@ -66,9 +66,12 @@ def read_preset(name: str, command: str | None = None) -> Preset:
     if not path.is_file():
         known = ", ".join(preset_names()) or "none"
         raise FileNotFoundError(f"there is no preset {name!r} ({path}): known are {known}")
-    content = {
-        str(key).lstrip("-").replace("-", "_"): value for key, value in read_yaml(path, "preset").items()
-    }
+    content = {}
+    for key, value in read_yaml(path, "preset").items():
+        option = key.lstrip("-").replace("-", "_")
+        if option in content:
+            raise ValueError(f"the preset {path} sets {option} twice, once as {key!r}: take one out")
+        content[option] = value
     wanted = str(content.pop("command", f"train-{command}")).removeprefix("train-")
     if wanted not in COMMANDS:
         known = ", ".join(f"train-{each}" for each in COMMANDS)
@@ -77,12 +80,16 @@ def read_preset(name: str, command: str | None = None) -> Preset:
         )
     if command not in (None, wanted):
         raise ValueError(f"the preset {name} is for repae train-{wanted}, not for train-{command}")
-    released = tuple(map(str, content.pop("released", ())))
-    images = converted(content.pop("images", IMAGENET), int, f"images in the preset {path}")
+    released = content.pop("released", [])
+    if not isinstance(released, list) or not all(isinstance(name, str) for name in released):
+        raise ValueError(
+            f"released in the preset {path} is {released!r}: give a list of names, as in [sdvae]"
+        )
+    images = converted(content.pop("images", str(IMAGENET)), int, f"images in the preset {path}")
     for key, value in content.items():
         if key not in OPTIONS or wanted not in OPTIONS[key].metadata["only"]:
             raise ValueError(
                 f"the preset {path} sets {key!r}, which train-{wanted} does not have: take it out"
             )
         content[key] = converted(value, value_type(OPTIONS[key]), f"{key} in the preset {path}")
-    return Preset(wanted, content, released, images)
+    return Preset(wanted, content, tuple(released), images)

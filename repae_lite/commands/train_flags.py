@@ -1,11 +1,13 @@
 """What train-repae, train-ldm and train-vae have in common: flags made from the fields of `TrainConfig`."""
 
 import argparse
+import os
 from dataclasses import Field
 from typing import Any
 
 from repae_lite.commands.presets import read_preset
 from repae_lite.training.config import NONE, OPTIONS, TrainConfig, flag, value_type
+from repae_lite.utils.errors import came_through
 
 HEADINGS = {
     "run": "the run and its folder, OUTPUT_DIR/EXP_NAME",
@@ -62,9 +64,34 @@ def config_from(args: argparse.Namespace) -> TrainConfig:
     """
     command = args.command.removeprefix("train-")
     given = {name: value for name, value in vars(args).items() if name in OPTIONS}
-    if "preset" in args:
-        given = read_preset(args.preset, command).options | given
-    return TrainConfig.build(command, **given)
+    preset = read_preset(args.preset, command).options if "preset" in args else {}
+    sources = dict.fromkeys(preset, "preset") | dict.fromkeys(given, "flag")
+    return TrainConfig.build(command, sources=sources, **preset | given)
+
+
+def memory_advice(args: argparse.Namespace, error: BaseException) -> str:
+    """What helps when memory runs out, and what it costs or saves."""
+    config = config_from(args)
+    if came_through(error, "training.build"):
+        classes = f", or fewer than --num-classes {config.num_classes}" if config.num_classes else ""
+        return (
+            f"the networks and their optimisers alone do not fit, so take a smaller --model or --vae{classes}"
+        )
+    cuts = config.micro_batches * config.gradient_accumulation_steps
+    at_once = -(-config.images_per_step // int(os.environ.get("WORLD_SIZE") or 1) // cuts)
+    ways = []
+    if at_once > 1:
+        ways.append(
+            f"--micro-batches {2 * config.micro_batches} (the same step, {-(-at_once // 2)} images at once "
+            f"instead of {at_once}: about half of what grows with them)"
+        )
+    if not config.gradient_checkpointing:
+        ways.append("--gradient-checkpointing (most of the activations, for about a third more time)")
+    if config.mixed_precision == "no" and not config.cpu:
+        ways.append("--mixed-precision bf16 or fp16 (about half of the activations)")
+    if config.batch_size > 1:
+        ways.append(f"a smaller --batch-size than {config.batch_size} (another recipe)")
+    return f"try {', '.join(ways)}" if ways else "take a machine with more, or a smaller --resolution"
 
 
 def train(args: argparse.Namespace) -> None:

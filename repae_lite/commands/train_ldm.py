@@ -1,5 +1,5 @@
 """Train a SiT on a frozen VAE: REPA, or a plain SiT with --enc-type none."""
 
-from repae_lite.commands.train_flags import EXIT_CODES, train, train_flags
+from repae_lite.commands.train_flags import EXIT_CODES, memory_advice, train, train_flags
 
-EPILOG, FLAGS, run = EXIT_CODES, train_flags("ldm"), train
+EPILOG, FLAGS, run, saves_memory = EXIT_CODES, train_flags("ldm"), train, memory_advice

@@ -1,5 +1,5 @@
 """Train a VAE, and its discriminator, on any images."""
 
-from repae_lite.commands.train_flags import EXIT_CODES, train, train_flags
+from repae_lite.commands.train_flags import EXIT_CODES, memory_advice, train, train_flags
 
-EPILOG, FLAGS, run = EXIT_CODES, train_flags("vae"), train
+EPILOG, FLAGS, run, saves_memory = EXIT_CODES, train_flags("vae"), train, memory_advice

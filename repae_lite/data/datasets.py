@@ -5,7 +5,9 @@ Taught in `notebooks/00_map.ipynb`. `open_dataset` takes whatever a user has: a 
 from the folder.
 """
 
+import errno
 import io
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,15 +15,17 @@ from pathlib import Path
 import h5py
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from repae_lite.data.hdf5 import missing_names, stored
-from repae_lite.data.image_files import center_crop, failure, list_images, parse_labels, read_image
+from repae_lite.data.hdf5 import item_names, missing_names, open_h5, read_bytes, reading
+from repae_lite.data.image_files import center_crop, failure, open_image, read_image
+from repae_lite.data.image_lists import LABELS, list_images, parse_labels, refuse_archive
 from repae_lite.utils.files import data_small_dir
+from repae_lite.utils.processes import process_rank
 
 SPLITS = ("train", "eval")
+logger = logging.getLogger(__name__)
 
 
 def load_embedded(split: str) -> tuple[Tensor, Tensor]:
@@ -55,11 +59,12 @@ class H5Dataset(Dataset):
         names: of the items.
         labels: class numbers of the items.
         num_classes: largest label + 1.
+        no_classes: why the items have no classes, all labels being 0; empty when they have.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: it is not HDF5, truncated, without labels in a "dataset.json", or lacks items that have
-            labels.
+        OSError: it cannot be read now; see `repae_lite.data.hdf5.reading`.
+        ValueError: it is not HDF5, damaged, without a "dataset.json", or lacks items that have labels.
     """
 
     noun, maker = "image", "preprocessing a folder"
@@ -68,36 +73,30 @@ class H5Dataset(Dataset):
         self.path = Path(path)
         self._file, self._process = None, None
         if not self.path.is_file():
+            problem = "is no file" if self.path.exists() else "does not exist"
             raise FileNotFoundError(
-                f"the {self.noun} file {self.path} does not exist: check the path, or write it by "
-                f"{self.maker}"
+                f"the {self.noun} file {self.path} {problem}: check the path, or write it by {self.maker}"
             )
-        try:
-            with h5py.File(self.path, "r") as file:
-                if "dataset.json" not in file:
-                    raise ValueError(
-                        f"{self.path} has no dataset.json: it was not written by the official preprocessing "
-                        "or by ours"
-                    )
-                entries = parse_labels(
-                    bytes(stored(file, "dataset.json")[()]), f"dataset.json in {self.path}"
+        refuse_archive(self.path)
+        with open_h5(self.path) as file:
+            if not _has_labels(file):
+                raise ValueError(
+                    f"{self.path} has no dataset.json: it was not written by the official preprocessing or "
+                    "by ours"
                 )
-                if not entries:
-                    raise ValueError(
-                        f"{self.path} has no labels: preprocess a folder with one subfolder per class, or "
-                        "with a dataset.json"
-                    )
-                missing = missing_names(file, [name for name, _ in entries])
-        except OSError as error:
-            raise ValueError(f"{self.path} is not a whole HDF5 file ({error}): write it again") from None
+            entries = parse_labels(read_bytes(file, LABELS), f"{LABELS} in {self.path}")
+            self.names = [name for name, _ in entries] or item_names(file)
+            missing = missing_names(file, self.names) if entries else []
         if missing:
             raise ValueError(
                 f"{self.path} lacks {len(missing)} {self.noun}s that dataset.json lists, {missing[0]} first: "
                 "write it again"
             )
-        self.names = [name for name, _ in entries]
-        self.labels = [label for _, label in entries]
+        if not self.names:
+            raise ValueError(f"{self.path} holds no {self.noun}s: write it by {self.maker}")
+        self.labels = [label for _, label in entries] or [0] * len(self.names)
         self.num_classes = max(self.labels) + 1
+        self.no_classes = "" if entries else f"the {self.noun}s of {self.path} have no classes"
 
     def __len__(self) -> int:
         return len(self.names)
@@ -106,20 +105,14 @@ class H5Dataset(Dataset):
         return self.decode(self.read(self.names[index]), self.names[index]), self.labels[index]
 
     def read(self, name: str) -> bytes:
-        """The bytes under a name, however they are stored; trailing zeros, which HDF5 drops, are put back.
+        """The bytes under a name.
 
         Raises:
-            ValueError: there are none.
+            ValueError, OSError: see `repae_lite.data.hdf5.read_bytes`.
         """
         if self._process != os.getpid():  # an HDF5 handle must not be shared across a fork
-            self._file, self._process = h5py.File(self.path, "r"), os.getpid()
-        item = stored(self._file, name)
-        value = item[()]
-        return (
-            value.tobytes()
-            if isinstance(value, np.ndarray)
-            else bytes(value).ljust(item.dtype.itemsize, b"\0")
-        )
+            self._file, self._process = open_h5(self.path), os.getpid()
+        return read_bytes(self._file, name)
 
     def decode(self, data: bytes, name: str) -> Tensor:
         """The item that bytes stand for; `name` is for errors."""
@@ -129,22 +122,44 @@ class H5Dataset(Dataset):
         return self.__dict__ | {"_file": None, "_process": None}
 
 
+def _has_labels(file: h5py.File) -> bool:
+    with reading(file.filename):
+        return LABELS in file
+
+
 class ImageH5Dataset(H5Dataset):
-    """Images and labels of an `images.h5`; item i is (uint8 (3, H, W), label). See `H5Dataset`."""
+    """Images and labels of an `images.h5`; item i is (uint8 (3, H, W), label). See `H5Dataset`.
+
+    Attributes:
+        shape: (3, H, W), the same for all.
+    """
+
+    def __init__(self, path: str | Path):
+        super().__init__(path)
+        self.shape: tuple[int, ...] = ()
+        self.shape = tuple(self[0][0].shape)
 
     def decode(self, data: bytes, name: str) -> Tensor:
         """Pixels of an encoded image.
 
         Raises:
-            ValueError: the bytes are no image.
+            ValueError: the bytes are no image, or one of another size than the first.
         """
         try:
-            image = Image.open(io.BytesIO(data))
+            image = open_image(io.BytesIO(data))
             pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))
-        except (UnidentifiedImageError, OSError) as error:
+        except MemoryError:
+            raise
+        except Exception as error:  # Pillow raises many kinds on damaged bytes
             raise ValueError(
                 f"image {name} in {self.path} cannot be decoded ({failure(error)}): write the file again"
             ) from None
+        height, width, _ = pixels.shape
+        if self.shape not in ((), (3, height, width)):
+            raise ValueError(
+                f"image {name} in {self.path} has {height} × {width} pixels and the first one "
+                f"{self.shape[1]} × {self.shape[2]}: preprocess all to one size"
+            )
         return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
@@ -156,7 +171,7 @@ class ImageFolderDataset(Dataset):
 
     Args:
         folder: with one subfolder per class, or a dataset.json; see
-            `repae_lite.data.image_files.list_images`.
+            `repae_lite.data.image_lists.list_images`.
         resolution: side of the squares in pixels.
 
     Attributes:
@@ -164,11 +179,11 @@ class ImageFolderDataset(Dataset):
         names: paths below `root`.
         labels: class numbers of the images.
         num_classes: number of classes.
+        no_classes: why the images have no classes, all labels being 0; empty when they have.
 
     Raises:
         FileNotFoundError: no such folder.
-        ValueError: no images, no classes, images without labels or labels without images; on reading, an
-            unreadable image.
+        ValueError: what `list_images` refuses, labels without images; on reading, an unreadable image.
     """
 
     def __init__(self, folder: str | Path, resolution: int):
@@ -182,6 +197,11 @@ class ImageFolderDataset(Dataset):
             )
         self.root, self.names, self.labels = found.root, found.names, found.labels
         self.num_classes, self.resolution = found.num_classes, resolution
+        reason = found.no_classes
+        self.no_classes = reason and f"the images of {found.root} have no classes ({reason})"
+        if process_rank() == 0:
+            for line in found.summary():
+                logger.info(line)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -190,7 +210,13 @@ class ImageFolderDataset(Dataset):
         path = self.root / self.names[index]
         try:
             pixels = np.array(center_crop(read_image(path), self.resolution))
+        except MemoryError:
+            raise
         except Exception as error:  # Pillow raises many kinds on damaged files
+            if getattr(error, "errno", None) not in (None, errno.ENOENT):
+                raise OSError(
+                    f"the image {path} cannot be read now ({failure(error)}): it may be whole all the same"
+                ) from None
             raise ValueError(
                 f"the image {path} cannot be read ({failure(error)}): repair or remove it, or preprocess "
                 "with --on-error skip"
@@ -228,7 +254,7 @@ def open_dataset(path: str | Path, resolution: int | None = None) -> ImageH5Data
             f"there is no image file or folder {path}: check the path, or write it by repae preprocess"
         )
     dataset = ImageH5Dataset(path / "images.h5" if path.is_dir() else path)
-    height, width = dataset[0][0].shape[1:]
+    height, width = dataset.shape[1:]
     if resolution is not None and (height, width) != (resolution, resolution):
         raise ValueError(
             f"the images of {dataset.path} have {height} × {width} pixels and not {resolution} × "

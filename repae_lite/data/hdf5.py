@@ -4,9 +4,13 @@
 beside it lists the names.
 """
 
+import errno
 import io
 import json
+import os
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import h5py
@@ -17,6 +21,7 @@ from PIL import Image
 from repae_lite.data.image_files import encode_png
 from repae_lite.utils.files import atomic_path, write_text
 
+CANNOT_LOCK = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 # HDF5 since 1.10 can read it: without a bound the newest format of the library at hand would be written
 LIBVER = "v110"
 
@@ -43,22 +48,99 @@ def add_bytes(file: h5py.File, name: str, data: bytes) -> None:
     )
 
 
-def stored(file: h5py.File, name: str) -> h5py.Dataset:
-    """What a file holds under a name.
+@contextmanager
+def reading(path: str | Path) -> Iterator[None]:
+    """Tells what HDF5 says of a file that it cannot read: in use, forbidden, out of reach, or damaged.
 
     Raises:
-        ValueError: that is a group, or has no value.
+        FileNotFoundError, PermissionError, OSError: the file could not be read; what it holds is not known.
+        ValueError: it is damaged, or no HDF5 file.
     """
-    found = file.get(name)
-    if not isinstance(found, h5py.Dataset) or found.shape is None:
-        kind = "an HDF5 group" if isinstance(found, h5py.Group) else "empty"
-        raise ValueError(f"{name} in {file.filename} is {kind} instead of bytes: write the file again")
-    return found
+    try:
+        yield
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError, OverflowError) as error:
+        raise _told(error, path) from None
 
 
-def labels_json(entries: list[tuple[str, int]]) -> bytes:
-    """The (name, label) pairs as the official "dataset.json"."""
-    return json.dumps({"labels": entries}).encode()
+def _told(error: Exception, path: str | Path) -> Exception:
+    words, number = " ".join(str(error).split()), getattr(error, "errno", None)
+    if "unable to lock file" in words:
+        return OSError(
+            f"{path} is open in another program ({words}): wait until that ends, or, if there is "
+            "none, as on disks that lock wrongly, set HDF5_USE_FILE_LOCKING=FALSE"
+        )
+    if "already open for write" in words:
+        return OSError(
+            f"{path} is being written by another program, or by one that was killed ({words}): wait until it "
+            "ends, or write the file again"
+        )
+    if number == errno.ENOENT:
+        return FileNotFoundError(f"{path} does not exist any more: check whether its disk is there")
+    if number in (errno.EACCES, errno.EPERM):
+        return PermissionError(f"{path} may not be read ({os.strerror(number)}): change its permissions")
+    if number not in (None, errno.EINVAL, errno.EOVERFLOW):  # HDF5 seeks to where damaged bytes send it
+        return OSError(f"{path} cannot be read now ({os.strerror(number)}): it may be whole all the same")
+    return ValueError(f"{path} is not a whole HDF5 file ({words}): write it again")
+
+
+def open_h5(path: str | Path) -> h5py.File:
+    """Opens a file to be read; on disks that cannot lock, without a lock.
+
+    Raises:
+        OSError, ValueError: see `reading`.
+    """
+    with reading(path):
+        try:
+            return h5py.File(path, "r")
+        except OSError as error:
+            if error.errno not in CANNOT_LOCK:
+                raise
+            return h5py.File(path, "r", locking=False)
+
+
+def read_bytes(file: h5py.File, name: str) -> bytes:
+    """The bytes under a name, however they are stored; trailing zeros, which HDF5 drops, are put back.
+
+    Raises:
+        ValueError: that is a group, missing, or something else than bytes; the file is damaged.
+        OSError: see `reading`.
+    """
+    with reading(file.filename):
+        found = file.get(name)
+        if isinstance(found, h5py.Dataset) and found.shape is not None:
+            # Damaged bytes may ask for more memory than there is.
+            scalar, size = found.shape == (), found.nbytes
+            if found.chunks is not None or size <= os.path.getsize(file.filename):
+                kind, value = found.dtype.kind, found[()]
+                if kind in "SV" and scalar:
+                    return bytes(value).ljust(found.dtype.itemsize, b"\0")
+                if kind == "O" and scalar and isinstance(value, bytes):
+                    return value
+                if found.dtype in (np.uint8, np.int8) or found.dtype == "S1":
+                    return value.tobytes()
+    kind = "missing"
+    if isinstance(found, h5py.Dataset):
+        kind = "empty" if found.shape is None else f"{found.dtype} of shape {found.shape}"
+    elif found is not None:
+        kind = "an HDF5 group" if isinstance(found, h5py.Group) else "an HDF5 type"
+    raise ValueError(f"{name} in {file.filename} is {kind} instead of bytes: write the file again")
+
+
+def item_names(file: h5py.File) -> list[str]:
+    """Sorted names of all items, which lie in groups; the labels and their like lie beside the groups.
+
+    Raises:
+        OSError, ValueError: see `reading`.
+    """
+    with reading(file.filename):
+        groups = [name for name in file if file.get(name, getclass=True) is h5py.Group]
+        return sorted(f"{group}/{name}" for group in groups for name in file[group])
+
+
+def labels_json(entries: list[tuple[str, int | None]]) -> bytes:
+    """The (name, label) pairs as the official "dataset.json"; its labels are null when no item has one."""
+    labelled = any(label is not None for _, label in entries)
+    return json.dumps({"labels": entries if labelled else None}).encode()
 
 
 def write_names(path: str | Path, names: list[str]) -> None:
@@ -68,15 +150,20 @@ def write_names(path: str | Path, names: list[str]) -> None:
 
 
 def missing_names(file: h5py.File, names: list[str]) -> list[str]:
-    """Which names the file lacks; listing whole groups is forty times faster than looking up each name."""
+    """Which names the file lacks; listing whole groups is forty times faster than looking up each name.
+
+    Raises:
+        OSError, ValueError: see `reading`.
+    """
     groups = defaultdict(list)
     for name in names:
         groups[name.rpartition("/")[0]].append(name)
     missing = []
-    for group, members in groups.items():
-        held = file.get(group or "/")
-        present = set(held) if isinstance(held, h5py.Group) else ()
-        missing += [name for name in members if name.rpartition("/")[2] not in present]
+    with reading(file.filename):
+        for group, members in groups.items():
+            held = file.get(group or "/")
+            present = set(held) if isinstance(held, h5py.Group) else ()
+            missing += [name for name in members if name.rpartition("/")[2] not in present]
     return missing
 
 
@@ -101,7 +188,7 @@ def write_images_h5(
             "one label each"
         )
     names = [image_name(i) for i in range(len(images))]
-    with atomic_path(path) as partial, h5py.File(partial, "w", libver=LIBVER) as file:
+    with atomic_path(path) as partial, h5py.File(partial, "w", libver=LIBVER, locking=False) as file:
         for name, image in zip(names, images, strict=True):
             add_bytes(file, name, (_smallest_png if compress else encode_png)(image.transpose(1, 2, 0)))
         entries = [(name, int(label)) for name, label in zip(names, labels, strict=True)]

@@ -7,24 +7,23 @@ are recorded in the journal with the step, and only then laid over the file; lay
 harm. As every step starts from the same bytes, killed or not, the finished file is the same to the byte.
 """
 
-import errno
 import hashlib
 import io
 import json
 import logging
 import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import h5py
 
-from repae_lite.data.hdf5 import LIBVER, add_bytes, labels_json, write_names
+from repae_lite.data.hdf5 import LIBVER, add_bytes, labels_json, open_h5, reading, write_names
 from repae_lite.utils.files import write_text
 from repae_lite.utils.locks import writing
 
 PAGE = 4096  # bytes; changes are kept in pieces of this size
+ODD = (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError)  # of a journal
 logger = logging.getLogger(__name__)
 
 
@@ -51,9 +50,11 @@ def check_count(file: h5py.File, state: dict) -> None:
     Raises:
         ValueError: it does not.
     """
-    held = sum(len(file[name]) for name in file if isinstance(file[name], h5py.Group))
+    with reading(file.filename):
+        held = sum(len(file[name]) for name in file if isinstance(file[name], h5py.Group))
+        labelled = "dataset.json" in file
     expected = state["done"] - len(state.get("unreadable", ()))
-    if held != expected or ("dataset.json" in file) != state["labelled"]:
+    if held != expected or labelled != state["labelled"]:
         raise ValueError(f"{held} items instead of {expected}")
 
 
@@ -102,11 +103,11 @@ class ResumableH5:
                     raise ValueError("its file is too short")
                 self._lay_over(entry["size"], entry["patches"])
                 if entry["size"]:
-                    with h5py.File(self.path, "r") as file:
+                    with open_h5(self.path) as file:
                         check(file, entry["state"])
-        except (OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
-            if getattr(error, "errno", None) not in (None, errno.ENOENT):
-                raise  # the disk's refusal says nothing about the file
+                if not self.state.keys() <= entry["state"].keys():
+                    raise ValueError("its journal lacks a part")
+        except (FileNotFoundError, *ODD) as error:  # that a file cannot be read now says nothing about it
             logger.warning(f"the unfinished run in {self.folder} is damaged ({error}): starting over")
             return False
         if other and not discard:
@@ -149,7 +150,13 @@ class ResumableH5:
             self.state, self.size = entry["state"], entry["size"]
             self._lay_over(entry["size"], entry["patches"])
 
-    def finish_labelled(self, path: Path, entries: list[tuple[str, int]], *more: tuple[str, bytes]) -> None:
+    def finish_labelled(
+        self,
+        path: Path,
+        entries: list[tuple[str, int | None]],
+        *more: tuple[str, bytes],
+        beside: Callable[[], None] = lambda: None,
+    ) -> None:
         """Adds the labels, unless an earlier start did, writes the list of names, and finishes.
 
         The state must have `labelled`, False until the labels are in.
@@ -158,6 +165,7 @@ class ResumableH5:
             path: the finished file.
             entries: name and label of each item.
             more: name and bytes of what else is added.
+            beside: writes what else lies beside the file.
         """
         if not self.state["labelled"]:
             with self.step() as last:
@@ -165,6 +173,7 @@ class ResumableH5:
                     last.add(name, data)
                 self.commit(last, labelled=True)
         with writing(path.parent):
+            beside()
             write_names(path, [name for name, _ in entries])
         self.finish(path)  # last of all, so that it is there only when everything is
 
@@ -174,7 +183,31 @@ class ResumableH5:
             with open(self.path, "rb+") as file:
                 os.fsync(file.fileno())
             os.replace(self.path, path)
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self.discard()
+
+    def discard(self) -> None:
+        """Removes the unfinished run, and its folder unless it holds something else."""
+        notes = (*self.folder.glob("*.json"), *self.folder.glob(".*.json.*"))
+        for path in (self.path, self.folder / "lock", *notes):
+            with suppress(OSError):
+                path.unlink()
+        with suppress(OSError):
+            self.folder.rmdir()
+
+    def check_free(self, *paths: Path, overwrite: bool) -> None:
+        """Refuses files in the place of what the run will write, unless this run wrote them before a kill.
+
+        Raises:
+            ValueError: there are such files.
+        """
+        found = [path for path in paths if path.exists()]
+        if found and not overwrite and not self.state["labelled"]:
+            if not self.size:
+                self.discard()
+            raise ValueError(
+                f"{found[0]} exists and is not of this run: move it away, choose another name or folder, or "
+                "replace it with --overwrite"
+            )
 
 
 class Step(io.RawIOBase):
@@ -196,12 +229,20 @@ class Step(io.RawIOBase):
 
         Raises:
             OSError: the disk is full or refuses otherwise.
+            ValueError: what earlier steps wrote has been damaged since.
         """
         with writing(self.path.parent.parent):
             if self.hdf5 is None:
                 self.disk = open(self.path, "rb+", buffering=0)
-                self.hdf5 = h5py.File(self, "r+" if self.start else "w", libver=LIBVER)
-            add_bytes(self.hdf5, name, data)
+            try:
+                with reading(self.path):
+                    if self.hdf5 is None:
+                        self.hdf5 = h5py.File(self, "r+" if self.start else "w", libver=LIBVER)
+                    add_bytes(self.hdf5, name, data)
+            except ValueError as error:
+                if self.error is None:
+                    remedy = f"remove {self.path.parent}, and run the same command again"
+                    raise ValueError(f"{str(error).rpartition(':')[0]}: {remedy}") from None
             if self.error is not None:
                 raise self.error
 

@@ -10,26 +10,26 @@ import hashlib
 import io
 import json
 from collections.abc import Iterator
-from contextlib import closing
-from functools import partial
+from contextlib import ExitStack, closing
 from pathlib import Path
 
-import h5py
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
 from torch.utils.data import DataLoader, Dataset
 
 from repae_lite.data.datasets import H5Dataset, ImageFolderDataset, ImageH5Dataset, read_batches
-from repae_lite.data.hdf5 import stored
+from repae_lite.data.hdf5 import open_h5, read_bytes, reading
 from repae_lite.data.journal import ResumableH5, check_count, fingerprint
 from repae_lite.networks.latent_stats import LatentStats
 from repae_lite.networks.vae import AutoencoderKL
+from repae_lite.utils.devices import loading
 from repae_lite.utils.files import atomic_path
-from repae_lite.utils.locks import check_space, locked, writing
+from repae_lite.utils.locks import check_space, locked
 from repae_lite.utils.pixels import to_unit_range
-from repae_lite.utils.processes import from_first_process, process_count, process_rank
+from repae_lite.utils.processes import from_first_process, process_count, process_rank, together
 from repae_lite.utils.progress import progress_bar
 
 STEP = 1000  # images that a killed run has to do again, about
@@ -57,6 +57,7 @@ class CachedLatentsDataset(H5Dataset):
     Attributes:
         fingerprint: `vae_fingerprint` of the VAE that the latents are of; None for the official code's files,
             which do not say.
+        pixels: `image_marks` of the images that they are of; None where the file does not say.
         shape: (2C, h, w).
     """
 
@@ -64,9 +65,16 @@ class CachedLatentsDataset(H5Dataset):
 
     def __init__(self, path: str | Path):
         super().__init__(path)
-        with h5py.File(self.path, "r") as file:
-            about = json.loads(bytes(stored(file, ABOUT)[()])) if ABOUT in file else {}
-        self.fingerprint: str | None = about.get("fingerprint")
+        with open_h5(self.path) as file:
+            with reading(self.path):
+                text = ABOUT in file
+            text = read_bytes(file, ABOUT) if text else b"{}"
+        try:
+            about = json.loads(text)
+            self.fingerprint: str | None = about.get("fingerprint")
+            self.pixels: list | None = about.get("images")
+        except (ValueError, AttributeError, RecursionError):
+            raise ValueError(f"{ABOUT} in {self.path} is damaged: cache the latents again") from None
         self.shape: tuple[int, ...] = ()
         self.shape = tuple(self[0][0].shape)
 
@@ -78,12 +86,16 @@ class CachedLatentsDataset(H5Dataset):
         """
         try:
             moments = np.load(io.BytesIO(data), allow_pickle=False)
-        except (ValueError, OSError, EOFError) as error:
+        except MemoryError:
+            raise
+        except Exception as error:  # NumPy parses headers as Python: any bytes give any error
+            reason = " ".join(str(error).split())
             raise ValueError(
-                f"{name} in {self.path} cannot be decoded ({error}): cache the latents again"
+                f"{name} in {self.path} cannot be decoded ({reason}): cache the latents again"
             ) from None
         if (
-            moments.dtype != np.float32
+            not isinstance(moments, np.ndarray)  # an .npz
+            or moments.dtype != np.float32
             or moments.ndim != 3
             or moments.shape[0] % 2
             or self.shape not in ((), moments.shape)
@@ -93,6 +105,8 @@ class CachedLatentsDataset(H5Dataset):
                 f"{name} in {self.path} is {moments.dtype} of shape {moments.shape} instead of float32 (2C, "
                 f"h, w) with {expected}: cache the latents again"
             )
+        if not np.isfinite(moments).all():
+            raise ValueError(f"{name} in {self.path} has values that are not finite: cache the latents again")
         return torch.from_numpy(moments)
 
     def check_vae(self, vae: AutoencoderKL) -> None:
@@ -159,34 +173,86 @@ def cache_latents(
             f"{path}, {batch_size} images a batch, {workers} workers: give NAME.h5, at least 1, and at least "
             "0"
         )
+    vae, device = vae.to(device).eval(), torch.device(device)
+    with ExitStack() as stack:
+        file = None
+        with together():
+            if process_rank() == 0:
+                check_output(path, dataset, overwrite)
+            # Refuses images that do not fit.
+            first = vae.encode(to_unit_range(dataset[0][0][None]).to(device)).mean
+            if process_rank() == 0:
+                file, entries, about = _start(stack, vae, dataset, path, first.numel(), overwrite)
+        done = torch.tensor([file.state["done"] if file else 0], device=device)
+        batches = _moments(
+            vae,
+            dataset,
+            (2 * first.shape[1], *first.shape[2:]),
+            batch_size,
+            workers,
+            device,
+            int(from_first_process(done)),
+        )
+        if file is None:  # only the first process knows the file
+            for _ in batches:
+                pass
+            return LatentStats(*from_first_process(torch.zeros(2, first.shape[1], device=device)).cpu())
+        _encode_all(file, batches, len(dataset), max(1, step // batch_size) * batch_size, progress)
+        stats = _stats(file.state)
+        file.finish_labelled(
+            path,
+            entries,
+            (ABOUT, json.dumps(about).encode()),
+            beside=lambda: save_stats(path.with_name(path.stem + STATS), stats),
+        )
+    from_first_process(torch.stack([stats.mean, stats.std]).to(device))
+    return stats
+
+
+def check_output(path: Path, dataset: Dataset, overwrite: bool) -> None:
+    """Refuses to write where the images themselves or finished latents are.
+
+    Raises:
+        ValueError: such a file is in the way.
+    """
     if path.resolve() == Path(getattr(dataset, "path", "")).resolve():
         raise ValueError(f"{path} holds the images themselves: choose another name for their latents")
     if path.exists() and not overwrite:
         raise ValueError(f"{path} exists: choose another name, or replace it with --overwrite")
-    vae, device = vae.to(device).eval(), torch.device(device)
-    first = vae.encode(to_unit_range(dataset[0][0][None]).to(device)).mean  # refuses images that do not fit
-    moments = partial(
-        _moments, vae, dataset, (2 * first.shape[1], *first.shape[2:]), batch_size, workers, device
-    )
-    if process_rank():  # only the first process knows the file
-        for _ in moments(int(from_first_process(torch.zeros(1, dtype=torch.long, device=device)))):
-            pass
-        return LatentStats(*from_first_process(torch.zeros(2, first.shape[1], device=device)).cpu())
+
+
+def _start(
+    stack: ExitStack, vae: AutoencoderKL, dataset: Dataset, path: Path, values: int, overwrite: bool
+) -> tuple[ResumableH5, list[tuple[str, int | None]], dict]:
+    """The file in the making, locked by the stack, its names and labels, and what is told about it."""
     about = {"fingerprint": vae_fingerprint(vae), "downsampling": vae.config.downsampling}
     state = {"done": 0, "labelled": False, "count": 0, "mean": [], "square": []}
-    with locked(path.with_name(path.name + ".partial")) as folder:
-        file = ResumableH5(folder, _source_print(dataset, about), state, check_count, discard=overwrite)
-        left = len(dataset) - file.state["done"]
-        check_space(path.parent, left * (8 * first.numel() + 200), "the latents need")
-        done = from_first_process(torch.tensor([file.state["done"]], device=device))
-        _encode_all(file, moments(int(done)), len(dataset), max(1, step // batch_size) * batch_size, progress)
-        stats = _stats(file.state)
-        with writing(path.parent):
-            save_stats(path.with_name(path.stem + STATS), stats)
-        entries = [(latent_name(i), int(label)) for i, label in enumerate(dataset.labels)]
-        file.finish_labelled(path, entries, (ABOUT, json.dumps(about).encode()))
-    from_first_process(torch.stack([stats.mean, stats.std]).to(device))
-    return stats
+    folder = stack.enter_context(locked(path.with_name(path.name + ".partial")))
+    file = ResumableH5(folder, _source_print(dataset, about), state, check_count, discard=overwrite)
+    beside = (path.with_name(path.stem + "_h5.json"), path.with_name(path.stem + STATS))
+    file.check_free(*beside, overwrite=overwrite)
+    check_space(path.parent, (len(dataset) - file.state["done"]) * (8 * values + 200), "the latents need")
+    labels = [None if getattr(dataset, "no_classes", "") else int(label) for label in dataset.labels]
+    entries = [(latent_name(i), label) for i, label in enumerate(labels)]
+    return file, entries, about | {"images": image_marks(dataset)}
+
+
+def image_marks(dataset: Dataset) -> list[list[int]]:
+    """What tells images from others, whatever they are called: mean colours of the quarters of five."""
+    places = sorted({round(i * (len(dataset) - 1) / 4) for i in range(5)})
+    return [adaptive_avg_pool2d(dataset[i][0].float(), 2).round().int().flatten().tolist() for i in places]
+
+
+def same_images(marks: list | None, dataset: Dataset) -> bool:
+    """Whether latents with these marks are of these images; None says nothing. Decoders may round."""
+    if marks is None:
+        return True
+    mine = torch.tensor(image_marks(dataset))
+    try:
+        other = torch.tensor(marks)
+    except (ValueError, TypeError, RuntimeError):
+        return False
+    return mine.shape == other.shape and bool(((mine - other).abs() <= 2).all())
 
 
 def official_stats(stats: LatentStats) -> dict[str, Tensor]:
@@ -214,7 +280,7 @@ def _encode_all(file: ResumableH5, batches: Iterator[Tensor], total: int, step: 
                     _check_finite(moments, at)
                     for i, one in enumerate(moments.numpy()):
                         added.add(latent_name(at + i), _npy(one))
-                    mean, std = moments.double().chunk(2, dim=1)
+                    mean, std = moments.to(torch.float64).chunk(2, dim=1)
                     sums["mean"] = sums["mean"] + mean.sum((0, 2, 3)).numpy()
                     sums["square"] = sums["square"] + (mean.square() + std.square()).sum((0, 2, 3)).numpy()
                     count += mean[:, 0].numel()
@@ -245,7 +311,7 @@ def _moments(
         dataset,
         batch_sampler=batches[process_rank() :: processes],
         num_workers=workers,
-        pin_memory=device.type == "cuda",
+        **loading(device, workers),
     )
     with closing(read_batches(loader)) as mine:
         for first in range(0, len(batches), processes):
@@ -282,7 +348,8 @@ def _stats(state: dict) -> LatentStats:
 def _source_print(dataset: ImageH5Dataset | ImageFolderDataset, about: dict) -> str:
     # Not all pixels, but enough to tell two resolutions or data sets apart.
     ends = [dataset[i][0].numpy().tobytes() for i in (0, len(dataset) - 1)]
-    return fingerprint(json.dumps(["latents 1", about]), dataset.names, dataset.labels, *ends)
+    head = ["latents 1", about] + ["no classes"] * bool(getattr(dataset, "no_classes", ""))
+    return fingerprint(json.dumps(head), dataset.names, dataset.labels, *ends)
 
 
 def _check_finite(moments: Tensor, at: int) -> None:

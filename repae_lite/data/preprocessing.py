@@ -8,7 +8,6 @@ The command is `repae preprocess`. `repae_lite.data.image_files` says what happe
 import json
 import logging
 import os
-import shutil
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -22,10 +21,11 @@ from pathlib import Path
 import h5py
 from tqdm import tqdm
 
-from repae_lite.data.hdf5 import image_name
-from repae_lite.data.image_files import ImageList, list_images, square_pngs, start_worker
+from repae_lite.data.hdf5 import image_name, read_bytes, reading
+from repae_lite.data.image_files import square_pngs, start_worker
+from repae_lite.data.image_lists import ImageList, list_images
 from repae_lite.data.journal import ResumableH5, check_count, fingerprint
-from repae_lite.utils.files import write_text
+from repae_lite.utils.files import read_json, write_text
 from repae_lite.utils.locks import check_space, locked, writing
 from repae_lite.utils.progress import progress_bar
 
@@ -45,6 +45,7 @@ def preprocess(
     on_error: str = "refuse",
     overwrite: bool = False,
     max_images: int | None = None,
+    dry_run: bool = False,
     progress: bool = False,
     step: int = STEP,
 ) -> dict:
@@ -55,7 +56,7 @@ def preprocess(
     with several workers needs the usual `if __name__ == "__main__":`.
 
     Args:
-        source: the folder; see `repae_lite.data.image_files.list_images` for its labels.
+        source: the folder; see `repae_lite.data.image_lists.list_images` for its labels.
         output: the folder to write to, made if need be.
         resolution: side of the square images in pixels.
         workers: processes; None takes one per available CPU core. The result does not depend on it.
@@ -63,13 +64,14 @@ def preprocess(
             report lists them.
         overwrite: replace a finished result, and discard an unfinished one of other images or resolution.
         max_images: take only the first so many of the sorted list.
+        dry_run: only say what would be taken and left out, and return the report as if all could be read.
         progress: show a bar.
         step: images between two entries of the journal.
 
     Returns:
         The report: `images` (how many were written), `classes` [[name, images]] in the order of their
-        numbers, `unreadable` [{file, name, reason}], `ignored_files` {suffix: how many}, `source`,
-        `resolution` (pixels).
+        numbers, `unreadable` [{file, name, reason}], `ignored_files` {suffix: how many}, `left_out` {what
+        else: how many}, `source`, `resolution` (pixels).
 
     Raises:
         ValueError: an argument, or the folder's contents as `list_images` says; unreadable images that are to
@@ -85,26 +87,44 @@ def preprocess(
         raise ValueError(
             f"the output folder {output} lies in the image folder {images.root}: choose one outside of it"
         )
-    logger.info(f"{images.root}: {len(images.names):,} images in {images.num_classes:,} classes")
-    result = output / "images.h5"
+    for line in images.summary():
+        logger.info(line)
+    result, names, report_path = (output / name for name in ("images.h5", "images_h5.json", REPORT))
     if result.exists() and not overwrite:
         raise ValueError(f"{result} exists: choose another output folder, or replace it with --overwrite")
+    if dry_run:
+        return _report({"done": len(images.names), "unreadable": {}}, images, resolution)
     with locked(output / "images.h5.partial") as folder:
         # JSON makes the positions of the unreadable images strings.
         state = {"done": 0, "unreadable": {}, "labelled": False}
-        source_print = fingerprint(f"1 {resolution}\n", images.names, images.labels)
+        head = f"1 {resolution}\n" + "no classes\n" * bool(images.no_classes)
+        source_print = fingerprint(head, images.names, images.labels)
         file = ResumableH5(folder, source_print, state, _check_unfinished, discard=overwrite)
+        ours = file.state["done"] or _is_ours(report_path, images)
+        file.check_free(names, *[] if ours else [report_path], overwrite=overwrite)
         left = len(images.names) - file.state["done"]
         check_space(output, left * (3 * resolution + 1) * resolution, "the images need")
         _encode_all(file, images, resolution, workers or _cores(), step, progress)
         report = _report(file.state, images, resolution)
+        place = folder / REPORT if result.exists() else report_path  # the old report is the old file's
+        text = json.dumps(report, indent=1)
         with writing(output):
-            write_text(output / REPORT, json.dumps(report, indent=1))
-        if not report["images"]:
-            shutil.rmtree(folder, ignore_errors=True)  # nothing worth keeping
-        _refuse_unreadable(report, on_error, output / REPORT)
-        file.finish_labelled(result, [(image_name(i), images.labels[i]) for i in _written(file.state)])
+            write_text(place, text)
+        if not report["images"] and place == report_path:
+            file.discard()  # nothing worth keeping
+        _refuse_unreadable(report, on_error, place)
+        labels = [None] * len(images.labels) if images.no_classes else images.labels
+        entries = [(image_name(i), labels[i]) for i in _written(file.state)]
+        file.finish_labelled(result, entries, beside=lambda: write_text(report_path, text))
     return report
+
+
+def _is_ours(path: Path, images: ImageList) -> bool:
+    """Whether a report tells of an earlier run over the same folder, as when images were unreadable."""
+    try:
+        return read_json(path).get("source") == str(images.root)
+    except (ValueError, OSError):
+        return False
 
 
 def _cores() -> int:
@@ -139,10 +159,11 @@ def _check_unfinished(file: h5py.File, state: dict) -> None:
         ValueError: it does not.
     """
     check_count(file, state)
-    group = max(name for name in file if name != "dataset.json")
-    last = file[group][max(file[group])]
-    if not bytes(last[()]).endswith(b"IEND\xaeB`\x82"):
-        raise ValueError(f"{last.name} is not a whole PNG")
+    with reading(file.filename):
+        group = max((name for name in file if name != "dataset.json"), default=None)
+        last = f"{group}/{max(file[group])}" if group else None
+    if last and not read_bytes(file, last).endswith(b"IEND\xaeB`\x82"):
+        raise ValueError(f"{last} is not a whole PNG")
 
 
 def _refuse_unreadable(report: dict, on_error: str, path: Path) -> None:
@@ -237,6 +258,8 @@ def _report(state: dict, images: ImageList, resolution: int) -> dict:
     written = _written(state)
     counts = Counter(images.labels[i] for i in written)
     names = images.class_names or [str(label) for label in range(images.num_classes)]
+    if images.no_classes:
+        names = []
     return {
         "source": str(images.root),
         "resolution": resolution,
@@ -247,4 +270,5 @@ def _report(state: dict, images: ImageList, resolution: int) -> dict:
             for i in sorted(map(int, state["unreadable"]))
         ],
         "ignored_files": dict(sorted(images.ignored.items())),
+        "left_out": dict(sorted(images.left_out.items())),
     }

@@ -2,8 +2,15 @@
 
 import hashlib
 import json
+import logging
 
 from torch.utils.data import Dataset
+
+from repae_lite.data.image_lists import classes_without_images
+from repae_lite.data.latents import same_images
+from repae_lite.utils.processes import process_rank
+
+logger = logging.getLogger(__name__)
 
 
 class TrainingData(Dataset):
@@ -15,6 +22,7 @@ class TrainingData(Dataset):
 
     Attributes:
         num_classes: of the labels.
+        no_classes: why the items have no classes; empty when they have.
         fingerprint: changes with names, labels, pixels (of three images) and the latents' VAE.
 
     Raises:
@@ -29,13 +37,35 @@ class TrainingData(Dataset):
                 f"the cached latents ({len(latents)}) and the images ({len(images)}) differ in labels: cache "
                 "those of these images"
             )
-        self.num_classes = one.num_classes
+        pixels = getattr(latents, "pixels", None)
+        if images is not None and not same_images(pixels, images):
+            raise ValueError(
+                "the cached latents are of other images than these, though their labels agree: cache those "
+                "of these images"
+            )
+        self.num_classes, self.no_classes = one.num_classes, getattr(one, "no_classes", "")
         digest = hashlib.sha256(json.dumps([list(one.names), [int(label) for label in one.labels]]).encode())
         for i in (0, len(one) // 2, len(one) - 1) if images is not None else ():
             digest.update(images[i][0].numpy().tobytes())
         if latents is not None:
             digest.update(str(latents.fingerprint).encode())
         self.fingerprint = digest.hexdigest()[:16]
+
+    def require_classes(self) -> None:
+        """For training that conditions on classes; says so when some of them have no images.
+
+        Raises:
+            ValueError: there are no classes.
+        """
+        if self.no_classes:
+            raise ValueError(
+                f"{self.no_classes}, and only train-vae, preprocess and cache-latents do without: "
+                "put the images into one subfolder per class, or list their classes in a dataset.json"
+            )
+        one = self.images if self.images is not None else self.latents
+        empty = classes_without_images(one.labels, self.num_classes)
+        if empty and process_rank() == 0:
+            logger.warning(empty)
 
     def __len__(self) -> int:
         return len(self.images if self.images is not None else self.latents)

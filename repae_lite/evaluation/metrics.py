@@ -2,6 +2,7 @@
 
 Paper: section 4 and Tables 1, 10 and 14. Taught in `notebooks/00_map.ipynb` (Fréchet distance, linear probe,
 CKNNA), `01_vae.ipynb` (PSNR, SSIM) and `04_stop_gradient.ipynb` (structure of latents).
+Where float64 is computed with and the device has none (MPS), the CPU computes.
 """
 
 import math
@@ -10,6 +11,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from repae_lite.utils.devices import in_float64
 
 
 class FeatureStats(NamedTuple):
@@ -59,7 +62,7 @@ def frechet_distance(a: FeatureStats, b: FeatureStats) -> float:
             raise ValueError("Fréchet distance got statistics that are not finite: check the features.")
     if a.mean.shape != b.mean.shape:
         raise ValueError(f"Fréchet distance got widths {len(a.mean)} and {len(b.mean)}: use one network.")
-    mean_a, cov_a, mean_b, cov_b = (stat.double() for stat in (a.mean, a.cov, b.mean, b.cov))
+    mean_a, cov_a, mean_b, cov_b = map(in_float64, (a.mean, a.cov, b.mean, b.cov))
     eigenvalues, vectors = torch.linalg.eigh(cov_a)
     root_a = (vectors * eigenvalues.clamp(min=0).sqrt()) @ vectors.T
     product = root_a @ cov_b @ root_a
@@ -186,6 +189,7 @@ def linear_probe(
             raise ValueError(f"{name}_labels must be ({len(feats)},), got {tuple(labels.shape)}.")
     if train.shape[1] != test.shape[1]:
         raise ValueError(f"train width {train.shape[1]}, test width {test.shape[1]}: use one layer for both.")
+    train_labels, test_labels = train_labels.to(train.device), test_labels.to(test.device)
     mean, std = train.mean(dim=0), train.std(dim=0).clamp(min=1e-8)
     train, test = (train - mean) / std, (test - mean) / std
     weight = train.new_zeros(train.shape[1], int(train_labels.max()) + 1)
@@ -201,7 +205,7 @@ def linear_probe(
 
     with torch.enable_grad():
         optimizer.step(closure)
-    return ((test @ weight + bias).argmax(dim=1) == test_labels).double().mean().item()
+    return ((test @ weight + bias).argmax(dim=1) == test_labels).to(test.dtype).mean().item()
 
 
 def latent_structure(z: Tensor) -> dict[str, float | list[float]]:
@@ -225,7 +229,7 @@ def latent_structure(z: Tensor) -> dict[str, float | list[float]]:
         raise ValueError(f"latent_structure needs (B, C, h, w) with h, w >= 2, got {tuple(z.shape)}.")
     if not z.isfinite().all():
         raise ValueError("latent_structure got latents that are not finite: the VAE has diverged.")
-    z = z.detach().double()
+    z = in_float64(z.detach())
     variation = z.diff(dim=2).abs().sum(dim=(1, 2, 3)) + z.diff(dim=3).abs().sum(dim=(1, 2, 3))  # (B,)
     power = torch.fft.fft2(z - z.mean(dim=(2, 3), keepdim=True)).abs().square().mean(dim=0)  # (C, h, w)
     f_y, f_x = (torch.fft.fftfreq(size, dtype=z.dtype, device=z.device) for size in z.shape[-2:])
@@ -252,7 +256,7 @@ def effective_dimensions(z: Tensor) -> float:
     Raises:
         ValueError: There are fewer than two latents, or all are equal.
     """
-    flat = z.detach().double().flatten(1)
+    flat = in_float64(z.detach()).flatten(1)
     flat = flat - flat.mean(dim=0)
     trace = flat.square().sum()
     if len(flat) < 2 or not trace > 0:
@@ -268,7 +272,7 @@ def _matrix(features: Tensor, name: str) -> Tensor:
         raise ValueError(f"{name} must be (N, D), got {tuple(features.shape)}: average the tokens.")
     if not features.isfinite().all():
         raise ValueError(f"{name} has NaN or infinity: check the network and the images that it comes from.")
-    return features.detach().double()
+    return in_float64(features.detach())
 
 
 def _same_images(x: Tensor, y: Tensor) -> None:

@@ -89,7 +89,7 @@ def difference_interval(
 
 
 def _vector(values: Sequence[float], name: str, *, at_least: int) -> Tensor:
-    values = torch.as_tensor(values, dtype=torch.float64).flatten()
+    values = torch.as_tensor(values, dtype=torch.float64, device="cpu").flatten()
     if len(values) < at_least or not values.isfinite().all():
         raise ValueError(f"{name} needs {at_least} or more finite values, got {values.tolist()}.")
     return values

@@ -13,6 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from repae_lite.networks.layers import can_look_at
+from repae_lite.networks.sit import check_times
+
 
 @dataclass(frozen=True)
 class Interpolant:
@@ -85,7 +88,17 @@ def interpolate(
 
     Returns:
         (z_t, v), both shaped like z.
+
+    Raises:
+        ValueError: noise of another shape or latents of another dtype, which would broadcast or be rounded;
+            times that are not one per latent, or (seen on a CPU) outside [0, 1].
     """
+    if eps.shape != z.shape or not z.is_floating_point():
+        raise ValueError(
+            f"noise of shape {tuple(eps.shape)} for latents {tuple(z.shape)} of {z.dtype}: give float "
+            "latents and noise like them"
+        )
+    check_times(t, len(z))
     path, t = get_interpolant(path), expand_time(t, z)
     # Times stay float32 when z is half precision: only the factors are rounded.
     alpha, sigma, d_alpha, d_sigma = (
@@ -99,7 +112,16 @@ def score_from_velocity(v: Tensor, z_t: Tensor, t: Tensor, path: str | Interpola
 
     Two equations, `z_t = alpha z + sigma eps` and `v = alpha' z + sigma' eps`, in two unknowns: eliminating z
     gives eps.
+
+    Raises:
+        ValueError: shapes differ, or (seen on a CPU) a time at which there is no score.
     """
+    check_times(t, len(z_t))
+    if v.shape != z_t.shape or (can_look_at(t) and not bool((t > 0).all())):
+        raise ValueError(
+            f"velocities {tuple(v.shape)} at z_t {tuple(z_t.shape)} and times from {float(t.min()):.4g} on: "
+            "give one shape, and times above 0, where there is a score"
+        )
     path, t = get_interpolant(path), expand_time(t, z_t)
     ratio = path.alpha(t) / path.d_alpha(t)
     return (ratio * v - z_t) / (path.sigma(t) ** 2 - ratio * path.d_sigma(t) * path.sigma(t))
@@ -119,8 +141,10 @@ def sample_time(
     at which sigma / alpha = s.
 
     Raises:
-        ValueError: the weighting or the path is unknown.
+        ValueError: the weighting or the path is unknown, or the batch is empty.
     """
+    if batch < 1:
+        raise ValueError(f"a batch of {batch} has no times: give at least 1")
     if weighting == "uniform":
         return torch.rand(batch, device=device, generator=generator)
     if weighting != "lognormal":

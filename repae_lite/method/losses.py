@@ -4,9 +4,11 @@ REPA-E sections 3.1 and 3.3 (eq. 1 to 4); taught in `notebooks/01_vae.ipynb` and
 Which loss may reach which network is not decided here but in `repae_lite.method.steps`.
 """
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -14,14 +16,27 @@ from torch import Tensor, nn
 
 from repae_lite.method.interpolant import Interpolant, get_interpolant, interpolate, sample_time
 from repae_lite.networks.layers import full_precision
-from repae_lite.networks.sit import SiT
+from repae_lite.networks.sit import SiT, check_times
+from repae_lite.utils.downloads import torch_hub_file
 from repae_lite.utils.files import data_small_dir
-from repae_lite.utils.state_dicts import load_weights
+from repae_lite.utils.pickles import read_pickle
+from repae_lite.utils.state_dicts import fill_module, load_weights, plain_state
+from repae_lite.utils.weight_files import DamagedFile
 
 
 def velocity_loss(v_hat: Tensor, v: Tensor) -> Tensor:
-    """Mean squared error of the predicted velocity per image: (B, …) to (B,), at least in float32."""
+    """Mean squared error of the predicted velocity per image: (B, …) to (B,), at least in float32.
+
+    Raises:
+        ValueError: the shapes differ: they would broadcast.
+    """
+    _check_alike(v_hat, v, "velocities")
     return (full_precision(v_hat) - full_precision(v)).square().flatten(1).mean(1)
+
+
+def _check_alike(one: Tensor, other: Tensor, what: str) -> None:
+    if one.shape != other.shape:
+        raise ValueError(f"{what} have shapes {tuple(one.shape)} and {tuple(other.shape)}: give two alike")
 
 
 def alignment_loss(projected: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
@@ -132,6 +147,12 @@ def sit_losses(
             f"{len(t)} times and noise of shape {tuple(eps.shape)} for latents {tuple(z.shape)}: "
             "draw one time per latent and noise like z"
         )
+    check_times(t, len(z))
+    if label_drop is not None and (label_drop.shape != labels.shape or label_drop.dtype != torch.bool):
+        raise ValueError(
+            f"label_drop has shape {tuple(label_drop.shape)} and dtype {label_drop.dtype}: give one bool for "
+            f"each of {len(z)} labels"
+        )
     z_t, v = interpolate(network.normalize(z, batch_stats), eps, t, path)
     dropout = network.config.label_dropout
     if label_drop is None and sit.training and dropout:
@@ -161,7 +182,15 @@ def spatial_norm(tokens: Tensor, gamma: float = 0.6, eps: float = 1e-6) -> Tenso
 
     Returns:
         (B, N, D), at least in float32.
+
+    Raises:
+        ValueError: another shape, or a gamma that is no share.
     """
+    if tokens.ndim != 3 or tokens.shape[1] < 2 or not 0 <= gamma <= 1:
+        raise ValueError(
+            f"tokens have shape {tuple(tokens.shape)} and gamma is {gamma}: give tokens (B, N, D), two or "
+            "more of each image, and a share from 0 to 1"
+        )
     tokens = full_precision(tokens)
     return (tokens - gamma * tokens.mean(1, keepdim=True)) / (tokens.std(1, keepdim=True) + eps)
 
@@ -169,6 +198,17 @@ def spatial_norm(tokens: Tensor, gamma: float = 0.6, eps: float = 1e-6) -> Tenso
 def hinge_discriminator_loss(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
     """Hinge loss (Lim & Ye 2017, arXiv 1705.02894): real logits should exceed 1, fake ones fall below -1."""
     return 0.5 * (F.relu(1.0 - logits_real).mean() + F.relu(1.0 + logits_fake).mean())
+
+
+def check_weights(config: object, *names: str) -> None:
+    """Refuses a configuration's weights that are negative or not finite: they would turn a loss around.
+
+    Raises:
+        ValueError: see above.
+    """
+    for name in names:
+        if not 0 <= getattr(config, name) < math.inf:
+            raise ValueError(f"{name} is {getattr(config, name)}: it must be 0 or more")
 
 
 @dataclass(frozen=True)
@@ -182,6 +222,9 @@ class VAELossConfig:
         kl_weight: of the KL divergence.
         gan_weight: of the adversarial term; 0 leaves it out.
         gan_start: first training step with the adversarial term (and with discriminator updates).
+
+    Raises:
+        ValueError: an unknown pixel loss, or a weight that is negative or not finite.
     """
 
     pixel: str = "l1"
@@ -194,6 +237,7 @@ class VAELossConfig:
     def __post_init__(self):
         if self.pixel not in ("l1", "l2"):
             raise ValueError(f"unknown pixel loss {self.pixel!r}: choose l1 or l2")
+        check_weights(self, "pixel_weight", "perceptual_weight", "kl_weight", "gan_weight", "gan_start")
 
     def gan_active(self, step: int) -> bool:
         """Whether the adversarial term counts at this step."""
@@ -221,7 +265,13 @@ def vae_regularization_loss(
 
     Returns:
         Weighted scalars "reconstruction", "perceptual", "kl", "weighted_gan" and their sum "vae_reg".
+
+    Raises:
+        ValueError: shapes differ, or a perceptual network is missing.
     """
+    _check_alike(x, x_hat, "images and reconstructions")
+    if kl.shape != (len(x),):
+        raise ValueError(f"the KL has shape {tuple(kl.shape)} for {len(x)} images: give one for each")
     difference = x - x_hat
     pixel = difference.abs().mean() if config.pixel == "l1" else difference.square().mean()
     terms = {"reconstruction": config.pixel_weight * pixel}
@@ -247,7 +297,17 @@ class LPIPSLoss(nn.Module):
             which rescales them once more as if they were in [0, 1], so that LPIPS sees [-3, 1] (D1).
         pretrained_trunk: False leaves the VGG trunk at random weights, for offline tests; the distance then
             means nothing.
+
+    Attributes:
+        smallest: height and width, in pixels, that images must have: the trunk halves them four times.
+
+    Raises:
+        ValueError: an unknown range.
+        ConnectionError, OSError: the trunk is not in torch's cache (TORCH_HOME) and cannot be downloaded.
+        DamagedFile: what is there is not whole.
     """
+
+    smallest = 16
 
     def __init__(self, lpips_range: str = "corrected", pretrained_trunk: bool = True):
         super().__init__()
@@ -258,7 +318,14 @@ class LPIPSLoss(nn.Module):
         self.lpips_range = lpips_range
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=UserWarning, module="torchvision")
-            self.net = lpips.LPIPS(net="vgg", pnet_rand=not pretrained_trunk, verbose=False)
+            self.net = lpips.LPIPS(net="vgg", pretrained=False, pnet_rand=True, verbose=False)
+        weights = Path(lpips.__file__).parent / "weights" / "v0.1" / "vgg.pth"
+        linear = plain_state(read_pickle(weights, remedy="install the lpips package again"), weights)
+        twice = {name.replace("lin", "lins.", 1): tensor for name, tensor in linear.items()}  # two names each
+        state = self.net.state_dict() | linear | twice
+        if pretrained_trunk:
+            state |= _vgg_trunk(self.net)
+        fill_module(self.net, state, weights)
         self.net.eval().requires_grad_(False)
 
     def train(self, mode: bool = True) -> "LPIPSLoss":
@@ -266,10 +333,37 @@ class LPIPSLoss(nn.Module):
         return super().train(False)
 
     def forward(self, x: Tensor, x_hat: Tensor) -> Tensor:
-        """Distances (B,) of images (B, 3, H, W) in [-1, 1]."""
+        """Distances (B,) of images (B, 3, H, W) in [-1, 1], H and W at least `smallest`."""
+        _check_alike(x, x_hat, "images and reconstructions")
+        if min(x.shape[2:]) < self.smallest:
+            raise ValueError(
+                f"images have shape {tuple(x.shape)}: LPIPS needs sides of {self.smallest} or more"
+            )
         if self.lpips_range == "official":
             x, x_hat = 2 * x - 1, 2 * x_hat - 1
         return self.net(x, x_hat).flatten()
+
+
+_VGG = "https://download.pytorch.org/models/vgg16-397923af.pth"  # of torchvision, trained on ImageNet
+
+
+def _vgg_trunk(net: nn.Module) -> dict[str, Tensor]:
+    """The weights of LPIPS' trunk by its own names, from torch's cache (TORCH_HOME) or downloaded into it."""
+    path = torch_hub_file(
+        _VGG,
+        "the VGG-16 network of LPIPS",
+        "take --perceptual tiny, or a --loss-cfg-path with perceptual_weight: 0",
+    )
+    remedy = f"remove {path}, and it is downloaded again"
+    state = read_pickle(path, remedy=remedy)
+    trunk = {}
+    for name in net.state_dict():
+        if name.startswith("net."):  # net.slice2.5.bias is features.5.bias
+            trunk[name] = state.get(f"features.{name.split('.', 2)[2]}")
+    missing = [name for name, tensor in trunk.items() if not isinstance(tensor, Tensor)]
+    if missing:
+        raise DamagedFile(f"{path} is not the VGG-16 network of LPIPS", remedy)
+    return trunk
 
 
 class TinyPerceptualLoss(nn.Module):
@@ -307,6 +401,7 @@ class TinyPerceptualLoss(nn.Module):
 
     def forward(self, x: Tensor, x_hat: Tensor) -> Tensor:
         """Distances (B,) of images (B, 3, 32, 32) in [-1, 1]."""
+        _check_alike(x, x_hat, "images and reconstructions")
         features = self.features(torch.cat([x, x_hat]))
         distances = []
         for stage in features:

@@ -2,8 +2,9 @@
 
 Deterministic samplers solve the probability-flow ODE dz = v dt; the stochastic one solves the reverse SDE
 with diffusion 2t (SiT, arXiv 2401.08740, section 2; official REPA-E samplers). Taught in
-`notebooks/02_latent_diffusion.ipynb`. The state is kept in float64, the network runs in its own dtype. The
-result is normalised: `sit.denormalize(sample)` is what the VAE decodes.
+`notebooks/02_latent_diffusion.ipynb`. The state is kept in float64 (float32 on a device that has no wider
+type: MPS), the network runs in its own dtype. The result is normalised: `sit.denormalize(sample)` is what the
+VAE decodes.
 """
 
 import itertools
@@ -16,6 +17,7 @@ from torch import Tensor
 from repae_lite.method.interpolant import Interpolant, get_interpolant, score_from_velocity
 from repae_lite.networks.sit import SiT, check_label_count
 from repae_lite.networks.vae import AutoencoderKL
+from repae_lite.utils.devices import widest_float
 from repae_lite.utils.pixels import to_uint8
 
 
@@ -34,9 +36,10 @@ class Guidance:
     high: float = 1.0
 
     def __post_init__(self):
-        if not self.scale >= 1:
+        if not 1 <= self.scale < float("inf"):
+            wrong = "below 1" if self.scale < 1 else "not finite"
             raise ValueError(
-                f"guidance scale {self.scale} is below 1: use 1 for none, more for stronger guidance"
+                f"guidance scale {self.scale} is {wrong}: use 1 for none, more for stronger guidance"
             )
         if not 0 <= self.low <= self.high <= 1:
             raise ValueError(
@@ -72,7 +75,7 @@ def sample_ode(
         path: the path the model was trained on; the ODE itself does not need it, so it is only checked.
 
     Returns:
-        Normalised latents (B, C, h, w), float64.
+        Normalised latents (B, C, h, w), in the device's widest type.
 
     Raises:
         ValueError: unknown solver or path, fewer than one step, or labels out of range.
@@ -80,10 +83,10 @@ def sample_ode(
     if solver not in ("euler", "heun"):
         raise ValueError(f"unknown solver {solver!r}: choose euler or heun")
     get_interpolant(path)
-    _check(sit, eps, labels, steps, minimum=1)
     guidance = guidance or Guidance()
-    times = torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()
-    z_t = eps.double()
+    _check(sit, eps, labels, steps, guidance, minimum=1)
+    times = _times(0, steps + 1)
+    z_t = eps.to(widest_float(eps.device))
     for i, (t, t_next) in enumerate(itertools.pairwise(times)):
         guided = guidance.active(t)
         d = _guided(_velocities(sit, z_t, t, labels, guided), guidance.scale)
@@ -121,17 +124,18 @@ def sample_sde(
         path: the path the model was trained on; it turns velocities into scores.
         noise: the steps' noise (steps - 1, B, C, h, w), float64 for full agreement, or an iterable of the
             steps' (B, C, h, w); drawn when None.
-        generator: where it is drawn from, in float64; the global one when None.
+        generator: where it is drawn from, on its own device, in float64 where there is that; the global one
+            of the device of eps when None.
         last_time: where the noise-free last step starts.
 
     Returns:
-        Normalised latents (B, C, h, w), float64.
+        Normalised latents (B, C, h, w), in the device's widest type.
 
     Raises:
         ValueError: unknown path, fewer than two steps, or labels out of range.
     """
-    path = get_interpolant(path)
-    _check(sit, eps, labels, steps, minimum=2)
+    path, guidance = get_interpolant(path), guidance or Guidance()
+    _check(sit, eps, labels, steps, guidance, minimum=2)
     if not 0 < last_time < 1:
         raise ValueError(
             f"last_time {last_time} is not between 0 and 1: the score is undefined at 0, use the default 0.04"
@@ -140,22 +144,22 @@ def sample_sde(
         raise ValueError(
             f"step noise has shape {tuple(noise.shape)}: {steps} steps need {(steps - 1, *eps.shape)}"
         )
-    guidance = guidance or Guidance()
     noise = None if noise is None else iter(noise)
-    times = [*torch.linspace(1, last_time, steps, dtype=torch.float64).tolist(), 0.0]
-    z_t = eps.double()
+    times = [*_times(last_time, steps), 0.0]
+    z_t = eps.to(widest_float(eps.device))
+    source = generator.device if generator is not None else z_t.device
     for t, t_next in itertools.pairwise(times):
-        times_now = torch.full((len(z_t),), t, dtype=torch.float64, device=z_t.device)
+        times_now = torch.full((len(z_t),), t, dtype=z_t.dtype, device=z_t.device)
         velocities = _velocities(sit, z_t, t, labels, guidance.active(t))
         drifts = [v - t * score_from_velocity(v, z_t, times_now, path) for v in velocities]
         d = _guided(drifts, guidance.scale)
         mean = z_t + (t_next - t) * d
         if t_next > 0:
             if noise is None:
-                draw = torch.randn(z_t.shape, dtype=torch.float64, device=z_t.device, generator=generator)
+                draw = torch.randn(z_t.shape, dtype=widest_float(source), device=source, generator=generator)
             else:
-                draw = next(noise).to(z_t)
-            mean = mean + (2 * t * (t - t_next)) ** 0.5 * draw
+                draw = next(noise)
+            mean = mean + (2 * t * (t - t_next)) ** 0.5 * draw.to(z_t)
         z_t = mean
     return z_t
 
@@ -184,21 +188,32 @@ def sample_images(
     return torch.cat(images)
 
 
-def _check(sit: SiT, eps: Tensor, labels: Tensor, steps: int, minimum: int) -> None:
+def _check(sit: SiT, eps: Tensor, labels: Tensor, steps: int, guidance: Guidance, minimum: int) -> None:
     check_label_count(labels, eps.shape[0], "sample")
     if steps < minimum:
         raise ValueError(f"{steps} sampling steps are too few: use at least {minimum}")
     sit.check_labels(labels)
+    if guidance.scale > 1 and not sit.config.label_dropout:
+        raise ValueError(
+            f"guidance scale {guidance.scale} needs the null class, which this SiT never saw (its "
+            "label_dropout is 0): sample without guidance, or train with --cfg-prob 0.1"
+        )
+
+
+def _times(last: float, count: int) -> list[float]:
+    """Evenly spaced times from 1 to the last."""
+    return torch.linspace(1, last, count, dtype=torch.float64, device="cpu").tolist()
 
 
 def _velocities(sit: SiT, z_t: Tensor, t: float, labels: Tensor, guided: bool) -> list[Tensor]:
-    """Float64 velocities: [conditional], or guided [conditional, unconditional] from a doubled batch."""
+    """Velocities like z_t: [conditional], or guided [conditional, unconditional] from a doubled batch."""
+    wide = z_t.dtype
     if guided:
         z_t, labels = torch.cat([z_t, z_t]), torch.cat([labels, torch.full_like(labels, sit.null_class)])
     times = torch.full(
         (len(z_t),), t, device=z_t.device, dtype=torch.promote_types(sit.pos_embed.dtype, torch.float32)
     )
-    v = sit(z_t.to(sit.pos_embed.dtype), times, labels).double()
+    v = sit(z_t.to(sit.pos_embed.dtype), times, labels).to(wide)
     return list(v.chunk(2)) if guided else [v]
 
 

@@ -30,13 +30,15 @@ from repae_lite.method.interpolant import WEIGHTINGS, get_interpolant
 from repae_lite.method.losses import (
     VAELossConfig,
     as_list,
+    check_weights,
     hinge_discriminator_loss,
     sit_losses,
     vae_regularization_loss,
 )
 from repae_lite.networks.layers import full_precision, run
-from repae_lite.networks.sit import SiT, check_label_count
+from repae_lite.networks.sit import SiT, check_label_count, check_times
 from repae_lite.networks.vae import AutoencoderKL
+from repae_lite.utils.devices import fused_optimizer
 
 GRAD_NORMS = {"vae": "grad_norm_vae", "discriminator": "grad_norm_disc", "sit": "grad_norm_sit"}
 
@@ -61,6 +63,9 @@ class StepConfig:
             float16 (D11).
         max_grad_norm: gradient clipping, separately for VAE, discriminator and SiT.
         ema_decay: of the SiT's moving average.
+
+    Raises:
+        ValueError: an unknown name, or a number that makes no sense.
     """
 
     vae_loss: VAELossConfig = field(default_factory=VAELossConfig)
@@ -82,6 +87,11 @@ class StepConfig:
             )
         if self.loss_precision not in ("float32", "autocast"):
             raise ValueError(f"unknown loss_precision {self.loss_precision!r}: choose float32 or autocast")
+        check_weights(self, "vae_align_coeff", "vae_diffusion_coeff", "proj_coeff")
+        if not self.max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm is {self.max_grad_norm}: it must be more than 0")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay is {self.ema_decay}: it is a share, from 0 up to (not including) 1")
 
 
 @dataclass(frozen=True)
@@ -224,7 +234,12 @@ def make_optimizer(
             "unfreeze it"
         )
     return torch.optim.AdamW(
-        trainable, lr=lr, betas=betas, weight_decay=weight_decay, eps=1e-8, fused=trainable[0].is_cuda or None
+        trainable,
+        lr=lr,
+        betas=betas,
+        weight_decay=weight_decay,
+        eps=1e-8,
+        fused=fused_optimizer(trainable[0].device),
     )
 
 
@@ -544,6 +559,8 @@ def repae_step(
     """
     _check_ready(state, targets)
     check_batch(state.sit, x, labels, targets)
+    if t is not None and len(t) == len(x):  # other shapes are refused where they are used
+        check_times(t, len(x), wait=True)
     return as_floats(all_updates(state, x, labels, targets, Draws(eps_posterior, t, eps, label_drop))[0])
 
 
@@ -596,6 +613,8 @@ def latent_step(
         )
     check_label_count(labels, z.shape[0], "latent")
     _check_conditions(state.sit, z.shape[0], labels, targets)
+    if t is not None and len(t) == len(z):  # other shapes are refused where they are used
+        check_times(t, len(z), wait=True)
     return as_floats(latent_updates(state, z, labels, targets, Draws(None, t, eps, label_drop)))
 
 

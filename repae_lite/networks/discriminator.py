@@ -16,10 +16,21 @@ class PatchDiscriminator(nn.Module):
         in_channels: image channels.
         width: channels after the first convolution; doubled by each following layer, at most 8-fold.
         layers: number of stride-2 convolutions.
+
+    Attributes:
+        smallest: height and width, in pixels, that images must have to give a logit.
+
+    Raises:
+        ValueError: one of these is less than 1.
     """
 
     def __init__(self, in_channels: int = 3, width: int = 64, layers: int = 3):
         super().__init__()
+        if min(in_channels, width, layers) < 1:
+            raise ValueError(
+                f"in_channels {in_channels}, width {width} and layers {layers} must be at least 1"
+            )
+        self.in_channels, self.smallest = in_channels, 3 * 2**layers
         widths = [width * min(2**i, 8) for i in range(layers + 1)]
         blocks: list[nn.Module] = [
             nn.Conv2d(in_channels, widths[0], 4, 2, 1),
@@ -44,5 +55,14 @@ class PatchDiscriminator(nn.Module):
             nn.init.zeros_(module.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1] to one logit per patch (B, 1, h, w); high means "looks real"."""
+        """Images (B, 3, H, W) in [-1, 1] to one logit per patch (B, 1, h, w); high means "looks real".
+
+        Raises:
+            ValueError: x has another shape, or is too small for a patch.
+        """
+        if x.ndim != 4 or x.shape[1] != self.in_channels or min(x.shape[2:]) < self.smallest:
+            raise ValueError(
+                f"images have shape {tuple(x.shape)}: this discriminator takes (B, {self.in_channels}, H, "
+                f"W), H and W at least {self.smallest}"
+            )
         return self.main(x)

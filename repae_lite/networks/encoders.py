@@ -6,11 +6,13 @@ tokens on the grid of the SiT. This file holds the embedded scale's "tiny" encod
 """
 
 import importlib
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import timm
 import torch
 import torch.nn.functional as F
@@ -18,10 +20,12 @@ from torch import Tensor, nn
 
 from repae_lite.networks.encoder_table import ENCODERS, PIXELS_PER_TOKEN, EncoderSpec, find_spec
 from repae_lite.networks.vae import VAE_PRESETS
+from repae_lite.utils.downloads import failed, trouble
 from repae_lite.utils.files import data_small_dir
 from repae_lite.utils.pickles import read_pickle
 from repae_lite.utils.pixels import CLASS_NAMES, to_unit_range
 from repae_lite.utils.state_dicts import fill_module, load_weights, read_weights
+from repae_lite.utils.weight_files import DamagedFile, first_line, is_safetensors
 
 ENCODER_NAMES = ("tiny", *ENCODERS)
 
@@ -291,6 +295,7 @@ def build_network(
         ValueError: a resolution that does not fit; weights that do not fit or that timm does not have.
         FileNotFoundError: no such file.
         ConnectionError: the weights are not cached and cannot be downloaded.
+        DamagedFile, OSError: what is cached is not whole, or the cache cannot be used.
     """
     if resolution < PIXELS_PER_TOKEN or resolution % PIXELS_PER_TOKEN:
         raise ValueError(
@@ -325,18 +330,52 @@ def build_network(
 def _pretrained(name: str, spec: EncoderSpec, arguments: dict[str, Any]) -> nn.Module:
     try:
         return timm.create_model(spec.timm_name, pretrained=True, **arguments)
-    except OSError as error:  # huggingface_hub's errors are OSErrors: offline, not cached, refused, disk full
-        raise ConnectionError(
-            f"cannot download {name} ({spec.timm_name} of timm; {type(error).__name__}): connect once, or "
-            "pass weights=FILE"
-        ) from error
-    # timm has no such weights, no huggingface_hub that it understands, or gets another network's file
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"timm {timm.__version__} cannot load {name} ({spec.timm_name}): update timm, or pass "
-            f"weights=FILE ({reason})"
-        ) from error
+    except Exception as error:
+        if refusal := _why_not_loaded(error, name, spec):
+            raise refusal from error
+        raise
+
+
+def _why_not_loaded(error: Exception, name: str, spec: EncoderSpec) -> OSError | ValueError | None:
+    """What stopped timm: the download, a file of a cache that is not whole, or itself; None for a bug."""
+    weights = timm.models.get_pretrained_cfg(spec.timm_name)
+    hub = bool(weights and weights.hf_hub_id)
+    source = (weights and (weights.hf_hub_id or weights.url)) or spec.timm_name
+    found = trouble(error, source, hub=hub)
+    if found is None:
+        fetching = _came_through(error, ("huggingface_hub", "hf_xet", "timm.models._hub", "torch.hub"))
+        if not fetching and not isinstance(error, RuntimeError):
+            return None
+        for path in _cached(source, hub):
+            remedy = f"remove {path.resolve()}, and it is downloaded again"
+            try:
+                (read_weights if is_safetensors(path) else read_pickle)(path, remedy=remedy)
+            except DamagedFile as damaged:
+                return damaged
+        if not fetching:
+            # timm has no such weights, no huggingface_hub that it understands, or gets another network's file
+            return ValueError(
+                f"timm {timm.__version__} cannot load {name} ({spec.timm_name}): update timm, or pass "
+                f"weights=FILE ({first_line(error)})"
+            )
+        found = failed(error, source)
+    what = f"{name} ({spec.timm_name} of timm; {found.reason})"
+    return found.becomes(f"cannot download {what}: {found.remedy}, or pass weights=FILE")
+
+
+def _came_through(error: Exception, modules: tuple[str, ...]) -> bool:
+    names = (frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any(f"{name}.".startswith(tuple(f"{module}." for module in modules)) for name in names)
+
+
+def _cached(source: str, hub: bool) -> list[Path]:
+    """The files with these weights that are in the cache."""
+    if not hub:
+        found = [str(Path(torch.hub.get_dir()) / "checkpoints" / source.rsplit("/", 1)[-1])]
+    else:
+        files = ("model.safetensors", "pytorch_model.bin")
+        found = [huggingface_hub.try_to_load_from_cache(source, file) for file in files]
+    return [Path(path) for path in found if isinstance(path, str) and Path(path).is_file()]
 
 
 # ---------------------------------------------------------------- weights from a file
@@ -347,25 +386,27 @@ def _fill(vit: nn.Module, path: Path) -> None:
 
     Raises:
         FileNotFoundError: no such file.
+        OSError: one that the system does not let us read.
         ValueError: not weights, more than weights, or the weights of another network.
     """
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(
             f'the weights {path} do not exist: give "pretrained", "random" or an existing file'
         )
-    state = read_weights(path)[0] if path.suffix == ".safetensors" else read_pickle(path)
+    state = read_weights(path)[0] if is_safetensors(path) else read_pickle(path)
     module = importlib.import_module(type(vit).__module__)  # of timm, which knows the authors' layouts
     try:
         state = module.checkpoint_filter_fn(from_moco(state), vit)
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+    except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{path} holds no weights of {type(vit).__name__} that timm can convert: {error}"
+            f"{path} holds no weights of {type(vit).__name__} that timm can convert ({first_line(error)}): "
+            "give another file"
         ) from None
     own = vit.state_dict()
     state = {
         key: value
         for key, value in state.items()
-        if key in own or key.split(".")[0] not in ("head", "head_dist")
+        if key in own or str(key).split(".")[0] not in ("head", "head_dist")
     }
     fill_module(vit, state, path)
 

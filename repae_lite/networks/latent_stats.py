@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from repae_lite.networks.layers import can_look_at
+
 
 @dataclass(frozen=True, eq=False)
 class LatentStats:
@@ -61,9 +63,28 @@ class LatentStats:
         return self
 
     def normalize(self, z: Tensor) -> Tensor:
-        """Latents (…, C, h, w) to mean 0 and standard deviation 1 per channel."""
+        """Latents (…, C, h, w) to mean 0 and standard deviation 1 per channel.
+
+        Raises:
+            ValueError: another number of channels, or a channel without spread.
+        """
+        self._check_channels(z)
+        if can_look_at(self.std):
+            self.check()
         return (z - self.mean[:, None, None]) / self.std[:, None, None]
 
     def denormalize(self, z: Tensor) -> Tensor:
-        """Normalised latents (…, C, h, w) back to the VAE's scale."""
+        """Normalised latents (…, C, h, w) back to the VAE's scale.
+
+        Raises:
+            ValueError: another number of channels.
+        """
+        self._check_channels(z)
         return z * self.std[:, None, None] + self.mean[:, None, None]
+
+    def _check_channels(self, z: Tensor) -> None:
+        if z.ndim < 3 or z.shape[-3] != len(self.mean):
+            raise ValueError(
+                f"latents have shape {tuple(z.shape)} and the latent statistics {len(self.mean)} channels: "
+                "use those of the VAE that made the latents"
+            )

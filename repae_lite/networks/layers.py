@@ -126,6 +126,25 @@ def _untracked() -> Iterator[None]:
         _recomputing = before
 
 
+def check_sizes(config: object, *names: str, least: int = 1) -> None:
+    """Refuses a configuration's sizes that are not whole numbers, or too small.
+
+    Raises:
+        ValueError: see above.
+    """
+    for name in names:
+        for size in value if isinstance(value := getattr(config, name), tuple) else (value,):
+            if not isinstance(size, int) or isinstance(size, bool):
+                raise ValueError(f"{name} is {value!r}: it must be a whole number")
+            if size < least:
+                raise ValueError(f"{name} is {value!r}: it must be at least {least}")
+
+
+def can_look_at(tensor: Tensor) -> bool:
+    """Whether checks may read a tensor's numbers: a GPU would have to be waited for, a compiler has none."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def full_precision(x: Tensor) -> Tensor:
     """Half-precision tensors as float32, all others as they are."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

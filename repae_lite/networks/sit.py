@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from repae_lite.networks.latent_stats import LatentStats
-from repae_lite.networks.layers import BatchNorm2d, run
+from repae_lite.networks.layers import BatchNorm2d, can_look_at, check_sizes, run
 from repae_lite.networks.projectors import PROJECTORS
 
 
@@ -60,25 +60,17 @@ class SiTConfig:
     train_pos_embed: bool = False
 
     def __post_init__(self):
-        sizes = (
-            "in_channels",
-            "input_size",
-            "patch_size",
-            "width",
-            "depth",
-            "heads",
-            "num_classes",
-            "projector_width",
-        )
-        for name in sizes:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
-        if self.projector not in PROJECTORS:
-            raise ValueError(f"projector is {self.projector!r}: choose one of {', '.join(PROJECTORS)}")
         if not isinstance(self.target_dims, tuple):
             raise ValueError(
                 f"target_dims is {self.target_dims!r}: give a tuple with one width per encoder, as in (768,)"
             )
+        sizes = "in_channels input_size patch_size width depth heads num_classes projector_width target_dims"
+        check_sizes(self, *sizes.split())
+        check_sizes(self, "alignment_depth", least=0)
+        if self.projector not in PROJECTORS:
+            raise ValueError(f"projector is {self.projector!r}: choose one of {', '.join(PROJECTORS)}")
+        if not 0 <= self.label_std < math.inf:
+            raise ValueError(f"label_std is {self.label_std}: it must be 0 or more")
         if not 0 <= self.label_dropout < 1:
             raise ValueError(
                 f"label_dropout is {self.label_dropout}: it is a share, from 0 up to (not including) 1"
@@ -137,12 +129,13 @@ SIT_PRESETS = {
 
 def sincos_position_embedding(width: int, grid_size: int) -> Tensor:
     """2-D sine-cosine embedding (1, grid_size^2, width): half the channels for columns, half for rows."""
-    omega = 1.0 / 10000 ** (torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    angles = torch.arange(grid_size, dtype=torch.float64)[:, None] * omega  # (grid, width/4)
+    omega = 1.0 / 10000 ** (torch.arange(width // 4, dtype=torch.float64, device="cpu") / (width // 4))
+    angles = torch.arange(grid_size, dtype=torch.float64, device="cpu")[:, None] * omega  # (grid, width/4)
     axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # (grid, width/2)
     columns = axis[None].expand(grid_size, -1, -1)
     rows = axis[:, None].expand(-1, grid_size, -1)
-    return torch.cat([columns, rows], dim=2).reshape(1, grid_size**2, width).float()
+    table = torch.cat([columns, rows], dim=2).reshape(1, grid_size**2, width)
+    return table.float().to(torch.get_default_device())  # which may have no float64
 
 
 class PatchEmbed(nn.Module):
@@ -250,10 +243,39 @@ class FinalLayer(nn.Module):
 
 
 def check_label_count(labels: Tensor, count: int, noun: str) -> None:
-    """Refuses labels that are not one per image, latent or sample (the noun): they would broadcast."""
+    """Refuses labels that are not one class number per image, latent or sample (the noun).
+
+    Raises:
+        ValueError: another shape, which would broadcast, or no integers.
+    """
     if labels.shape != (count,):
         raise ValueError(
             f"labels have shape {tuple(labels.shape)} for {count} {noun}s: give one class number per {noun}"
+        )
+    if labels.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"labels have dtype {labels.dtype}: give integer class numbers (int64)")
+
+
+def check_times(t: Tensor, count: int, *, wait: bool = False) -> None:
+    """Refuses times that are not one per latent, from 0 to 1.
+
+    Args:
+        t: times.
+        count: latents.
+        wait: look at the numbers on a GPU, too, which then has to be waited for.
+
+    Raises:
+        ValueError: see above.
+    """
+    if t.numel() != count or not t.is_floating_point():
+        raise ValueError(
+            f"times have shape {tuple(t.shape)} and dtype {t.dtype} for {count} latents: give one float for "
+            "each"
+        )
+    if (wait or can_look_at(t)) and not bool(((t >= 0) & (t <= 1)).all()):
+        raise ValueError(
+            f"times reach from {float(t.min()):.4g} to {float(t.max()):.4g}: they go from 0, data, to 1, "
+            "noise"
         )
 
 
@@ -331,8 +353,9 @@ class SiT(nn.Module):
         """Starts the running statistics from those of a VAE's latents.
 
         Raises:
-            ValueError: of another number of channels.
+            ValueError: of another number of channels, not finite, or of a channel without spread.
         """
+        stats.check()
         if len(stats.mean) != self.config.in_channels:
             raise ValueError(
                 f"latent statistics of {len(stats.mean)} channels for a SiT of {self.config.in_channels}: "
@@ -353,6 +376,10 @@ class SiT(nn.Module):
             batch_stats: None follows train/eval mode. True in eval mode uses this batch's statistics and
                 leaves the running ones alone; False in train mode uses the running ones.
         """
+        if z.ndim != 4 or z.shape[1] != self.config.in_channels:
+            raise ValueError(
+                f"latents have shape {tuple(z.shape)}: this SiT takes {self.config.in_channels} channels"
+            )
         return self.bn(z, False if self.config.fixed_latent_stats else batch_stats)
 
     def denormalize(self, sample: Tensor) -> Tensor:
@@ -365,10 +392,8 @@ class SiT(nn.Module):
         """Refuses labels out of range; the null class is for sampling only. Waits for a GPU: once per batch.
 
         Raises:
-            ValueError: wrong dtype, or a label out of range.
+            ValueError: see above.
         """
-        if labels.dtype not in (torch.int64, torch.int32):
-            raise ValueError(f"labels have dtype {labels.dtype}: give integer class numbers (int64)")
         low, high = int(labels.min()), int(labels.max())
         if low < 0 or high > self.null_class - (not allow_null):
             raise ValueError(
@@ -381,7 +406,7 @@ class SiT(nn.Module):
         """Refuses encoder tokens that do not fit this SiT's grid and projectors.
 
         Raises:
-            ValueError: the wrong number of encoders, or a shape that is not (batch, N, D).
+            ValueError: the wrong number of encoders, or targets that are not floats (batch, N, D).
         """
         dims = self.config.target_dims
         if len(targets) != len(dims):
@@ -391,6 +416,8 @@ class SiT(nn.Module):
             )
         for i, (target, dim) in enumerate(zip(targets, dims, strict=True)):
             expected = (batch, self.config.grid_size**2, dim)
+            if not target.is_floating_point():
+                raise ValueError(f"targets[{i}] have dtype {target.dtype}: give floats, as an encoder does")
             if tuple(target.shape) != expected:
                 raise ValueError(
                     f"targets[{i}] have shape {tuple(target.shape)} but this SiT needs {expected} (B, N, D): "
@@ -399,21 +426,29 @@ class SiT(nn.Module):
                 )
 
     def check_input(self, z: Tensor, labels: Tensor) -> None:
-        """Refuses latents of another size than this SiT's, and labels that are not one per latent."""
+        """Refuses latents of another size than this SiT's, and labels that are not one per latent.
+
+        Shapes and dtypes are checked always, labels on a CPU only.
+
+        Raises:
+            ValueError: see above.
+        """
         expected = (self.config.in_channels, self.config.input_size, self.config.input_size)
-        if z.ndim != 4 or tuple(z.shape[1:]) != expected:
+        if z.ndim != 4 or tuple(z.shape[1:]) != expected or not len(z):
             raise ValueError(
                 f"latents have shape {tuple(z.shape)}: this SiT takes (B, {', '.join(map(str, expected))}); "
                 "build it with the VAE's in_channels and input_size"
             )
+        if not z.is_floating_point():
+            raise ValueError(f"latents have dtype {z.dtype}: give floats, as a VAE makes them")
         check_label_count(labels, z.shape[0], "latent")
-        # A GPU would have to be waited for.
-        if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        if can_look_at(labels):
             self.check_labels(labels)
 
     def _embed(self, z_t: Tensor, t: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens (B, N, width) and condition (B, width)."""
         self.check_input(z_t, labels)
+        check_times(t, len(z_t))
         h = self.x_embedder(z_t.to(self.pos_embed.dtype)) + self.pos_embed
         return h, self.t_embedder(t) + self.y_embedder(labels)
 

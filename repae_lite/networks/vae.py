@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from repae_lite.networks.layers import full_precision, run
+from repae_lite.networks.layers import check_sizes, full_precision, run
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,16 @@ class VAEConfig:
     fold: int = 1
 
     def __post_init__(self):
-        if self.groups < 1 or self.fold < 1 or self.width < 1 or self.blocks < 1:
+        for name in ("multipliers", "attention_levels"):
+            if not isinstance(getattr(self, name), tuple):
+                raise ValueError(f"{name} is {getattr(self, name)!r}: give a tuple, as in (1, 2)")
+        check_sizes(self, "latent_channels", "width", "multipliers", "blocks", "groups", "fold")
+        check_sizes(self, "attention_levels", least=0)
+        levels = len(self.multipliers)
+        if not levels or max(self.attention_levels, default=0) >= levels:
             raise ValueError(
-                f"width {self.width}, blocks {self.blocks}, groups {self.groups} and fold {self.fold} must "
-                "be at least 1"
+                f"multipliers is {self.multipliers}, attention_levels {self.attention_levels}: give at least "
+                "one level, and attention to none but these, which count from 0"
             )
         bad = [self.width * m for m in self.multipliers if (self.width * m) % self.groups]
         if bad:
@@ -73,6 +79,10 @@ class Posterior:
     """
 
     def __init__(self, moments: Tensor):
+        if moments.ndim != 4 or moments.shape[1] % 2:
+            raise ValueError(
+                f"moments have shape {tuple(moments.shape)}: give means and log-variances (B, 2C, h, w)"
+            )
         self.mean, log_var = full_precision(moments).chunk(2, dim=1)
         self.log_var = log_var.clamp(-30.0, 20.0)
         self.std = torch.exp(0.5 * self.log_var)
@@ -292,7 +302,7 @@ class AutoencoderKL(nn.Module):
             ValueError: x is not a float image batch in that layout, or its sides are not multiples of f.
         """
         f = self.config.downsampling
-        if x.ndim != 4 or x.shape[1] != 3:
+        if x.ndim != 4 or x.shape[1] != 3 or not x.numel():
             raise ValueError(f"images have shape {tuple(x.shape)}: give a batch (B, 3, H, W)")
         if not x.is_floating_point():
             raise ValueError(
@@ -316,13 +326,15 @@ class AutoencoderKL(nn.Module):
         Any float dtype of z is converted to the VAE's.
 
         Raises:
-            ValueError: z does not have the VAE's number of channels.
+            ValueError: z does not have the VAE's number of channels, or is not float.
         """
-        if z.ndim != 4 or z.shape[1] != self.config.latent_channels:
+        if z.ndim != 4 or z.shape[1] != self.config.latent_channels or not z.numel():
             raise ValueError(
                 f"latents have shape {tuple(z.shape)}: this VAE decodes (B, {self.config.latent_channels}, "
                 "h, w)"
             )
+        if not z.is_floating_point():
+            raise ValueError(f"latents have dtype {z.dtype}: give floats, as `encode` does")
         return self.decoder(self.post_quant_conv(z.to(self.post_quant_conv.weight.dtype)))
 
     def forward(self, x: Tensor, eps_posterior: Tensor | None = None) -> tuple[Posterior, Tensor, Tensor]:

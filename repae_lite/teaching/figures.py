@@ -139,7 +139,7 @@ def image_rows(images: Mapping[str, torch.Tensor], *, title: str = "", scale: in
 
 
 def _tiles(images, name: str) -> np.ndarray:
-    images = torch.as_tensor(images).detach().cpu()
+    images = torch.as_tensor(images, device="cpu").detach()
     if images.ndim != 4 or images.shape[1] not in (1, 3) or len(images) == 0:
         raise ValueError(f"{name}: pictures must be (B, 3, H, W) or (B, 1, H, W), got {tuple(images.shape)}.")
     if images.dtype != torch.uint8:
@@ -193,7 +193,7 @@ def latent_rgb(
         widths = {z_by_method[name].shape[1] for name in group}
         if len(widths) > 1:
             raise ValueError(f"A joint PCA needs equal channels, got {sorted(widths)}: use joint=False.")
-        latents = {name: z_by_method[name].detach().double().cpu().movedim(1, -1) for name in group}
+        latents = {name: z_by_method[name].detach().cpu().to(torch.float64).movedim(1, -1) for name in group}
         flat = torch.cat([z.flatten(0, -2) for z in latents.values()])  # (positions, C)
         mean = flat.mean(dim=0)
         basis = torch.linalg.eigh((flat - mean).T @ (flat - mean)).eigenvectors.flip(1)[:, :3]  # (C, <= 3)
@@ -243,7 +243,7 @@ def curve_panels(
     axes = fig.subplots(1, count, squeeze=False)[0]
     for i, (ax, (heading, series)) in enumerate(zip(axes, panels.items(), strict=True)):
         for name, (steps, values) in series.items():
-            steps, values = np.asarray(steps, float), np.atleast_2d(np.asarray(values, float))  # (seeds, T)
+            steps, values = _floats(steps), np.atleast_2d(_floats(values))  # (seeds, T)
             if values.shape[1] != len(steps):
                 raise ValueError(f"{name}: {len(steps)} steps, values {values.shape}, not (seeds, T).")
             color, mean = looks[name][0], values.mean(axis=0)
@@ -298,7 +298,7 @@ def dots_with_spread(
     ax = fig.subplots()
     extremes = list(band[:2]) if band else []
     for i, (name, seeds) in enumerate(values.items()):
-        seeds = np.asarray(seeds, float)
+        seeds = _floats(seeds)
         if seeds.ndim != 1 or not len(seeds) or not np.isfinite(seeds).all():
             raise ValueError(f"{name}: needs one finite value per seed, got {seeds.tolist()}.")
         color, mean, half = looks[name][0], seeds.mean(), 0.0
@@ -361,8 +361,8 @@ def spectrum(z_by_method: Mapping[str, torch.Tensor], *, title: str = "") -> Fig
     fig = Figure(figsize=(6.6, 3.9), layout="constrained")
     ax = fig.subplots()
     for name, z in z_by_method.items():
-        power = torch.fft.fft2(z.detach().double().cpu()).abs().square().mean(dim=0)  # (C, h, w)
-        f_y, f_x = (torch.fft.fftfreq(size, dtype=torch.float64) for size in z.shape[-2:])
+        power = torch.fft.fft2(z.detach().cpu().to(torch.float64)).abs().square().mean(dim=0)  # (C, h, w)
+        f_y, f_x = (torch.fft.fftfreq(size, dtype=torch.float64, device="cpu") for size in z.shape[-2:])
         radius = 2 * torch.hypot(f_y[:, None], f_x[None, :])  # 1 at Nyquist
         power = (power / power[:, radius > 0].mean(dim=1)[:, None, None]).mean(dim=0)
         rings = (radius * min(z.shape[-2:]) / 2).round()
@@ -466,11 +466,18 @@ def scoreboard(rows: Mapping[str, Mapping[str, object]], columns: Sequence[str] 
     return Html(f'<table style="border-collapse:collapse">{body}</table>')
 
 
+def _floats(values) -> np.ndarray:
+    """Numbers, sequences of them or tensors on any device, as an array."""
+    if isinstance(values, list | tuple):
+        return np.asarray([_floats(value) for value in values], float)
+    return np.asarray(values.detach().cpu() if isinstance(values, torch.Tensor) else values, float)
+
+
 def _cell(value: object, form: str) -> str:
     if isinstance(value, str):
         return value
-    if np.ndim(value) == 0:
-        return format(float(value), form)
-    seeds = np.asarray(value, float)
+    seeds = _floats(value)
+    if seeds.ndim == 0:
+        return format(float(seeds), form)
     spread = f" ± {format(seeds.std(ddof=1), form)}" if len(seeds) > 1 else ""
     return f"{format(seeds.mean(), form)}{spread} ({len(seeds)})"

@@ -25,6 +25,7 @@ from repae_lite.networks.encoders import VisionEncoder
 from repae_lite.networks.latent_stats import LatentStats
 from repae_lite.networks.sit import SiT
 from repae_lite.networks.vae import AutoencoderKL
+from repae_lite.utils.devices import choose_device
 from repae_lite.utils.files import data_small_dir
 from repae_lite.utils.pixels import to_uint8, to_unit_range
 from repae_lite.utils.state_dicts import load_weights
@@ -67,12 +68,22 @@ class SmallScale:
     reference: FeatureStats
 
     @classmethod
-    def load(cls) -> "SmallScale":
-        """Loads everything that ships in data_small; this takes about ten seconds."""
-        images, labels = load_embedded("train")
-        eval_images, eval_labels = load_embedded("eval")
-        encoder = VisionEncoder.from_name("tiny")
-        evaluator = load_weights(data_small_dir() / "evaluator.safetensors", EvaluationNet())
+    def load(cls, device: str | torch.device = "cpu") -> "SmallScale":
+        """Loads everything that ships in data_small; this takes about ten seconds.
+
+        Args:
+            device: where everything is and runs: "cpu", "cuda", "cuda:1" or "mps".
+
+        Raises:
+            ValueError: torch cannot use the device; the embedded data is damaged.
+            FileNotFoundError: the data folder is not there.
+        """
+        device = choose_device(str(device))
+        images, labels, eval_images, eval_labels = (
+            values.to(device) for split in ("train", "eval") for values in load_embedded(split)
+        )
+        encoder = VisionEncoder.from_name("tiny").to(device)
+        evaluator = load_weights(data_small_dir() / "evaluator.safetensors", EvaluationNet()).to(device)
         return cls(
             images=images,
             labels=labels,
@@ -80,18 +91,28 @@ class SmallScale:
             eval_images=eval_images,
             eval_labels=eval_labels,
             encoder=encoder,
-            perceptual=TinyPerceptualLoss.pretrained(),
+            perceptual=TinyPerceptualLoss.pretrained().to(device),
             evaluator=evaluator.requires_grad_(False),
             reference=feature_stats(_features(evaluator, to_unit_range(eval_images))),
         )
 
+    @property
+    def device(self) -> torch.device:
+        """Where everything is and runs."""
+        return self.images.device
+
+    def generator(self, seed: int) -> torch.Generator:
+        """A generator for draws on the device; other devices draw other numbers from the same seed."""
+        return torch.Generator(self.device).manual_seed(seed)
+
     def batches(self, count: int, batch: int, seed: int) -> Iterator[Tensor]:
         """Yields `count` batches of indices (batch,) into the training split, reshuffled every epoch."""
-        generator = torch.Generator().manual_seed(seed)
-        order = torch.empty(0, dtype=torch.int64)
+        generator = self.generator(seed)
+        order = torch.empty(0, dtype=torch.int64, device=self.device)
         for _ in range(count):
             if len(order) < batch:
-                order = torch.cat([order, torch.randperm(len(self.images), generator=generator)])
+                drawn = torch.randperm(len(self.images), generator=generator, device=self.device)
+                order = torch.cat([order, drawn])
             yield order[:batch]
             order = order[batch:]
 
@@ -129,10 +150,11 @@ class SmallScale:
             raise ValueError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}")
         sit = SiT.from_preset("tiny", **sit_changes)
         if vae is None:
-            vae = load_vae("tiny")
+            vae = load_vae("tiny").to(self.device)
             sit.set_latent_stats(load_latent_stats("tiny"))
         else:
-            sit.set_latent_stats(LatentStats.from_posteriors(*self.latents(vae)))
+            sit.set_latent_stats(LatentStats.from_posteriors(*self.latents(vae.to(self.device))))
+        sit.to(self.device)
         optimizers = {"sit": make_optimizer(sit, lr=sit_lr)}
         if method in ("sit", "repa"):
             vae.requires_grad_(False)
@@ -171,14 +193,12 @@ class SmallScale:
         """
         rates = {name: optimizer.param_groups[0]["lr"] for name, optimizer in state.optimizers.items()}
         mean, std = self.latents(state.vae) if "vae" not in state.optimizers else (None, None)
-        size, generator, history = state.sit.config, torch.Generator().manual_seed(seed), []
+        size, draw, history = state.sit.config, {"generator": self.generator(seed), "device": self.device}, []
         for step, index in enumerate(progress(self.batches(steps, batch, seed), steps, label)):
             for name, optimizer in state.optimizers.items():
                 optimizer.param_groups[0]["lr"] = rates[name] * learning_rate(step, steps, warmup)
-            noise = torch.randn(
-                2, len(index), size.in_channels, size.input_size, size.input_size, generator=generator
-            )
-            t, drop = torch.rand(2, len(index), generator=generator)
+            noise = torch.randn(2, len(index), size.in_channels, size.input_size, size.input_size, **draw)
+            t, drop = torch.rand(2, len(index), **draw)
             draws = {"t": t, "eps": noise[1], "label_drop": drop < size.label_dropout}
             labels, tokens = self.labels[index], None if targets is None else targets[index]
             if mean is None:
@@ -201,11 +221,9 @@ class SmallScale:
         guidance: Guidance | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Samples with balanced labels, by Euler steps: uint8 (count, 3, 32, 32) and labels (count,)."""
-        labels = torch.arange(count) % sit.config.num_classes
-        size = sit.config.input_size
-        eps = torch.randn(
-            count, sit.config.in_channels, size, size, generator=torch.Generator().manual_seed(seed)
-        )
+        labels = torch.arange(count, device=self.device) % sit.config.num_classes
+        shape = (count, sit.config.in_channels, sit.config.input_size, sit.config.input_size)
+        eps = torch.randn(shape, generator=self.generator(seed), device=self.device)
         return sample_images(sit, vae, eps, labels, batch=250, steps=steps, guidance=guidance), labels
 
     @torch.no_grad()

@@ -4,6 +4,8 @@ Every check that can be made before the first step is made here. Taught at small
 `notebooks/05_end_to_end.ipynb`, section 3.
 """
 
+import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,13 +24,16 @@ from repae_lite.networks.latent_stats import LatentStats
 from repae_lite.networks.layers import set_gradient_checkpointing
 from repae_lite.networks.sit import SIT_PRESETS, SiT
 from repae_lite.networks.vae import VAE_PRESETS, AutoencoderKL
-from repae_lite.training.config import NONE, TrainConfig
-from repae_lite.training.loss_config import read_loss_config
+from repae_lite.training.config import NONE, OFFICIAL_LOSS, TrainConfig
+from repae_lite.training.loss_config import is_built_in, read_loss_config
+from repae_lite.utils.devices import fused_optimizer
 from repae_lite.utils.files import data_small_dir
 from repae_lite.utils.pixels import to_unit_range
+from repae_lite.utils.processes import process_rank
 
 ADAM = (torch.optim.AdamW, torch.optim.Adam, torch.optim.NAdam, torch.optim.RAdam)
 OPTIMIZERS = {kind.__name__.lower(): kind for kind in (*ADAM, torch.optim.SGD)}
+logger = logging.getLogger(__name__)
 
 
 def open_data(config: TrainConfig) -> TrainingData:
@@ -45,6 +50,8 @@ def open_data(config: TrainConfig) -> TrainingData:
     if not config.vae_latents_name or config.encoders:
         images = open_dataset(folder, config.resolution)
     data = TrainingData(images, latents)
+    if config.command != "vae":
+        data.require_classes()
     if config.num_classes is not None and data.num_classes > config.num_classes:
         raise ValueError(
             f"the data has {data.num_classes} classes but --num-classes is {config.num_classes}: leave it out"
@@ -100,11 +107,11 @@ def build(config: TrainConfig, num_classes: int, device: torch.device) -> TrainS
         FileNotFoundError: weights that are not there.
         ConnectionError: weights that are not here and cannot be downloaded.
     """
+    steps = _step_config(config)
     torch.manual_seed(config.seed)
     vae, stats = _start_vae(config)
     encoders = _encoders(config) if config.encoders else []
     sit = ema = discriminator = perceptual = None
-    steps = _step_config(config)
     if config.command != "vae":
         sit = _new_sit(config, num_classes, vae, encoders)
         if stats is not None:
@@ -113,8 +120,14 @@ def build(config: TrainConfig, num_classes: int, device: torch.device) -> TrainS
     if config.command == "ldm":
         vae.requires_grad_(False)
     else:
-        discriminator = _new_discriminator(config, steps.vae_loss)
+        discriminator = _new_discriminator(config) if steps.vae_loss.gan_weight else None
         perceptual = _perceptual(config) if steps.vae_loss.perceptual_weight else None
+        for network in (discriminator, perceptual):
+            if config.resolution < getattr(network, "smallest", 0):
+                raise ValueError(
+                    f"--resolution {config.resolution} is too small for the {type(network).__name__} of "
+                    f"--loss-cfg-path {config.loss_cfg_path}: give {network.smallest} or more"
+                )
     for module in filter(None, (vae, sit, ema, discriminator, perceptual, *encoders)):
         module.to(device)
     set_gradient_checkpointing(config.gradient_checkpointing, vae, *([sit] if sit else []))
@@ -126,6 +139,8 @@ def build(config: TrainConfig, num_classes: int, device: torch.device) -> TrainS
         trained["vae"] = (vae, config.vae_learning_rate)
     rates = {name: rate for name, (module, rate) in trained.items() if module is not None}
     optimizers = {name: new_optimizer(config, trained[name][0], rate) for name, rate in rates.items()}
+    if config.command != "ldm" and is_built_in(config.loss_cfg_path) and process_rank() == 0:
+        logger.info(f"the weights of the VAE's losses are the built-in recipe {OFFICIAL_LOSS}")
     state = TrainState(vae, sit, ema, optimizers, steps, discriminator, perceptual)
     return TrainSetup(state, encoders, rates)
 
@@ -161,6 +176,14 @@ def _encoders(config: TrainConfig) -> list[VisionEncoder]:
 def _new_sit(config: TrainConfig, num_classes: int, vae: AutoencoderKL, encoders: list[VisionEncoder]) -> SiT:
     if config.model not in SIT_PRESETS:
         raise ValueError(f"unknown --model {config.model!r}: choose one of {', '.join(SIT_PRESETS)}")
+    num_classes, width = config.num_classes or num_classes, SIT_PRESETS[config.model].width
+    size = 2 * 4 * (num_classes + 1) * width  # bytes of the label tables of SiT and its moving average
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if size > memory:
+        raise ValueError(
+            f"--num-classes {num_classes} needs {size / 1e9:,.0f} GB for its tables of labels, but this "
+            f"machine has {memory / 1e9:,.0f} GB: give as many as there are, or leave it out"
+        )
     check_token_grid(
         encoders, downsampling=vae.config.downsampling, patch_size=SIT_PRESETS[config.model].patch_size
     )
@@ -168,7 +191,7 @@ def _new_sit(config: TrainConfig, num_classes: int, vae: AutoencoderKL, encoders
         config.model,
         in_channels=vae.config.latent_channels,
         input_size=config.resolution // vae.config.downsampling,
-        num_classes=config.num_classes or num_classes,
+        num_classes=num_classes,
         label_dropout=config.cfg_prob,
         target_dims=tuple(encoder.embed_dim for encoder in encoders),
         projector=config.projector,
@@ -182,40 +205,41 @@ def _new_sit(config: TrainConfig, num_classes: int, vae: AutoencoderKL, encoders
 def _step_config(config: TrainConfig) -> StepConfig:
     common = {"max_grad_norm": config.max_grad_norm, "ema_decay": config.ema_decay}
     if config.command != "ldm":
-        common["vae_loss"] = VAELossConfig(**read_loss_config(config.loss_cfg_path))
+        common["vae_loss"] = loss = VAELossConfig(**read_loss_config(config.loss_cfg_path))
+        _check_losses(config, loss)
         common["loss_precision"] = config.loss_precision
     if config.command != "vae":
         common |= {"proj_coeff": config.proj_coeff, "path": config.path_type, "weighting": config.weighting}
     repae = config.command == "repae"
     return StepConfig(
-        vae_align_coeff=config.vae_align_proj_coeff if repae else 0.0,
+        vae_align_coeff=config.vae_align_proj_coeff if repae and config.encoders else 0.0,
         vae_diffusion_coeff=config.vae_diffusion_coeff if repae else 0.0,
         **common,
     )
 
 
-def _new_discriminator(config: TrainConfig, loss: VAELossConfig) -> PatchDiscriminator | None:
-    given = config.disc_pretrained_ckpt
+def _check_losses(config: TrainConfig, loss: VAELossConfig) -> None:
+    """Refuses options that act on a term of the VAE's loss which is not there."""
+    none = f"since --loss-cfg-path {config.loss_cfg_path} has"
     if not loss.gan_weight:
-        if given:
-            raise ValueError(
-                f"--disc-pretrained-ckpt {given} is of no use, since {config.loss_cfg_path} has no "
-                "adversarial loss: leave it out"
-            )
-        return None
+        config.refuse_idle("discriminator", f"{none} no adversarial loss", by="loss_cfg_path")
+    if not loss.perceptual_weight:
+        config.refuse_idle("perceptual", f"{none} no perceptual loss", by="loss_cfg_path")
+    if not loss.gan_weight and not loss.perceptual_weight:
+        config.refuse_idle(
+            "losses", f"{none} neither a perceptual nor an adversarial loss", by="loss_cfg_path"
+        )
+
+
+def _new_discriminator(config: TrainConfig) -> PatchDiscriminator:
+    given = config.disc_pretrained_ckpt
     return load_discriminator(given).train() if given else PatchDiscriminator()
 
 
 def _perceptual(config: TrainConfig) -> nn.Module:
     if config.perceptual == "tiny":
         return TinyPerceptualLoss.pretrained()
-    try:
-        return LPIPSLoss(config.lpips_range)
-    except OSError as error:
-        raise ConnectionError(
-            f"cannot download the VGG-16 network of LPIPS ({error}): connect once, take --perceptual tiny, "
-            "or a --loss-cfg-path with perceptual_weight: 0"
-        ) from None
+    return LPIPSLoss(config.lpips_range)
 
 
 # ---------------------------------------------------------------- optimisers
@@ -225,7 +249,7 @@ def new_optimizer(config: TrainConfig, module: nn.Module, rate: float) -> torch.
     """An optimiser of torch.optim by name, over the parameters that train, fused on a GPU where it can be.
 
     Raises:
-        ValueError: no such optimiser, or an option that it does not have.
+        ValueError: no such optimiser.
     """
     kind = OPTIMIZERS.get(config.optimizer.lower())
     if kind is None:
@@ -235,12 +259,8 @@ def new_optimizer(config: TrainConfig, module: nn.Module, rate: float) -> torch.
     options = {"lr": rate, "weight_decay": config.adam_weight_decay}
     if kind in ADAM:
         options |= {"betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_epsilon}
-    else:
-        for name in ("adam_beta1", "adam_beta2", "adam_epsilon"):
-            if getattr(config, name) != getattr(TrainConfig, name):
-                raise ValueError(f"--{name.replace('_', '-')} means nothing to {kind.__name__}: leave it out")
     if kind in (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD):
-        options["fused"] = parameters[0].is_cuda or None
+        options["fused"] = fused_optimizer(parameters[0].device)
     return kind(parameters, **options)
 
 

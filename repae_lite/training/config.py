@@ -4,9 +4,18 @@
 and `train-vae` are made from its fields, so a flag cannot exist without being honoured. Names and meanings of
 the official scripts are kept. No PyTorch here: `--help` is instant, and so are the loader's worker processes.
 Numbers such as D1 are those of DIFFERENCES.md.
+
+**An option is honoured or refused with a reason, never ignored.** What an option acts on stands beside it, as
+`needs`; where that is missing (an encoder, a discriminator, fp16, …) the option is refused, but for three
+cases. A value that is its default is harmless: official commands repeat defaults. So is a preset's value
+whose subject a flag turned off, as in `--preset repae-sdvae --enc-type none`: the run says so and goes on.
+And what only a machine lacks is not refused (--allow-tf32, --compile): one command should run on all of them.
 """
 
+import logging
 import math
+import os
+from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -16,6 +25,7 @@ FORMATS = ("safetensors", "official", "both")
 TRACKERS = ("none", "tensorboard", "wandb", "trackio")
 NONE = "none"
 OFFICIAL_LOSS = "l1_lpips_kl_gan.yaml"
+logger = logging.getLogger(__name__)
 
 # Ranges: the end of the sentence that refuses a value, and whether a value is inside.
 POSITIVE = ("must be more than 0", lambda value: 0 < value < math.inf)
@@ -38,7 +48,8 @@ def _option(default: Any, text: str, group: str, *, only: str = "repae ldm vae",
         group: the heading under which `--help` shows it.
         only: the commands that take it.
         more: `within`, its range; `choices`; `tiny`, the embedded scale's default; `free`, True if it may
-            change when a run is resumed; `metavar`; `refusal`, why only the default is built.
+            change when a run is resumed; `metavar`; `refusal`, why only the default is built; `needs`, what
+            it acts on, as `TrainConfig.refuse_idle` names it, several as "a b".
     """
     return field(default=default, metadata={"help": text, "group": group, "only": only.split(), **more})
 
@@ -47,11 +58,16 @@ def _option(default: Any, text: str, group: str, *, only: str = "repae ldm vae",
 class TrainConfig:
     """All options of a run; `build` fills in what depends on others. None means "not said".
 
+    Attributes:
+        command: "repae", "ldm" or "vae".
+        sources: "preset" or "flag" for options that came from there; in Python there is nothing to say.
+
     Raises:
-        ValueError: an option is out of range, or not for this command.
+        ValueError: an option of another type, out of range, without effect, or not for this command.
     """
 
     command: str
+    sources: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
     exp_name: str = _option("run", "name of the run's folder", "run", within=FOLDER_NAME, free=True)
     output_dir: str = _option("exps", "where run folders are", "run", free=True)
     seed: int = _option(
@@ -111,6 +127,7 @@ class TrainConfig:
         only="repae vae",
         metavar="FILE",
         free=True,
+        needs="discriminator",
     )
     loss_cfg_path: str = _option(
         OFFICIAL_LOSS,
@@ -127,6 +144,7 @@ class TrainConfig:
         only="repae vae",
         choices=("lpips", "tiny"),
         tiny="tiny",
+        needs="perceptual",
     )
     lpips_range: str = _option(
         "corrected",
@@ -134,6 +152,7 @@ class TrainConfig:
         "vae",
         only="repae vae",
         choices=("corrected", "official"),
+        needs="perceptual lpips",
     )
 
     model: str = _option(
@@ -145,6 +164,7 @@ class TrainConfig:
         "sit",
         only="repae ldm",
         within=POSITIVE,
+        needs="encoder",
     )
     projector: str = _option(
         "mlp",
@@ -152,6 +172,7 @@ class TrainConfig:
         "sit",
         only="repae ldm",
         choices=("mlp", "conv"),
+        needs="encoder",
     )
     cfg_prob: float = _option(
         0.1, "share of labels dropped, for guidance", "sit", only="repae ldm", within=SHARE
@@ -194,9 +215,15 @@ class TrainConfig:
         "its weights: pretrained (downloaded once), a file for each encoder as a,b, or random",
         "method",
         only="repae ldm",
+        needs="encoder",
     )
     proj_coeff: float = _option(
-        0.5, "weight of the alignment loss in the SiT step", "method", only="repae ldm", within=NOT_NEGATIVE
+        0.5,
+        "weight of the alignment loss in the SiT step",
+        "method",
+        only="repae ldm",
+        within=NOT_NEGATIVE,
+        needs="encoder",
     )
     spatial_norm: float | None = _option(
         None,
@@ -206,6 +233,7 @@ class TrainConfig:
         only="repae ldm",
         within=SHARE_OR_ALL,
         metavar="GAMMA",
+        needs="encoder",
     )
     vae_align_proj_coeff: float = _option(
         1.5, "weight of the alignment loss that reaches the VAE", "method", only="repae", within=NOT_NEGATIVE
@@ -252,16 +280,39 @@ class TrainConfig:
         1e-4, "of the VAE", "optimisation", only="repae vae", within=POSITIVE, tiny=2e-4
     )
     disc_learning_rate: float = _option(
-        1e-4, "of the discriminator", "optimisation", only="repae vae", within=POSITIVE
+        1e-4,
+        "of the discriminator",
+        "optimisation",
+        only="repae vae",
+        within=POSITIVE,
+        needs="discriminator",
     )
     lr_warmup_steps: int = _option(
         0, "steps over which learning rates rise from 0", "optimisation", within=NOT_NEGATIVE, tiny=50
     )
     optimizer: str = _option("AdamW", "AdamW, Adam, NAdam, RAdam or SGD", "optimisation")
-    adam_beta1: float = _option(0.9, "first beta of Adam's family", "optimisation", within=SHARE)
-    adam_beta2: float = _option(0.999, "second beta of Adam's family", "optimisation", within=SHARE)
+    adam_beta1: float = _option(
+        0.9,
+        "first beta of Adam's family",
+        "optimisation",
+        within=SHARE,
+        needs="adam",
+    )
+    adam_beta2: float = _option(
+        0.999,
+        "second beta of Adam's family",
+        "optimisation",
+        within=SHARE,
+        needs="adam",
+    )
     adam_weight_decay: float = _option(0.0, "weight decay", "optimisation", within=NOT_NEGATIVE)
-    adam_epsilon: float = _option(1e-8, "epsilon of Adam's family", "optimisation", within=POSITIVE)
+    adam_epsilon: float = _option(
+        1e-8,
+        "epsilon of Adam's family",
+        "optimisation",
+        within=POSITIVE,
+        needs="adam",
+    )
     max_grad_norm: float = _option(
         1.0, "gradients are clipped to this norm, each network apart", "optimisation", within=POSITIVE
     )
@@ -281,6 +332,7 @@ class TrainConfig:
         "machine",
         only="repae vae",
         choices=("float32", "autocast"),
+        needs="half losses",
     )
     allow_tf32: bool = _option(False, "TF32 for float32 products on NVIDIA GPUs", "machine")
     cpu: bool = _option(False, "use no GPU", "machine")
@@ -312,6 +364,7 @@ class TrainConfig:
         "folder of tensorboard's and wandb's files, in OUTPUT_DIR (trackio has its own: TRACKIO_DIR)",
         "log",
         free=True,
+        needs="tracker",
     )
     wandb_history_path: str | None = _option(
         None,
@@ -331,14 +384,22 @@ class TrainConfig:
         tiny=200,
         free=True,
     )
-    sample_images: int = _option(16, "images of a grid", "log", within=POSITIVE, free=True)
+    sample_images: int = _option(
+        16,
+        "images of a grid",
+        "log",
+        within=POSITIVE,
+        free=True,
+        needs="grids",
+    )
 
     checkpointing_steps: int = _option(
         50_000, "steps between two checkpoints", "checkpoint", within=POSITIVE, tiny=100, free=True
     )
     keep_last: int | None = _option(
         None,
-        "remove checkpoints but the last N and the milestones (default: keep all)",
+        "remove checkpoints but the last N and the milestones (default: keep all, but for one that only a "
+        "signal caused: it goes once a later one is whole)",
         "checkpoint",
         within=POSITIVE,
         free=True,
@@ -349,6 +410,7 @@ class TrainConfig:
         "checkpoint",
         within=NOT_NEGATIVE,
         free=True,
+        needs="pruning",
     )
     checkpoint_format: str = _option(
         "safetensors",
@@ -359,7 +421,7 @@ class TrainConfig:
     )
     resume: str | None = _option(
         None,
-        "latest (starts from nothing if there is no checkpoint), a step, or the path of another run's "
+        "latest (starts from nothing if the run has saved none), a step, or the path of another run's "
         "checkpoint",
         "checkpoint",
         free=True,
@@ -389,7 +451,12 @@ class TrainConfig:
         free=True,
     )
     divergence_patience: int = _option(
-        50, "steps that a gradient norm may stay at zero", "guard", within=POSITIVE, free=True
+        50,
+        "steps that a gradient norm may stay at zero",
+        "guard",
+        within=POSITIVE,
+        free=True,
+        needs="guard",
     )
     divergence_falls: int = _option(
         10,
@@ -397,6 +464,7 @@ class TrainConfig:
         "guard",
         within=POSITIVE,
         free=True,
+        needs="guard fp16",
     )
     divergence_variance: float = _option(
         0.05,
@@ -405,6 +473,7 @@ class TrainConfig:
         only="repae vae",
         within=SHARE,
         free=True,
+        needs="guard",
     )
 
     def __post_init__(self):
@@ -412,10 +481,17 @@ class TrainConfig:
             known = ", ".join(COMMANDS)
             raise ValueError(f"unknown training command {self.command!r}: choose one of {known}")
         for name, option in OPTIONS.items():
-            value, meta = getattr(self, name), option.metadata
+            value, meta, kind = getattr(self, name), option.metadata, value_type(option)
+            if value is None and option.default is None:
+                continue
+            if isinstance(value, os.PathLike) or (kind is float and type(value) is int):
+                value = kind(value)
+                object.__setattr__(self, name, value)
+            here, choices = f"{flag(name)} is {value!r}", meta.get("choices", (value,))
+            if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
+                raise ValueError(f"{here}: it must be of type {kind.__name__}")
             if value == option.default:
                 continue
-            here, choices = f"{flag(name)} is {value!r}", meta.get("choices", (value,))
             rule, inside = meta.get("within", ("", lambda _: True))
             _refuse(
                 (
@@ -425,8 +501,13 @@ class TrainConfig:
                 ("refusal" in meta, f"{here}: {meta.get('refusal')}"),
                 (value not in choices, f"{here}: choose one of {', '.join(map(str, choices))}"),
                 (not inside(value), f"{here}: it {rule}"),
+                (
+                    kind is str and (not value.strip() or "\0" in value),
+                    f"{here}: give a name or a path, or leave it out",
+                ),
             )
         self._check_combinations()
+        self._check_effects()
 
     def _check_combinations(self) -> None:
         plain = self.command != "vae" and not self.encoders  # a SiT that aligns with nothing
@@ -442,11 +523,7 @@ class TrainConfig:
                 "--resume-step N",
             ),
             (
-                plain and (self.spatial_norm is not None or self.projector != "mlp"),
-                "--enc-type none has no targets and no projector: leave --spatial-norm and --projector out",
-            ),
-            (
-                plain and coeff,
+                plain and coeff and not self._overruled("vae_align_proj_coeff", "enc_type"),
                 f"--enc-type none leaves nothing to align with, but --vae-align-proj-coeff is {coeff}: set "
                 "it to 0",
             ),
@@ -455,6 +532,63 @@ class TrainConfig:
                 "train-ldm needs a trained VAE, which stays as it is: give --vae-ckpt FILE",
             ),
         )
+
+    def _check_effects(self) -> None:
+        """Refuses options without effect, as far as the options themselves tell."""
+        if not self.encoders:
+            why = "since --enc-type none has no targets and no projector"
+            self.refuse_idle("encoder", why, by="enc_type")
+        if self.optimizer.lower() == "sgd":
+            self.refuse_idle("adam", "to SGD", by="optimizer")
+        if self.perceptual == "tiny":
+            self.refuse_idle("lpips", "with --perceptual tiny", by="perceptual")
+        if self.report_to in ("none", "trackio"):
+            self.refuse_idle("tracker", f"with --report-to {self.report_to}", by="report_to")
+        if not self.sampling_steps:
+            self.refuse_idle("grids", "with --sampling-steps 0", by="sampling_steps")
+        if self.keep_last is None:
+            self.refuse_idle("pruning", "without --keep-last, since all checkpoints are kept", by="keep_last")
+        if self.on_divergence == "off":
+            self.refuse_idle("guard", "with --on-divergence off", by="on_divergence")
+        if self.mixed_precision != "auto":
+            self.check_precision(self.mixed_precision)
+
+    def check_precision(self, precision: str) -> None:
+        """Refuses options without effect in a precision: "no", "bf16" or "fp16", never "auto".
+
+        Raises:
+            ValueError: see above.
+        """
+        why = f"in precision {precision} (--mixed-precision {self.mixed_precision})"
+        if precision != "fp16":
+            self.refuse_idle("fp16", why, by="mixed_precision")
+        if precision == "no":
+            self.refuse_idle("half", why, by="mixed_precision")
+
+    def refuse_idle(self, need: str, why: str, *, by: str) -> None:
+        """Refuses options that act on something that is not there, unless they are harmless.
+
+        Args:
+            need: what is not there, as the options' `needs` name it.
+            why: the end of the sentence "--x means nothing …".
+            by: the option that decided.
+
+        Raises:
+            ValueError: an option that needs it was said.
+        """
+        for name, option in OPTIONS.items():
+            meta = option.metadata
+            harmless = meta.get("tiny", option.default) if self.vae == "tiny" else option.default
+            if need not in meta.get("needs", "").split() or getattr(self, name) == harmless:
+                continue
+            if not self._overruled(name, by):
+                raise ValueError(f"{flag(name)} means nothing {why}: leave it out")
+            if os.environ.get("RANK", "0") == "0":
+                logger.info(f"{flag(name)} of the preset means nothing {why}")
+
+    def _overruled(self, name: str, by: str) -> bool:
+        """Whether an option is a preset's and the other one a flag, which wins."""
+        return self.sources.get(name) == "preset" and self.sources.get(by) == "flag"
 
     @classmethod
     def with_defaults(cls, command: str, **given) -> "TrainConfig":

@@ -13,6 +13,8 @@ from repae_lite.method.losses import VAELossConfig
 from repae_lite.training.config import OFFICIAL_LOSS
 from repae_lite.utils.yaml_files import converted, read_yaml
 
+BUILT_IN = (Path(OFFICIAL_LOSS), Path("configs") / OFFICIAL_LOSS)  # the second as official commands say it
+
 OFFICIAL_NAMES = {  # of the fields of `VAELossConfig`
     "reconstruction_loss": "pixel",
     "reconstruction_weight": "pixel_weight",
@@ -31,11 +33,17 @@ FIXED = {  # what the recipe has and this code does not vary: any other value is
 }
 
 
+def is_built_in(path: str) -> bool:
+    """Whether a path means the official recipe and no file."""
+    return Path(path) in BUILT_IN and not Path(path).exists()
+
+
 def read_loss_config(path: str) -> dict[str, Any]:
     """Fields of `repae_lite.VAELossConfig` from a loss configuration.
 
-    The official recipe, l1_lpips_kl_gan.yaml, and "tiny", the same without the adversarial term, are built
-    in. Sections, as in `losses: {kl_weight: 1e-6}`, are looked through.
+    The official recipe, l1_lpips_kl_gan.yaml or configs/l1_lpips_kl_gan.yaml where there is no such file, and
+    "tiny", the same without the adversarial term, are built in. Sections, as in `losses: {kl_weight: 1e-6}`,
+    are looked through.
 
     Raises:
         FileNotFoundError: no such file.
@@ -43,10 +51,14 @@ def read_loss_config(path: str) -> dict[str, Any]:
     """
     if path == "tiny":
         return {"gan_weight": 0.0}
-    if Path(path).name == OFFICIAL_LOSS and not Path(path).exists():
+    if is_built_in(path):
         return {}
     found, kinds = {}, {field.name: field.type for field in fields(VAELossConfig)}
+    seen = set()
     for key, value in _leaves(read_yaml(Path(path), "loss configuration")):
+        if key in seen:
+            raise ValueError(f"{path} sets {key!r} in two sections: take one out")
+        seen.add(key)
         if key in OFFICIAL_NAMES:
             name = OFFICIAL_NAMES[key]
             found[name] = converted(value, kinds[name], f"{key} in {path}")
@@ -57,7 +69,7 @@ def read_loss_config(path: str) -> dict[str, Any]:
             raise ValueError(
                 f"{path} sets {key!r}, which is not an option of the VAE's loss: known are {known}"
             )
-        elif value != FIXED[key]:
+        elif converted(value, type(FIXED[key]), f"{key} in {path}") != FIXED[key]:
             raise ValueError(f"{key} in {path} is {value!r}: only {FIXED[key]!r} is built here")
     return found
 
@@ -65,5 +77,5 @@ def read_loss_config(path: str) -> dict[str, Any]:
 def _leaves(content: dict) -> list[tuple[str, Any]]:
     found = []
     for key, value in content.items():
-        found += _leaves(value) if isinstance(value, dict) else [(str(key), value)]
+        found += _leaves(value) if isinstance(value, dict) else [(key, value)]
     return found

@@ -9,6 +9,9 @@
         checkpoints/     0000500/ with sit, ema, vae, discriminator as safetensors and resume.pt;
                          or 0000500.pt, the official file
 
+A checkpoint that only a signal caused has a mark: interim.txt in its folder, or the comment of the .pt file,
+which is a zip archive. It is the only one that is removed without --keep-last, once a later one is whole.
+
 Taught in `reproduce/`. Reading a checkpoint runs no code: weights are safetensors, the rest is loaded with
 weights_only.
 """
@@ -16,13 +19,18 @@ weights_only.
 import argparse
 import errno
 import json
+import logging
+import math
 import os
-import shutil
-from collections.abc import Iterable
+import zipfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from repae_lite.checkpoints.find import checkpoints_in, files_in, pick_checkpoint
@@ -31,7 +39,8 @@ from repae_lite.checkpoints.official import NETWORKS, read_official
 from repae_lite.networks.latent_stats import LatentStats
 from repae_lite.networks.sit import SiT
 from repae_lite.networks.vae import AutoencoderKL
-from repae_lite.utils.files import atomic_path, write_text
+from repae_lite.utils.files import atomic_path, free_name, read_json, remove, set_aside, sync, write_text
+from repae_lite.utils.locks import check_space, check_writable, free_space
 from repae_lite.utils.pickles import read_pickle
 from repae_lite.utils.state_dicts import fill_module, read_weights, save_weights
 
@@ -40,6 +49,11 @@ OPTIMIZERS = {"sit": "opt", "vae": "opt_vae", "discriminator": "opt_disc"}  # ou
 # discriminator, then the perceptual network (LPIPS on VGG-16), which is frozen too.
 FROZEN = {"discriminator": (1, 26 + 5)}  # parameters before and after those that train
 EVIDENCE = "evidence"  # what a rollback discards, below divergence/
+FULL = (errno.ENOSPC, errno.EDQUOT)
+INTERIM = "interim.txt"
+INTERIM_TEXT = "A signal caused this checkpoint: it goes once a later one is whole. Unmarked, it stays.\n"
+MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer", "max_exp_avg_sq")  # states shaped as their parameter
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -83,7 +97,29 @@ class RunFolder:
     def remove_leftovers(self) -> None:
         """Removes what killed writes left behind."""
         for partial in self.checkpoints_path.glob(".*.partial"):
-            shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+            remove(partial)
+
+    def check_disk(self, size: int, *, planned: int, keep_last: int | None) -> None:
+        """Refuses a disk that cannot hold what this start will write; of what may not fit later it warns.
+
+        Args:
+            size: bytes of a checkpoint.
+            planned: checkpoints to come.
+            keep_last: how many stay.
+
+        Raises:
+            OSError: no space for one checkpoint and those that stay beside it; files that cannot be renamed.
+        """
+        place = self.checkpoints_path if os.path.lexists(self.checkpoints_path) else self.path
+        check_writable(place)
+        count = min(planned, max(1, keep_last + 1 - len(self.checkpoints())) if keep_last else 1)
+        needs = f"--keep-last {keep_last} needs" if count > 1 else "a checkpoint needs"
+        check_space(place, count * size, needs)
+        if not keep_last and planned * size > free_space(place):
+            logger.warning(
+                f"{planned} checkpoints are to come, of {size / 1e9:.2g} GB each, and {place} has "
+                f"{free_space(place) / 1e9:.2g} GB free: --keep-last N would remove old ones"
+            )
 
     def save(
         self,
@@ -94,6 +130,7 @@ class RunFolder:
         extras: dict,
         *,
         kind: str = "safetensors",
+        interim: bool = False,
     ) -> Path:
         """Writes a checkpoint: it appears under its name when it is whole and on the disk.
 
@@ -104,6 +141,7 @@ class RunFolder:
             latent_stats: of the VAE's latents, where it is among the networks.
             extras: plain values, with "args".
             kind: "safetensors", "official" or "both".
+            interim: mark it as one that may go once a later one is whole.
 
         Raises:
             OSError: it cannot be written; earlier ones are as they were.
@@ -112,30 +150,33 @@ class RunFolder:
         path = self.checkpoints_path / f"{step:07d}"
         try:
             if kind != "official":
-                self._save_folder(
-                    path, networks, latent_stats, {"step": step, "optimizers": named, "extras": extras}
-                )
+                resume = {"step": step, "optimizers": named, "extras": extras}
+                self._save_folder(path, networks, latent_stats, resume, interim)
             if kind != "safetensors":
-                path = self._save_official(path.with_suffix(".pt"), step, networks, named, extras)
+                path = path.with_suffix(".pt")
+                self._save_official(path, step, networks, named, extras, interim)
         except OSError as error:
             self.remove_leftovers()
-            size = sum(_bytes(module.state_dict()) for module in networks.values()) + sum(
-                map(_bytes, named.values())
-            )
             last = max(self.checkpoints(), default=None)
             kept = "there is no earlier one" if last is None else f"the one of step {last} is whole"
-            reason = os.strerror(error.errno) if error.errno else str(error)
+            remedy = _remedy(error)
+            if error.errno in FULL:
+                kept = f"it needs about {checkpoint_bytes(networks, optimizers, kind) / 1e9:.2g} GB; {kept}"
             raise OSError(
-                f"cannot write the checkpoint of step {step} in {self.checkpoints_path} ({reason}): it needs "
-                f"about {size * (1 + (kind == 'both')) / 1e9:.2g} GB; {kept}; make room, then go on with "
-                "--resume latest"
+                f"cannot write the checkpoint of step {step} in {self.checkpoints_path} "
+                f"({error.strerror or error}): {kept}; {remedy} go on with --resume latest"
             ) from None
         return path
 
     def _save_folder(
-        self, path: Path, networks: dict[str, nn.Module], latent_stats: LatentStats | None, resume: dict
+        self,
+        path: Path,
+        networks: dict[str, nn.Module],
+        latent_stats: LatentStats | None,
+        resume: dict,
+        interim: bool,
     ) -> None:
-        partial = path.with_name(f".{path.name}.partial")
+        partial = free_name(path.with_name(f".{path.name}.partial"))
         partial.mkdir(parents=True)
         for name, module in networks.items():
             file = partial / f"{name}.safetensors"
@@ -147,13 +188,21 @@ class RunFolder:
                 save_weights(file, module)
         with atomic_path(partial / "resume.pt") as file:
             _save_pickle(resume, file)
-        _sync(partial)
+        if interim:
+            (partial / INTERIM).write_text(INTERIM_TEXT, encoding="utf-8")
+        sync(partial)
         os.rename(partial, path)
-        _sync(path.parent)
+        sync(path.parent)
 
     def _save_official(
-        self, path: Path, step: int, networks: dict[str, nn.Module], named: dict[str, dict], extras: dict
-    ) -> Path:
+        self,
+        path: Path,
+        step: int,
+        networks: dict[str, nn.Module],
+        named: dict[str, dict],
+        extras: dict,
+        interim: bool,
+    ) -> None:
         content = {NETWORKS[name]: module.state_dict() for name, module in networks.items()}
         for name, states in named.items():
             keys = [key for key, _ in networks[name].named_parameters()]
@@ -167,74 +216,123 @@ class RunFolder:
         content |= {"args": argparse.Namespace(**extras["args"]), "steps": step, "repae_lite": extras}
         with atomic_path(path) as partial:
             _save_pickle(content, partial)
-        _sync(path.parent)
-        return path
+            if interim:
+                with zipfile.ZipFile(partial, "a") as archive:
+                    archive.comment = INTERIM_TEXT.encode()
+        sync(path.parent)
 
-    def prune(self, *, keep_last: int | None, milestone_steps: int, checkpointing_steps: int) -> None:
+    def _of_step(self, step: int) -> list[Path]:
+        """A checkpoint's folder, its official file, or both."""
+        paths = (self.checkpoints_path / f"{step:07d}", self.checkpoints_path / f"{step:07d}.pt")
+        return [path for path in paths if path.exists()]
+
+    def prune(self, *, keep_last: int | None, milestone_steps: int) -> None:
         """Removes old checkpoints: all but the last `keep_last` and the milestones.
 
-        With None only those between the regular steps, which a signal caused.
+        With None only those with the mark of a signal. One that cannot be removed is left, with a warning.
         """
-        steps = list(self.checkpoints())
-        for step in steps[: -(keep_last or 1)]:
+        for step in list(self.checkpoints())[: -(keep_last or 1)]:
+            paths = self._of_step(step)
             milestone = milestone_steps and step % milestone_steps == 0
-            if not milestone and (keep_last is not None or step % checkpointing_steps):
-                self._discard(step)
-
-    def _discard(self, step: int, to: Path | None = None) -> None:
-        for path in (self.checkpoints_path / f"{step:07d}", self.checkpoints_path / f"{step:07d}.pt"):
-            if not path.exists():
-                continue
-            if to is not None:
-                to.mkdir(parents=True, exist_ok=True)
-                os.replace(path, to / path.name)
-            elif path.is_dir():
-                hidden = path.with_name(f".{path.name}.partial")  # a folder half removed must not look whole
-                os.rename(path, hidden)
-                shutil.rmtree(hidden)
-            else:
-                path.unlink()
+            if not milestone and (keep_last or all(map(_is_interim, paths))):
+                for path in paths:
+                    _discard(path)
 
     def roll_back(self, step: int) -> None:
-        """Moves later checkpoints to divergence/ and cuts off later metrics."""
+        """Moves later checkpoints to divergence/ and cuts off later metrics.
+
+        Raises:
+            OSError: a checkpoint cannot be moved.
+        """
         evidence = self.path / "divergence" / EVIDENCE
-        shutil.rmtree(evidence, ignore_errors=True)  # of an earlier rollback
-        for later in [s for s in self.checkpoints() if s > step]:
-            self._discard(later, evidence)
+        if evidence.exists():
+            set_aside(evidence, "is of an earlier rollback")
+        evidence.mkdir(parents=True)
+        for path in [path for later in self.checkpoints() if later > step for path in self._of_step(later)]:
+            try:
+                os.rename(path, evidence / path.name)
+            except OSError as error:
+                raise OSError(
+                    f"cannot roll back: {path} cannot be moved to {evidence} ({error.strerror}): move it, "
+                    "then go on with --resume latest"
+                ) from None
         self.cut_metrics(step)
 
     # ---------------------------------------------------------------- metrics and reports
 
     def log(self, record: dict) -> None:
         """Appends a line to metrics.jsonl; floats come back to the bit, those that are not finite as null."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        with open(self.metrics_path, "a", encoding="utf-8") as file:
-            file.write(_line(record))
+        with self._history():
+            self.path.mkdir(parents=True, exist_ok=True)
+            with open(self.metrics_path, "a", encoding="utf-8") as file:
+                file.write(_line(record))
 
     def sync_metrics(self) -> None:
         """Puts metrics.jsonl on the disk, before a checkpoint that relies on it."""
         if self.metrics_path.exists():
-            with open(self.metrics_path, "rb+") as file:
-                os.fsync(file.fileno())
+            with self._history():
+                sync(self.metrics_path)
+
+    @contextmanager
+    def _history(self) -> Iterator[None]:
+        """Inside, what keeps metrics.jsonl from being written is said in a sentence."""
+        try:
+            yield
+        except OSError as error:
+            raise OSError(
+                f"cannot write {self.metrics_path} ({error.strerror or error}): {_remedy(error)} go on with "
+                "--resume latest"
+            ) from None
 
     def cut_metrics(self, step: int) -> None:
-        """Cuts off the lines after a step, and a half-written one."""
+        """Cuts off what comes after the last line up to a step: later lines, and a half-written one.
+
+        Lines before that stay, even those that are no measurements.
+        """
         if not self.metrics_path.exists():
             return
-        size = 0
+        size = end = odd = kept_odd = 0
+        last = b"\n"
         with open(self.metrics_path, "rb+") as file:
             for line in file:
-                try:
-                    if not line.endswith(b"\n") or json.loads(line)["step"] > step:
-                        break
-                except (ValueError, KeyError, TypeError):
-                    break
                 size += len(line)
-            file.truncate(size)
+                record = _record(line)
+                if record is None:
+                    odd += 1
+                elif record["step"] <= step:
+                    end, kept_odd, last = size, odd, line
+            file.truncate(end)
+            if not last.endswith(b"\n"):  # as an editor leaves it
+                file.seek(end)
+                file.write(b"\n")
+        if kept_odd:
+            logger.warning(f"{self.metrics_path} has {kept_odd} lines that are no measurements: they stay")
 
     def metrics(self) -> list[dict]:
-        """The lines of metrics.jsonl."""
-        return [json.loads(line) for line in self.metrics_path.read_text(encoding="utf-8").splitlines()]
+        """The measurements in metrics.jsonl."""
+        return list(filter(None, map(_record, self.metrics_path.read_bytes().splitlines())))
+
+    def sessions(self) -> list[dict]:
+        """What manifest.json tells of this run's starts; none without it.
+
+        Raises:
+            ValueError: it is something else.
+        """
+        path = self.path / "manifest.json"
+        found = read_json(path).get("sessions") if path.exists() else []
+        if not isinstance(found, list) or not all(isinstance(session, dict) for session in found):
+            raise ValueError(f"{path} tells of no run: restore it")
+        return found
+
+    def lost_checkpoint(self) -> int | None:
+        """The step of the last checkpoint that manifest.json tells of, where there is none at all."""
+        if self.checkpoints():
+            return None
+        try:
+            found = [session.get("checkpoint") for session in self.sessions()[-1:]]
+        except (ValueError, OSError):
+            return None
+        return next((step for step in found if isinstance(step, int)), None)
 
     def report(self, step: int, content: dict) -> Path:
         """Writes a report of the collapse guard."""
@@ -256,7 +354,7 @@ def find_checkpoint(source: str, folder: RunFolder) -> Path | None:
     own = folder.checkpoints()
     if source == "latest":
         return own[max(own)] if own else None
-    if source.isdigit():
+    if source.isdecimal():
         step = int(source)
         if step not in own:
             raise ValueError(
@@ -269,7 +367,7 @@ def find_checkpoint(source: str, folder: RunFolder) -> Path | None:
             )
         return own[step]
     path = Path(source)
-    if path.is_dir() and not (path / "resume.pt").is_file():
+    if path.is_dir() and not any(path.glob("*.safetensors")) and not (path / "resume.pt").is_file():
         path = path / pick_checkpoint(files_in(path), None, path)
     if not path.exists():
         raise FileNotFoundError(
@@ -286,25 +384,110 @@ def find_checkpoint(source: str, folder: RunFolder) -> Path | None:
     return path
 
 
+# What a checkpoint holds beside the networks: names, and the types of their values.
+_COUNT = Annotated[int, Field(ge=0)]
+_STATES = dict[str, dict[str, dict[str, Any]]]  # by network, parameter and name
+_RESUME = {"step": _COUNT, "optimizers": _STATES, "extras": dict[str, Any]}
+_OFFICIAL = {"state": dict[int, dict[str, Any]]}
+_EXTRAS = dict.fromkeys(("args", "fixed", "vae_loss"), dict[str, Any])
+_EXTRAS |= {"rollbacks": _COUNT, "guard": dict[str, Any], "scalers": dict[str, dict[str, Any]]}
+_GUARD = {"zero_since": dict[str, int], "scales": dict[str, float], "falling": dict[str, list[int]]}
+_GUARD |= {"first_variance": float | None}
+_SCALER = {"scale": Annotated[float, Field(gt=0)], "growth_factor": float, "backoff_factor": float}
+_SCALER |= {"growth_interval": int, "_growth_tracker": int}
+
+
 def read_checkpoint(path: Path) -> Checkpoint:
     """Reads a checkpoint folder, or a file in the official layout.
 
     Raises:
-        ValueError: something else, or a pickle that would run code.
+        FileNotFoundError, ValueError: something else, or a pickle that would run code; a piece is missing or
+            damaged.
     """
     if path.is_dir():
-        resume = read_pickle(path / "resume.pt")
+        resume = _checked(read_pickle(path / "resume.pt"), _RESUME, path / "resume.pt")
         networks = {file.stem: read_weights(file)[0] for file in sorted(path.glob("*.safetensors"))}
-        return Checkpoint(resume["step"], networks, resume["optimizers"], resume["extras"], path)
-    networks, content = read_official(path)
-    if "steps" not in content:
-        raise ValueError(f"{path} is no checkpoint of a training run: it has no steps")
-    optimizers = {
-        name: _by_parameter(content[key]["state"], name, networks[name], path)
-        for name, key in OPTIMIZERS.items()
-        if key in content
-    }
-    return Checkpoint(int(content["steps"]), networks, optimizers, content.get("repae_lite", {}), path)
+        step, optimizers, extras = (resume[name] for name in _RESUME)
+    else:
+        networks, content = read_official(path)
+        if "steps" not in content:
+            raise ValueError(f"{path} is no checkpoint of a training run: it has no steps")
+        step = _checked(content, {"steps": _COUNT}, path)["steps"]
+        extras = _checked({"repae_lite": {}} | content, {"repae_lite": dict[str, Any]}, path)["repae_lite"]
+        optimizers = {
+            name: _by_parameter(_checked(content[key], _OFFICIAL, path)["state"], name, networks[name], path)
+            for name, key in OPTIMIZERS.items()
+            if key in content and name in networks
+        }
+    _checked(extras, {name: kind for name, kind in _EXTRAS.items() if name in extras}, path)
+    if "guard" in extras:
+        _checked(extras["guard"], _GUARD, path)
+    for scaler in extras.get("scalers", {}).values():
+        _checked(scaler, _SCALER, path)
+    return Checkpoint(step, networks, optimizers, extras, path)
+
+
+def _checked(values: object, kinds: dict[str, Any], where: Path) -> dict:
+    """A dict in which these names have values of these types.
+
+    Raises:
+        ValueError: one of them is missing or of another type.
+    """
+    if not isinstance(values, dict):
+        raise ValueError(f"{where} is damaged: it holds a {type(values).__name__} and not a dict")
+    for name, kind in kinds.items():
+        if name not in values:
+            raise ValueError(f"{where} is damaged: it has no {name}")
+        try:
+            TypeAdapter(kind).validate_python(values[name], strict=True)
+        except ValidationError as errors:
+            error = errors.errors()[0]
+            place = ".".join(map(str, (name, *error["loc"])))
+            raise ValueError(f"{where} is damaged: {place} is wrong ({error['msg']})") from None
+    return values
+
+
+@contextmanager
+def with_way_out(path: Path, *, own: bool) -> Iterator[None]:
+    """Inside, what is wrong with a run's checkpoint is said together with the one to go on from instead.
+
+    Args:
+        path: the checkpoint.
+        own: whether it is of the run that goes on from it.
+
+    Raises:
+        ValueError: what was wrong, and the way out.
+    """
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        if path.parent.name != "checkpoints" or not path.stem.isdecimal():
+            raise
+        head, _, advice = str(error).rpartition(": ")
+        # A run's own file cannot be got again.
+        fault = head if "again" in advice or "check the path" in advice else str(error)
+        whole = _whole_before(path)
+        if whole is None:
+            way = f"no earlier one in {path.parent} is whole"
+            way += ": start anew with another --exp-name" if own else ""
+        elif own:
+            way = f"{whole} is whole: move {path} away, then go on with --resume latest"
+        else:
+            way = f"{whole} is whole: give --resume {whole}"
+        raise ValueError(f"{fault}; {way}") from None
+
+
+def _whole_before(path: Path) -> Path | None:
+    """The newest whole checkpoint beside one that is not, of the same step in the other kind or earlier."""
+    earlier = RunFolder(path.parents[1]).checkpoints()
+    twin = [path.with_suffix(".pt")] if path.is_dir() else []
+    for other in [*twin, *(earlier[step] for step in sorted(earlier, reverse=True) if step < int(path.stem))]:
+        try:
+            read_checkpoint(other)
+        except (ValueError, OSError):
+            continue
+        return other
+    return None
 
 
 def _by_parameter(states: dict[int, dict], network: str, state: dict[str, Tensor], path: Path) -> dict:
@@ -327,10 +510,8 @@ def _by_parameter(states: dict[int, dict], network: str, state: dict[str, Tensor
 
 
 def _save_pickle(content: dict, path: Path) -> None:
-    try:
-        torch.save(content, path)
-    except RuntimeError as error:  # the only way in which its writer says that the disk is full
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+    with open(path, "wb") as file:  # given a path, PyTorch does not say why it could not write
+        torch.save(content, file)
 
 
 def fill(modules: dict[str, nn.Module], checkpoint: Checkpoint) -> None:
@@ -341,7 +522,9 @@ def fill(modules: dict[str, nn.Module], checkpoint: Checkpoint) -> None:
     """
     for name in modules:
         if name not in checkpoint.networks:
-            raise ValueError(f"{checkpoint.path} has no {name}: it is of another kind of training")
+            raise ValueError(
+                f"{checkpoint.path} has no {name}: it is of another kind of training, or incomplete"
+            )
     for name, module in modules.items():
         training = module.training
         fill_module(module, checkpoint.networks[name], f"{name} of {checkpoint.path}").train(training)
@@ -359,8 +542,9 @@ def fill_optimizer(
     """Puts a `named_state` into an optimiser; states of parameters that do not train here are left out.
 
     Raises:
-        ValueError: a parameter that trains has no state, or one of another shape.
+        ValueError: a parameter that trains has no state, or one of another shape or type.
     """
+    needed = {"step", *MOMENTS[:2]} if "betas" in optimizer.defaults else set()
     parameters = {p: i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
     found = {}
     for name, parameter in module.named_parameters():
@@ -371,21 +555,75 @@ def fill_optimizer(
                 f"{source} has no optimiser state of {name}, which trains here: resume with the options of "
                 "its run"
             )
-        for value in states[name].values():
-            if isinstance(value, Tensor) and value.ndim and value.shape != parameter.shape:
+        state = states[name]
+        if missing := needed - state.keys():
+            raise ValueError(f"{source} is damaged: its optimiser state of {name} has no {min(missing)}")
+        for key, value in state.items():
+            sized = isinstance(value, Tensor) and (value.ndim or key in MOMENTS)
+            if sized and value.shape != parameter.shape:
                 shapes = f"{list(value.shape)} instead of {list(parameter.shape)}"
                 raise ValueError(f"{source} has an optimiser state of another shape for {name}: {shapes}")
-        found[parameters[parameter]] = states[name]
+            if not _is_state(key, value):
+                raise ValueError(f"{source} is damaged: its optimiser state {key} of {name} is no number")
+        found[parameters[parameter]] = state
     optimizer.load_state_dict(optimizer.state_dict() | {"state": found})
 
 
-def _bytes(states: dict) -> int:
-    """Size of the tensors in a nested dict."""
-    values = states.values()
-    return sum(
-        v.numel() * v.element_size() if isinstance(v, Tensor) else _bytes(v) if isinstance(v, dict) else 0
-        for v in values
-    )
+def _is_state(key: str, value: object) -> bool:
+    """Whether an optimiser can go on from this: a tensor of real numbers, or a finite number that counts."""
+    if isinstance(value, Tensor):
+        plain = value.layout == torch.strided and not value.is_meta and not value.is_complex()
+        return plain and (value.is_floating_point() if key in MOMENTS else bool(value.isfinite().all()))
+    if key in MOMENTS:
+        return key == "momentum_buffer" and value is None  # SGD without momentum
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def checkpoint_bytes(
+    networks: dict[str, nn.Module], optimizers: dict[str, torch.optim.Optimizer], kind: str
+) -> int:
+    """About how much space a checkpoint takes; for `kind` see `RunFolder.save`."""
+    tensors = [tensor for module in networks.values() for tensor in module.state_dict().values()]
+    for optimizer in optimizers.values():
+        moments = 2 if "betas" in optimizer.defaults else 0
+        tensors += [p for group in optimizer.param_groups for p in group["params"]] * moments
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors) * (1 + (kind == "both"))
+
+
+def _remedy(error: OSError) -> str:
+    """What to do before going on, as far as the system says why it refused."""
+    return "make room, then" if error.errno in FULL else "once files can be written there again"
+
+
+def _is_interim(path: Path) -> bool:
+    """Whether a checkpoint has the mark of one that a signal caused."""
+    if path.is_dir():
+        return (path / INTERIM).is_file()
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.comment == INTERIM_TEXT.encode()
+    except (OSError, zipfile.BadZipFile):
+        return False
+
+
+def _discard(path: Path) -> None:
+    """Removes a checkpoint, under another name: one half removed must not look whole."""
+    hidden = free_name(path.with_name(f".{path.name}.partial"))
+    try:
+        os.rename(path, hidden)
+    except OSError as error:
+        logger.warning(f"{path} cannot be removed ({error.strerror}): it goes on taking space")
+    else:
+        remove(hidden)
+
+
+def _record(line: bytes) -> dict | None:
+    """A line of metrics.jsonl, or None for one that is no measurement."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) and type(record.get("step")) is int else None
 
 
 def _line(record: dict) -> str:
@@ -399,15 +637,6 @@ def _finite(value):
     if isinstance(value, list | tuple):
         return [_finite(v) for v in value]
     return None if isinstance(value, float) and not abs(value) < float("inf") else value
-
-
-def _sync(folder: Path) -> None:
-    """Puts a folder's list of names on the disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def newest(steps: Iterable[int], before: int) -> int | None:

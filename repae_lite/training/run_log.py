@@ -13,7 +13,7 @@ import resource
 import subprocess
 import sys
 import time
-from contextlib import nullcontext, suppress
+from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -26,11 +26,18 @@ from tqdm import tqdm
 from repae_lite import __version__
 from repae_lite.training.config import TrainConfig, values
 from repae_lite.training.run_folder import RunFolder
-from repae_lite.utils.files import write_text
+from repae_lite.utils import devices
+from repae_lite.utils.files import set_aside, write_text
+from repae_lite.utils.processes import together
 from repae_lite.utils.progress import QUIET
 
 logger = logging.getLogger(__name__)
 SHOWN = ("sit_total", "sit_align", "vae_total", "reconstruction", "disc")  # losses on the bar
+LOGINS = {
+    "wandb": "log in with `wandb login`, or work without network by WANDB_MODE=offline",
+    "trackio": "log in with `hf auth login` if it writes to a Space, and check TRACKIO_DIR",
+    "tensorboard": "check that --logging-dir can be written",
+}
 
 
 def check_tracker(name: str) -> None:
@@ -41,10 +48,8 @@ def check_tracker(name: str) -> None:
     """
     if name == "none":
         return
-    if not any(
-        importlib.util.find_spec(module)
-        for module in ([name, "tensorboardX"] if name == "tensorboard" else [name])
-    ):
+    found = map(importlib.util.find_spec, [name, "tensorboardX"] if name == "tensorboard" else [name])
+    if not any(spec and spec.origin for spec in found):  # a folder named wandb, as it leaves, has no origin
         raise ValueError(
             f"--report-to {name} needs the package {name}: pip install {name}, or --report-to none"
         )
@@ -105,23 +110,32 @@ class RunLog:
         }
         self.sessions: list[dict] = []
         self.last_line = 0.0
+        self.tracking = config.report_to != "none"
 
+    @together()
     def __enter__(self) -> "RunLog":
         config, batch = self.config, self.manifest["batch"]
-        if config.report_to != "none":
+        if self.tracking:
             plain = {
                 k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in values(config).items()
             }
             # To tensorboard the project is the run's folder.
             project = config.exp_name if config.report_to == "tensorboard" else "repae_lite"
-            self.accelerator.init_trackers(
-                project, plain, _tracker_options(config, self.accelerator.logging_dir, self.main)
-            )
+            options = _tracker_options(config, self.accelerator.logging_dir, self.main)
+            try:
+                self.accelerator.init_trackers(project, plain, options)
+            except Exception as error:  # trackers raise kinds of their own: no login, no network, no disk
+                raise ConnectionError(
+                    f"--report-to {config.report_to} cannot start ({type(error).__name__}: "
+                    f"{' '.join(str(error).split())}): {LOGINS[config.report_to]}, or leave it out "
+                    "(metrics.jsonl is always written)"
+                ) from None
         self.start = time.perf_counter()
         if self.main:
-            path = self.folder.path / "manifest.json"
-            if path.is_file():
-                self.sessions = json.loads(path.read_text(encoding="utf-8")).get("sessions", [])
+            try:
+                self.sessions = self.folder.sessions()
+            except (ValueError, OSError):
+                set_aside(self.folder.path / "manifest.json", "tells of no run")
             self._write_manifest()
             accumulated = f" × {config.gradient_accumulation_steps} accumulated" * (
                 config.gradient_accumulation_steps > 1
@@ -152,8 +166,7 @@ class RunLog:
         self.passed(step)
         if self.main:
             self.folder.log({"step": step, **record})
-        if self.config.report_to != "none":
-            self.accelerator.log(record, step=step)
+        self._track(self.accelerator.log, record, step=step)
         shown = {name: f"{record[name]:.3f}" for name in SHOWN if name in record}
         self.bar.set_postfix(shown, refresh=False)
         now = time.perf_counter()
@@ -176,28 +189,44 @@ class RunLog:
         self.bar.close()
         if self.main:
             self.ended = self.ended or (f"{kind.__name__}: {error}" if kind else "finished")
-            # A full disk has been told already, and better.
-            with suppress(OSError) if kind else nullcontext():
-                self._write_manifest()
+            self._write_manifest(quiet=kind is not None)  # a full disk has been told already, and better
             if kind is None:
                 memory = f"{self.session['peak_memory_gib']:.2f} GiB"
                 logger.info(f"{self.folder.path}: {self.ended} at step {self.step}, peak memory {memory}")
-        if self.config.report_to != "none":
-            self.accelerator.end_training()
+        self._track(self.accelerator.end_training)
+
+    def _track(self, call: Callable, *args, **kwargs) -> None:
+        """Tells the tracker; one that fails is left alone from then on."""
+        if not self.tracking:
+            return
+        try:
+            call(*args, **kwargs)
+        except Exception as error:  # of its own kinds
+            self.tracking, kind = False, type(error).__name__
+            logger.warning(
+                f"{self.config.report_to} failed ({kind}: {error}): training goes on without it; "
+                "metrics.jsonl has everything"
+            )
 
     def _speed(self) -> float:
         return max(0, self.step - self.session["from_step"]) / (time.perf_counter() - self.start)
 
-    def _write_manifest(self) -> None:
+    def _write_manifest(self, *, quiet: bool = False) -> None:
         self.session |= {
             "to_step": self.step,
             "seconds": round(time.perf_counter() - self.start, 1),
             "steps_per_second": round(self._speed(), 4),
             "peak_memory_gib": round(peak_memory(self.accelerator.device), 3),
+            "checkpoint": max(self.folder.checkpoints(), default=None),
             "ended": self.ended,
         }
         content = self.manifest | {"sessions": [*self.sessions, self.session]}
-        write_text(self.folder.path / "manifest.json", json.dumps(content, indent=2) + "\n")
+        path = self.folder.path / "manifest.json"
+        try:
+            write_text(path, json.dumps(content, indent=2) + "\n")
+        except OSError as error:
+            if not quiet:
+                logger.warning(f"{path} cannot be written ({error.strerror or error}): training goes on")
 
 
 def _tracker_options(config: TrainConfig, folder: str, main: bool) -> dict:
@@ -213,8 +242,9 @@ def _tracker_options(config: TrainConfig, folder: str, main: bool) -> dict:
 
 def peak_memory(device: torch.device) -> float:
     """The most so far, in GiB: of the GPU, or of this process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
+    on_gpu = devices.peak_memory(device)
+    if on_gpu is not None:
+        return on_gpu / 2**30
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**30 if sys.platform == "darwin" else 2**20)
 
@@ -226,9 +256,9 @@ def hardware(accelerator: Accelerator) -> dict:
         "cpu_cores": os.cpu_count(),
         "device": str(accelerator.device),
     }
-    if accelerator.device.type == "cuda":
-        properties = torch.cuda.get_device_properties(accelerator.device)
-        found |= {"gpu": properties.name, "gpu_memory_gib": round(properties.total_memory / 2**30, 1)}
+    gpu = devices.gpu_properties(accelerator.device)
+    if gpu:
+        found |= {"gpu": gpu[0], "gpu_memory_gib": round(gpu[1] / 2**30, 1)}
     return found | {"processes": accelerator.num_processes, "torch_threads": torch.get_num_threads()}
 
 

@@ -9,17 +9,17 @@ Taught in `notebooks/05_end_to_end.ipynb`: this is its loop, with a folder aroun
 import json
 import logging
 import math
-import shutil
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, broadcast_object_list
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -36,17 +36,31 @@ from repae_lite.training.parallel import ParallelMechanics, StepBatches, draw, s
 from repae_lite.training.run_folder import (
     Checkpoint,
     RunFolder,
+    checkpoint_bytes,
     fill,
     fill_optimizer,
     find_checkpoint,
     newest,
     read_checkpoint,
+    with_way_out,
 )
 from repae_lite.training.run_log import RunLog, check_tracker
-from repae_lite.utils.files import write_text
+from repae_lite.utils.devices import check_device, choose_precision, loading, try_compile
+from repae_lite.utils.files import set_aside, write_text
 from repae_lite.utils.locks import locked
+from repae_lite.utils.output import patient_output
 from repae_lite.utils.pixels import save_grid, to_uint8, to_unit_range
-from repae_lite.utils.processes import any_process, mean_over_processes, same_everywhere
+from repae_lite.utils.processes import (
+    WAITING,
+    any_process,
+    check_settings,
+    join,
+    mean_over_processes,
+    same_everywhere,
+    settings,
+    started_together,
+    together,
+)
 from repae_lite.utils.seeding import generator
 
 ROLLBACKS = 3
@@ -56,6 +70,7 @@ HALTED = 3  # exit code of the collapse guard; others in repae_lite.commands.tra
 logger = logging.getLogger(__name__)
 
 
+@patient_output()
 def train(config: TrainConfig) -> None:
     """Trains until the last step, a signal, or a collapse.
 
@@ -64,48 +79,73 @@ def train(config: TrainConfig) -> None:
         SystemExit: 143 or 130 after a signal, 3 when the collapse guard halted the run.
     """
     check_tracker(config.report_to)
-    accelerator = Accelerator(
-        mixed_precision="no",
-        cpu=config.cpu,
-        log_with=None if config.report_to == "none" else config.report_to,
-        project_config=ProjectConfiguration(
-            project_dir=config.output_dir, logging_dir=str(Path(config.output_dir) / config.logging_dir)
-        ),
-    )
+    accelerator = _accelerator(config)
     with ExitStack() as stack:
-        folder = RunFolder(config.folder)
-        refusal = None
-        if accelerator.is_main_process:
-            try:
-                stack.callback(_remove_if_unused, folder.path)
-                stack.enter_context(locked(folder.path / "lock"))
+        folder, source = RunFolder(config.folder), [None]
+        with together():
+            if accelerator.is_main_process:
+                stack.enter_context(_claimed(folder.path))
                 _check_new(config, folder)
                 folder.remove_leftovers()
-            except (ValueError, OSError) as error:
-                refusal = error
-        # The first process says why, and none waits for it.
-        if broadcast_object_list([refusal is not None])[0]:
-            raise refusal or SystemExit(2)
-        source = find_checkpoint(config.resume_from, folder) if config.resume_from else None
+                if config.resume_from:
+                    source = [find_checkpoint(config.resume_from, folder)]
+        (source,) = broadcast_object_list(source)
+        Trainer(config, accelerator, folder).run(source)
+
+
+def _accelerator(config: TrainConfig) -> Accelerator:
+    """This process's device and the others, with the tracker.
+
+    Raises:
+        ValueError, ConnectionError: a launcher's or accelerate's settings, see `repae_lite.utils.processes`.
+    """
+    check_settings()
+    if started_together():
+        join(cpu=config.cpu)
+    try:
+        accelerator = Accelerator(
+            mixed_precision="no",
+            cpu=config.cpu,
+            log_with=None if config.report_to == "none" else config.report_to,
+            project_config=ProjectConfiguration(
+                project_dir=config.output_dir, logging_dir=str(Path(config.output_dir) / config.logging_dir)
+            ),
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=WAITING)],  # of a group that MPI started
+        )
+    except (ValueError, KeyError, ImportError, NotImplementedError) as error:
+        raise ValueError(f"accelerate cannot start ({error}): look at its settings ({settings()})") from None
+    own = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if accelerator.is_main_process and own not in ("", "no", config.mixed_precision):
+        logger.warning(
+            f"accelerate's mixed precision, {own}, is not used: what counts is --mixed-precision "
+            f"{config.mixed_precision}"
+        )
+    return accelerator
+
+
+@contextmanager
+def _claimed(path: Path) -> Iterator[None]:
+    """Holds a run's folder; what was made for that goes again if nothing came of it, as after a refusal."""
+    before = {*os.listdir(path)} if path.is_dir() else set()
+    made = [place for place in (path / "lock" / "lock", path / "lock", path) if not os.path.lexists(place)]
+    with locked(path / "lock"):
         try:
-            Trainer(config, accelerator, folder).run(source)
-        except RuntimeError as error:  # raised wherever the training process happens to be
-            if "DataLoader worker" not in str(error):
-                raise
-            raise OSError(
-                "a loader process died, perhaps for lack of memory: go on with --resume latest, with fewer "
-                "--num-workers if need be"
-            ) from None
-
-
-def _remove_if_unused(path: Path) -> None:
-    """Removes a run's folder in which there is only its lock, as after a refusal."""
-    if path.is_dir() and [entry.name for entry in path.iterdir()] == ["lock"]:
-        shutil.rmtree(path)
+            yield
+        finally:
+            with suppress(OSError):  # what stays is an empty folder
+                if {*os.listdir(path)} == before | {"lock"}:
+                    for place in made:
+                        place.rmdir() if place.is_dir() else place.unlink()
 
 
 def _check_new(config: TrainConfig, folder: RunFolder) -> None:
-    """Refuses to start over in a folder that holds a run."""
+    """Refuses to start over in a folder that holds a run, or whose checkpoints are somewhere else now."""
+    lost = folder.lost_checkpoint()
+    if lost is not None:
+        raise ValueError(
+            f"{folder.path} is of a run that has saved a checkpoint of step {lost}, but there is none in "
+            f"{folder.checkpoints_path}: mount it or move it back, or choose another --exp-name"
+        )
     if config.resume_from is None and (folder.checkpoints() or folder.metrics_path.exists()):
         steps = f"up to step {max(folder.checkpoints())}" if folder.checkpoints() else "without a checkpoint"
         raise ValueError(
@@ -123,9 +163,11 @@ class Trainer:
         folder: where the first process writes.
     """
 
+    @together()
     def __init__(self, config: TrainConfig, accelerator: Accelerator, folder: RunFolder):
         self.config, self.accelerator, self.folder = config, accelerator, folder
         self.device, self.main = accelerator.device, accelerator.is_main_process
+        check_device(self.device, asked=config.cpu)
         self.data = open_data(config)
         self.share = share_of(config.images_per_step, accelerator.process_index, accelerator.num_processes)
         cuts = config.gradient_accumulation_steps * config.micro_batches
@@ -141,7 +183,8 @@ class Trainer:
         self.state, self.encoders, self.rates = setup.state, setup.encoders, setup.rates
         self.networks = setup.networks()
         self.frozen_vae = vae_fingerprint(self.state.vae) if config.command == "ldm" else None
-        self.precision = _precision(config.mixed_precision, self.device)
+        self.precision = choose_precision(config.mixed_precision, self.device)
+        config.check_precision(self.precision)
         self.mechanics = self.state.mechanics = ParallelMechanics(
             self.device,
             self.precision,
@@ -165,13 +208,14 @@ class Trainer:
         """Trains from a checkpoint's path, or from the beginning for None."""
         state, config = self.state, self.config
         own = source is not None and source.resolve().parent == self.folder.checkpoints_path.resolve()
-        if source is not None:
-            self._resume(read_checkpoint(source), own=own)
+        with together():
+            if source is not None:
+                with with_way_out(source, own=own):
+                    checkpoint = read_checkpoint(source)
+                self._resume(checkpoint, own=own)
+            if self.main:
+                self._open_folder(own)
         same_everywhere(*self.networks.values())
-        if self.main:
-            self.folder.cut_metrics(state.step)
-            if not own or not (self.folder.path / "args.json").exists():
-                write_text(self.folder.path / "args.json", json.dumps(self._args(), indent=2) + "\n")
         if config.on_divergence == "rollback" and state.step == 0:
             self._save()
         log = RunLog(
@@ -202,6 +246,29 @@ class Trainer:
                     raise SystemExit(130 if caught and caught[0] == signal.SIGINT else 143)
             self._save()
             log.ended = "finished"
+
+    def _open_folder(self, own: bool) -> None:
+        """Makes the folder ready for what this start writes; `own`: it goes on from a checkpoint of its own.
+
+        Raises:
+            OSError: the disk cannot hold it.
+        """
+        config, folder, step, last = self.config, self.folder, self.state.step, self.last_step
+        every = config.checkpointing_steps
+        folder.check_disk(
+            checkpoint_bytes(self.networks, self.state.optimizers, config.checkpoint_format),
+            planned=max(0, last // every - step // every + (last % every > 0)),
+            keep_last=config.keep_last,
+        )
+        options, text = folder.path / "args.json", json.dumps(self._args(), indent=2) + "\n"
+        if own:
+            folder.cut_metrics(step)
+        else:
+            for path in (folder.metrics_path, options):
+                if path.exists() and path.read_bytes() not in (b"", text.encode()):
+                    set_aside(path, "is not of this start")
+        if not own or not options.exists():
+            write_text(options, text)
 
     def _steps(self, log: RunLog, caught: list[int]) -> Finding | None:
         """Steps until the end, a signal or a finding."""
@@ -236,15 +303,14 @@ class Trainer:
 
     def _loader(self) -> DataLoader:
         """This process's batches, from the state's step on."""
-        workers, cuda = self.config.num_workers, self.device.type == "cuda"
+        workers = self.config.num_workers
         return DataLoader(
             self.data,
             batch_sampler=self._batches(range(self.state.step, self.last_step)),
             num_workers=workers,
-            pin_memory=cuda,
             generator=torch.Generator(),  # its own: the workers' seeds would come from torch's
-            multiprocessing_context="spawn" if workers and cuda else None,
             worker_init_fn=_ignore_stop_signals,
+            **loading(self.device, workers),
         )
 
     def _step(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -316,16 +382,17 @@ class Trainer:
             record = dict(zip(losses, read, strict=True))
             record |= {f"lr_{name}": o.param_groups[0]["lr"] for name, o in self.state.optimizers.items()}
             record |= {f"loss_scale_{name}": scale for name, scale in scales.items()}
-            log.log(step, record)
+            with together():
+                log.log(step, record)
         else:
             log.passed(step)
         return self.guard.check(step, norms, scales, record)
 
     # ---------------------------------------------------------------- checkpoints, collapse, samples
 
+    @together()
     def _save(self) -> None:
         """Writes a checkpoint of the current step, and removes old ones."""
-        self.accelerator.wait_for_everyone()
         if self.main and self.state.step not in self.folder.checkpoints():
             config, state = self.config, self.state
             self.folder.sync_metrics()
@@ -351,13 +418,9 @@ class Trainer:
                 self._latent_stats(),
                 extras,
                 kind=config.checkpoint_format,
+                interim=state.step % config.checkpointing_steps > 0 and state.step < self.last_step,
             )
-            self.folder.prune(
-                keep_last=config.keep_last,
-                milestone_steps=config.milestone_steps,
-                checkpointing_steps=config.checkpointing_steps,
-            )
-        self.accelerator.wait_for_everyone()
+            self.folder.prune(keep_last=config.keep_last, milestone_steps=config.milestone_steps)
 
     def _args(self) -> dict:
         """The options as they are stored, with what the networks made of those not given."""
@@ -382,6 +445,8 @@ class Trainer:
         """
         extras, config = checkpoint.extras, self.config
         if own and extras:
+            with with_way_out(checkpoint.path, own=True):
+                self._check_own(checkpoint)
             changed = differences(extras["fixed"], config)
             if changed:
                 raise ValueError(
@@ -409,16 +474,34 @@ class Trainer:
                 f"{checkpoint.path} holds the state of {before}, not of {config.optimizer}: give --optimizer "
                 f"{before}"
             )
-        fill(self.networks, checkpoint)
-        for name, optimizer in self.state.optimizers.items():
-            fill_optimizer(
-                optimizer, self.networks[name], checkpoint.optimizers.get(name, {}), checkpoint.path
-            )
+        with with_way_out(checkpoint.path, own=True) if own else nullcontext():
+            fill(self.networks, checkpoint)
+            for name, optimizer in self.state.optimizers.items():
+                states = checkpoint.optimizers.get(name, {})
+                fill_optimizer(optimizer, self.networks[name], states, checkpoint.path)
+                if not states and checkpoint.step and "betas" in optimizer.defaults:
+                    logger.warning(f"{checkpoint.path} has no optimiser states of {name}: they start anew")
         self.state.step = checkpoint.step
         self.rollbacks = extras.get("rollbacks", 0)
         self.mechanics.load_state_dict(extras.get("scalers", {}))
         if "guard" in extras:
             self.guard.load_state_dict(extras["guard"])
+
+    def _check_own(self, checkpoint: Checkpoint) -> None:
+        """Refuses a checkpoint of this run that lacks what this run put into it.
+
+        Raises:
+            ValueError: what it lacks; or it is of another step than its name.
+        """
+        path = checkpoint.path
+        missing = [name for name in ("fixed", "data") if name not in checkpoint.extras]
+        for name, optimizer in self.state.optimizers.items():
+            if checkpoint.step and "betas" in optimizer.defaults and not checkpoint.optimizers.get(name):
+                missing.append(f"optimiser states of {name}")
+        if missing:
+            raise ValueError(f"{path} is damaged: it has no {missing[0]}")
+        if checkpoint.step != int(path.stem):
+            raise ValueError(f"{path} is the checkpoint of step {checkpoint.step} under another name")
 
     def _vae_loss(self) -> dict:
         return asdict(self.state.config.vae_loss)
@@ -434,38 +517,38 @@ class Trainer:
 
     def _diverged(self, finding: Finding) -> None:
         """Keeps the evidence, then rolls back or ends the run."""
-        step = newest(self.folder.checkpoints(), before=finding.since)
+        (step,) = broadcast_object_list([newest(self.folder.checkpoints(), before=finding.since)])
         can = self.config.on_divergence == "rollback" and self.rollbacks < ROLLBACKS and step is not None
         action = f"rolled back to step {step}, learning rates and loss scales halved" if can else "halted"
         sentence = f"collapse guard: {finding.what}"
-        self.accelerator.wait_for_everyone()
-        if self.main:
-            content = {
-                "finding": finding.what,
-                "since": finding.since,
-                "step": self.state.step,
-                "action": action,
-                "last_good_checkpoint": step,
-                "rollbacks": self.rollbacks,
-                "history": list(self.guard.history),
-            }
-            report = self.folder.report(self.state.step, content)
-            logger.warning(f"{sentence}; {action}; see {report}")
-            if can:
-                self.folder.roll_back(step)
-        self.accelerator.wait_for_everyone()
+        with together():
+            if self.main:
+                content = {
+                    "finding": finding.what,
+                    "since": finding.since,
+                    "step": self.state.step,
+                    "action": action,
+                    "last_good_checkpoint": step,
+                    "rollbacks": self.rollbacks,
+                    "history": list(self.guard.history),
+                }
+                report = self.folder.report(self.state.step, content)
+                logger.warning(f"{sentence}; {action}; see {report}")
+                if can:
+                    self.folder.roll_back(step)
         if not can:
             raise SystemExit(HALTED)
         rollbacks = self.rollbacks + 1
-        checkpoint = read_checkpoint(self.folder.checkpoints()[step])
-        self._resume(checkpoint, own=True)
+        with together():
+            checkpoint = read_checkpoint(self.folder.checkpoints()[step])
+            self._resume(checkpoint, own=True)
         self.mechanics.load_state_dict(checkpoint.extras["scalers"], 0.5 ** (rollbacks - self.rollbacks))
         self.rollbacks = rollbacks
 
+    @together()
     @torch.no_grad()
     def _sample(self) -> None:
         """Draws a grid of the moving average's samples, or of a lone VAE's reconstructions."""
-        self.accelerator.wait_for_everyone()
         if self.main:
             state, count = self.state, self.config.sample_images
             training = state.vae.training
@@ -482,8 +565,11 @@ class Trainer:
                 options = {"steps": SAMPLE_STEPS, "path": self.config.path_type}
                 images = sample_images(state.ema, state.vae, eps.to(self.device), labels, **options)
             state.vae.train(training)
-            save_grid(self.folder.path / "samples" / f"{state.step:07d}.png", images.cpu())
-        self.accelerator.wait_for_everyone()
+            path = self.folder.path / "samples" / f"{state.step:07d}.png"
+            try:
+                save_grid(path, images.cpu())
+            except OSError as error:
+                logger.warning(f"{path} cannot be written ({error.strerror or error}): training goes on")
 
 
 def _ignore_stop_signals(_: int) -> None:
@@ -493,30 +579,11 @@ def _ignore_stop_signals(_: int) -> None:
             signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
-def _precision(wanted: str, device: torch.device) -> str:
-    """The precision that "auto" means on a device.
-
-    Raises:
-        ValueError: the device does not have the one that was asked for.
-    """
-    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    if wanted == "auto":
-        return "bf16" if has_bf16 else "no"
-    if wanted == "bf16" and device.type == "cuda" and not has_bf16:
-        raise ValueError("this GPU has no bf16: take --mixed-precision fp16 or no")
-    return wanted
-
-
 def _compile(state, device: torch.device) -> None:
     """Compiles SiT's blocks and the VAE, or says why not."""
-    try:
-        probe = torch.compile(torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.GELU()).to(device))
-        probe(torch.randn(2, 4, device=device)).sum().backward()
-    except Exception as error:  # many kinds: no C++ compiler, no Triton, a new Python
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
-        logger.warning(
-            f"torch.compile does not work here ({type(error).__name__}: {reason}): training without it"
-        )
+    obstacle = try_compile(device)
+    if obstacle:
+        logger.warning(f"training goes on without --compile: {obstacle}")
         return
     for module in (state.vae.encoder, state.vae.decoder, *(state.sit.blocks if state.sit else ())):
         module.compile()

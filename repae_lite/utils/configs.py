@@ -24,6 +24,9 @@ def checked_config(
     """
     try:
         text = json.dumps(values, default=repr)
+    except RecursionError:
+        raise ValueError(f"{where} has a configuration that is nested too deeply: get it again") from None
+    try:
         return TypeAdapter(kind).validate_json(text, strict=True, extra=unknown)
     except ValidationError as errors:
         error = errors.errors()[0]
@@ -31,7 +34,7 @@ def checked_config(
         reason = error["msg"].removeprefix("Value error, ")
         raise ValueError(f"{where} has an impossible configuration: {reason}")
     field = error["loc"][0]
-    if field not in values:
+    if not isinstance(values, dict) or field not in values:
         raise ValueError(f"{where} has a configuration without {field}: get it again")
     raise ValueError(
         f"{where} has a configuration with {field}={values[field]!r} ({error['msg']}): this version builds "

@@ -3,11 +3,21 @@
 Weights are safetensors: reading them executes nothing.
 """
 
+import errno
+import itertools
 import json
+import logging
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+logger = logging.getLogger(__name__)
+# What a disk says that cannot sync a file or folder, or may not: shared folders, FUSE, CIFS.
+_NO_SYNC = {
+    errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EACCES, errno.EPERM
+}  # fmt: skip
 
 
 @contextmanager
@@ -21,17 +31,57 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         yield partial
-        with open(partial, "rb+") as file:
-            os.fsync(file.fileno())
+        sync(partial)
         os.replace(partial, path)
     finally:
-        partial.unlink(missing_ok=True)
+        remove(partial)
 
 
 def write_text(path: str | Path, text: str) -> None:
     """Writes a text file atomically."""
     with atomic_path(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def sync(path: Path) -> None:
+    """Puts a file, or a folder's list of names, on the disk, as far as the disk can.
+
+    Raises:
+        OSError: the disk is full or fails.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
+
+
+def remove(path: Path) -> None:
+    """Removes a file or a folder if it is there; of what cannot be removed it warns."""
+    try:
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        shutil.rmtree(path, ignore_errors=True)  # the rest of a folder
+        logger.warning(f"{path} cannot be removed ({error.strerror or error}): it goes on taking space")
+
+
+def free_name(path: Path) -> Path:
+    """The first of NAME-1.SUFFIX, NAME-2.SUFFIX … that does not exist."""
+    names = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in itertools.count(1))
+    return next(name for name in names if not os.path.lexists(name))
+
+
+def set_aside(path: Path, why: str) -> None:
+    """Gives a file or folder that is in the way another name, and says so."""
+    kept = free_name(path)
+    os.rename(path, kept)
+    logger.warning(f"{path} {why}: kept as {kept.name}")
 
 
 def data_small_dir() -> Path:
@@ -55,17 +105,34 @@ def read_json(path: Path) -> dict:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: something else.
+        ValueError: something else; a name that is set twice, a number that is not finite.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: check the path")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(
+            path.read_text(encoding="utf-8-sig"), object_pairs_hook=_once, parse_constant=_not_finite
+        )
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error}): restore it") from None
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deeply: restore it") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}: restore it")
     return content
+
+
+def _once(pairs: list[tuple[str, object]]) -> dict:
+    """An object whose names are all different."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is set twice")
+    return found
+
+
+def _not_finite(word: str) -> None:
+    raise ValueError(f"{word} is no number")
 
 
 def check_name(name: str, option: str) -> None:

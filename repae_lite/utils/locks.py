@@ -3,12 +3,15 @@
 import errno
 import fcntl
 import logging
+import math
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
+
+from repae_lite.utils.files import free_name, remove, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -25,10 +28,19 @@ def writing(output: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno is None:
             raise
+        reason = _dangling(Path(error.filename or output)) or error.strerror
         remedy = "choose another output folder"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             remedy = f"make room or {remedy}; finished work is kept, and the same command goes on from there"
-        raise OSError(f"cannot write in {output} ({error.strerror}): {remedy}") from None
+        raise OSError(f"cannot write in {output} ({reason}): {remedy}") from None
+
+
+def _dangling(path: Path) -> str | None:
+    """The link to nothing on the way to a path, if there is one; the system calls it an existing file."""
+    for place in [path, *path.parents]:
+        if place.is_symlink() and not place.exists():
+            return f"{place} is a link to {os.readlink(place)}, which does not exist"
+    return None
 
 
 def check_space(folder: Path, needed: int, what: str) -> None:
@@ -42,12 +54,41 @@ def check_space(folder: Path, needed: int, what: str) -> None:
     Raises:
         OSError: fewer bytes are free than needed.
     """
-    free = shutil.disk_usage(folder).free
+    free = free_space(folder)
     if needed > free:
         raise OSError(
             f"{what} {needed / 1e9:.1f} GB more in {folder}, where {free / 1e9:.1f} GB are free: free space, "
             "or choose another output folder"
         )
+
+
+def free_space(folder: Path) -> float:
+    """Bytes that are free on a folder's disk; infinity where it does not tell."""
+    try:
+        usage = shutil.disk_usage(folder)
+    except OSError:
+        return math.inf
+    return usage.free if usage.total else math.inf
+
+
+def check_writable(folder: Path) -> None:
+    """Refuses a disk that lacks what files need that are whole or not there: making, replacing, renaming.
+
+    Raises:
+        OSError: it lacks one of them.
+    """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = free_name(folder / ".probe.partial")
+        try:
+            for _ in range(2):  # the second one over the first
+                write_text(probe, "probe")
+            remove(probe)
+            probe.mkdir()
+            os.rename(probe, free_name(probe))
+        finally:
+            for left in folder.glob(".probe*.partial"):
+                remove(left)
 
 
 @contextmanager
@@ -63,7 +104,7 @@ def locked(folder: Path) -> Iterator[Path]:
     """
     with writing(folder.parent):
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / "lock", "w")
+        lock = open(folder / "lock", "a")  # empty, unless somebody else's
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

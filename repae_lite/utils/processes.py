@@ -1,10 +1,183 @@
-"""Am I one of several processes, and what do the others have: the collectives that this project needs."""
+"""Am I one of several processes, and what do the others have: joining, leaving, collectives.
 
+A launcher (accelerate, torchrun, SLURM, Kubernetes) starts the processes and says by environment variables
+where they meet; accelerate decides on devices and the backend.
+"""
+
+import hashlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
+
+MEETING = timedelta(minutes=30)  # until all are there: machines may start one after the other
+# In a barrier, for what the first process does alone. The longest is a checkpoint of SiT-XL, 11 GB with its
+# optimisers: two hours are enough for a disk that writes 1.6 MB/s.
+WAITING = timedelta(hours=2)
+LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+# Settings of accelerate that this project does not honour: what they may be, and what to do otherwise.
+OFF = ("", "0", "f", "false", "n", "no", "off")
+ELSEWHERE = "no command here trains in that way: unset it"
+REFUSED = {
+    "ACCELERATE_USE_DEEPSPEED": (OFF, ELSEWHERE),
+    "ACCELERATE_USE_FSDP": (OFF, ELSEWHERE),
+    "ACCELERATE_USE_MEGATRON_LM": (OFF, ELSEWHERE),
+    "ACCELERATE_USE_PARALLELISM_CONFIG": (OFF, ELSEWHERE),
+    "ACCELERATE_USE_SAGEMAKER": (OFF, ELSEWHERE),
+    "ACCELERATE_DYNAMO_BACKEND": (OFF, "the flag here is --compile: unset it"),
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (
+        ("", "1"),
+        "the flag here is --gradient-accumulation-steps: unset it",
+    ),
+}
+
+
+# ---------------------------------------------------------------- joining and leaving
+
+
+def check_settings() -> None:
+    """Refuses settings of accelerate that nothing here honours; a launcher takes them from its file, too.
+
+    Raises:
+        ValueError: one of them is set.
+    """
+    for name, (allowed, remedy) in REFUSED.items():
+        value = os.environ.get(name, "")
+        if value.strip().lower() not in allowed:
+            raise ValueError(
+                f"accelerate's setting {name} is {value!r}, and {remedy}, or, if accelerate launch took it "
+                "from its default_config.yaml, give that another --config_file"
+            )
+
+
+def settings() -> str:
+    """accelerate's settings in the environment, for an error."""
+    found = (
+        f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith("ACCELERATE_")
+    )
+    return ", ".join(found) or "none in the environment"
+
+
+def started_together() -> bool:
+    """Whether a launcher started this process, and perhaps others with it.
+
+    Raises:
+        ValueError: it says too little to find the others.
+    """
+    if os.environ.get("WORLD_SIZE", "1") in ("", "1") and os.environ.get("LOCAL_RANK", "-1") in ("", "-1"):
+        return False
+    for name in LAUNCHER:
+        value = os.environ.get(name, "")
+        if not (value if name == "MASTER_ADDR" else value.isdecimal()):
+            raise ValueError(
+                "this is one of several processes, as the environment says (WORLD_SIZE or LOCAL_RANK), "
+                f"but {name} is {repr(value) if value else 'not set'}: start with accelerate launch or "
+                f"torchrun, or unset {', '.join(LAUNCHER)}"
+            )
+    return True
+
+
+def join(*, cpu: bool) -> "PartialState":
+    """Joins the processes that a launcher started together; they get a device each.
+
+    Args:
+        cpu: compute on the CPU, even if there is something faster.
+
+    Raises:
+        ValueError: the launcher's or accelerate's settings make no group.
+        ConnectionError: the others are not to be found.
+    """
+    from accelerate import PartialState
+
+    check_settings()
+    store, rank, size = _meet()
+    try:
+        state = PartialState(
+            cpu=cpu or not torch.accelerator.is_available(),
+            store=store,
+            rank=rank,
+            world_size=size,
+            timeout=WAITING,
+        )
+    except (ValueError, ImportError, NotImplementedError) as error:
+        raise ValueError(f"accelerate cannot start ({error}): look at its settings ({settings()})") from None
+    except RuntimeError as error:
+        raise ConnectionError(
+            f"the {size} processes have met at {_address()} but cannot talk ({first_line(error)}): look at "
+            "their network and firewall, and at GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME"
+        ) from None
+    if state.num_processes != size:
+        raise ValueError(
+            f"{size} processes were started, but on {state.device} each would work alone: start one, or give "
+            "--cpu (cache-latents: --device cpu)"
+        )
+    return state
+
+
+def _address() -> str:
+    return f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+
+
+def _meet() -> tuple[dist.Store, int, int]:
+    """The store that all processes share, this one's number, and how many they are."""
+    try:
+        return next(dist.rendezvous("env://", timeout=MEETING))
+    except (dist.DistError, ValueError) as error:
+        reason = first_line(error)
+    if "EADDRINUSE" in reason:
+        raise ConnectionError(
+            f"the processes cannot meet at port {os.environ['MASTER_PORT']} of this machine: it is in use, "
+            "perhaps by another run: choose another (accelerate launch --main_process_port 0, torchrun "
+            "--standalone, or MASTER_PORT)"
+        )
+    raise ConnectionError(
+        f"the {os.environ['WORLD_SIZE']} processes cannot meet at {_address()} ({reason}): check MASTER_ADDR "
+        "and MASTER_PORT, and that all of them were started"
+    )
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's words, or its kind."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def leave(*, together: bool) -> None:
+    """Leaves the group, if there is one: its threads would abort Python at the end.
+
+    Args:
+        together: wait until all processes come here. One that failed must not, for the others are elsewhere.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    if together:
+        dist.barrier()
+    if together or dist.get_backend() == "gloo":  # NCCL's group cannot be left by one alone
+        dist.destroy_process_group()
+
+
+def first_to_say(sentence: str) -> bool:
+    """Whether no other process has said this before; where that cannot be asked, this one says it."""
+    try:
+        if dist.is_initialized():
+            store = dist.distributed_c10d._get_default_store()
+        elif os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # it is the launcher's, and is there
+            store = next(dist.rendezvous("env://", timeout=timedelta(seconds=10)))[0]
+        else:
+            return True
+        return store.add(hashlib.sha256(sentence.encode()).hexdigest(), 1) == 1
+    except (RuntimeError, ValueError):
+        return True
+
+
+# ---------------------------------------------------------------- collectives
 
 
 def local_process_count() -> int:
@@ -75,3 +248,25 @@ def same_everywhere(*modules: nn.Module | None) -> None:
     for module in filter(None, modules):
         for tensor in module.state_dict().values():
             from_first_process(tensor)
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Inside, an error in one process ends all of them, and none waits for it; also a decorator.
+
+    All processes must enter. It ends as a barrier does: when the last one is through.
+
+    Raises:
+        SystemExit: 2, where another process, the first that failed, says why.
+    """
+    failure = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    failed = [failure is not None]
+    if process_count() > 1:
+        failed = [False] * process_count()
+        dist.all_gather_object(failed, failure is not None)
+    if any(failed):
+        raise failure if failure and failed.index(True) == process_rank() else SystemExit(2)

@@ -1,7 +1,10 @@
 """`repae export-vae`: the same VAE in every layout, a card that tells its story, and refusals."""
 
 import argparse
+import errno
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -240,20 +243,57 @@ def test_nothing_of_an_earlier_export_is_left(run, tmp_path, capsys):
     assert "e2e-latents-stats.pt exists: choose another --vae-name" in sentence
 
 
-def test_an_overwrite_that_fails_leaves_no_old_weights_beside_new_parts(run, tmp_path, monkeypatch):
+def contents(folder):
+    return {entry.name: entry.read_bytes() for entry in folder.iterdir()}
+
+
+@pytest.mark.parametrize("at", ["save_vae", "write_text", "rename"])
+def test_an_overwrite_that_fails_leaves_the_old_export_as_it_was(run, tmp_path, monkeypatch, at):
     exporting.export_vae(run[0], "e2e", tmp_path)
-    source, _ = folding(tmp_path)
+    (tmp_path / "e2e" / "notes.txt").write_text("mine")
+    before, (source, _) = contents(tmp_path / "e2e"), folding(tmp_path)
+    beside = {entry.name for entry in tmp_path.iterdir()}
 
     def full(*_):
-        raise OSError("no space left")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    with monkeypatch.context() as patched, pytest.raises(OSError, match="no space left"):
-        patched.setattr(exporting, "write_text", full)
+    replace = os.replace
+    with monkeypatch.context() as patched, pytest.raises(OSError, match=r"cannot write in .*No space left"):
+        if at == "rename":
+            fails = iter([True])
+            patched.setattr(
+                exporting.os,
+                "replace",
+                lambda old, new: (
+                    full()
+                    if Path(new) == tmp_path / "e2e" / "e2e.pt" and next(fails, False)
+                    else replace(old, new)
+                ),
+            )
+        else:
+            patched.setattr(exporting, at, full)
         exporting.export_vae(source, "e2e", tmp_path, overwrite=True)
-    assert {entry.name for entry in (tmp_path / "e2e").iterdir()} == {
-        "e2e-latents-stats.pt",
-        "e2e.safetensors",
-    }
+    assert contents(tmp_path / "e2e") == before
+    assert {entry.name for entry in tmp_path.iterdir()} == beside
+
+
+def test_a_first_export_that_fails_leaves_nothing(run, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(exporting, "write_text", full)
+    with pytest.raises(OSError, match="cannot write in"):
+        exporting.export_vae(run[0], "new", tmp_path)
+    assert not (tmp_path / "new").exists() and not list(tmp_path.glob(".new*"))
+
+
+def test_what_is_of_no_export_is_not_replaced(run, tmp_path, capsys):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "README.md").write_text("# my project")
+    arguments = ("--exp-path", run[0], "--vae-name", "mine", "--save-dir", tmp_path, "--overwrite")
+    assert "README.md is of no export: choose another --vae-name" in refused(capsys, *arguments)
+    assert contents(tmp_path / "mine") == {"README.md": b"# my project"}
+    assert "--save-dir is empty" in refused(capsys, "--exp-path", run[0], "--save-dir", "")
 
 
 def test_what_cannot_be_read_is_noticed_before_anything_is_removed(run, tmp_path, monkeypatch):

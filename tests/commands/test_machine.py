@@ -2,12 +2,16 @@
 
 import json
 import re
+import shutil
 
 import pytest
+import torch
 
 from repae_lite.commands import machine
 from repae_lite.commands.main import main
 from repae_lite.commands.presets import Preset, preset_names, read_preset
+from repae_lite.utils import devices
+from repae_lite.utils.files import data_small_dir
 
 
 @pytest.fixture(scope="module")
@@ -154,3 +158,92 @@ def test_several_encoders_and_none_are_looked_for(found):
 
     assert missing("none") == ["preprocessed images (repae preprocess)"]
     assert missing("dinov2-vit-b,mae-vit-l")[1:] == ["mae-vit-l (timm fetches it at the first run)"]
+
+
+# ---------------------------------------------------------------- devices
+
+
+def test_a_gpu_without_code_is_not_possible_here(found, monkeypatch):
+    v100 = {"get_device_name": "Tesla V100", "get_device_capability": (7, 0), "device_count": 1}
+    for name, value in (v100 | {"is_available": True, "get_arch_list": ["sm_75", "sm_90"]}).items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    (device,) = machine._devices()
+    assert "it was built for sm_75 and newer (sm_75, sm_90); " in device["obstacle"]
+    there = machine_with(found, memory=0) | {"devices": [device]}
+    against = machine.verdict(read_preset("repae-sdvae"), there)["against"]
+    assert against == ["torch cannot use cuda:0 (Tesla V100)"]
+    assert machine.verdict(read_preset("tiny"), there)["possible"]
+    text = machine.report(there)
+    assert (
+        f"cuda:0: Tesla V100, not usable: {device['obstacle']}\n" in text and "\nno CUDA device" not in text
+    )
+
+
+def test_a_gpu_that_torch_does_not_see_is_told(found):
+    there = machine_with(found, memory=0) | {"unusable": "torch 2.9 cannot use a Tesla T4 (too old): update"}
+    assert "\nnot used: torch 2.9 cannot use a Tesla T4 (too old): update\n" in machine.report(there)
+    against = machine.verdict(read_preset("repae-sdvae"), there)["against"]
+    assert against == ["there is no CUDA device that torch can use"]
+
+
+def test_what_a_device_lacks_is_told(found, monkeypatch):
+    monkeypatch.setattr(devices, "compile_obstacle", lambda device: "no compiler")
+    about = {"name": "mps", "kind": "Apple GPU", "memory": 2**34, "free": 2**34}
+    there = found | {"devices": [about | machine._abilities("mps")]}
+    text = machine.report(there)
+    assert (
+        "mps: Apple GPU, 16.0 GiB, 16.0 GiB free, no bf16, no torch.compile (no compiler); no float64" in text
+    )
+    assert "PYTORCH_ENABLE_MPS_FALLBACK=1" in text and "\nno CUDA device: " in text
+    assert "\ncpu: float32, torch.compile\n" in machine.report(
+        there | {"cpu": found["cpu"] | {"compile": None}}
+    )
+
+
+# ---------------------------------------------------------------- damage
+
+
+@pytest.fixture
+def copy(tmp_path, monkeypatch):
+    """A copy of the embedded data that may be damaged."""
+    shutil.copytree(data_small_dir(), tmp_path / "data", ignore=shutil.ignore_patterns("logs", "evidence"))
+    monkeypatch.setenv("REPAE_DATA_SMALL", str(tmp_path / "data"))
+    return tmp_path / "data"
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def test_damaged_embedded_data_is_named_with_what_restores_it(found, copy):
+    assert machine.damaged_files(copy) == {} and machine._embedded() == found["embedded"]
+    flip(copy / "train" / "images.h5")
+    flip(copy / "vae.safetensors")
+    (copy / "eval" / "images_h5.json").unlink()
+    (sentence,) = machine._embedded()["missing"]
+    assert (
+        "is not whole: train/images.h5 (changed), eval/images_h5.json (missing), vae.safetensors (changed); "
+        in (sentence)
+    )
+    assert f"git -C {copy} checkout -- train/images.h5 eval/images_h5.json vae.safetensors" in sentence
+    without = found | {"embedded": machine._embedded()}
+    assert sentence in machine.report(without)
+    assert machine.verdict(read_preset("tiny"), without)["against"] == [sentence]
+
+
+@pytest.mark.parametrize("content", [None, "", "nonsense", "a  b\n", "\xff\n"])
+def test_checksums_themselves_may_be_damaged(copy, content):
+    path = copy / machine.CHECKSUMS
+    if content is None:
+        path.unlink()
+    else:
+        path.write_text(content, encoding="latin-1")
+    assert list(machine.damaged_files(copy)) == [machine.CHECKSUMS]
+
+
+def test_a_folder_in_the_place_of_a_file_is_unreadable(copy):
+    (copy / "vae.safetensors").unlink()
+    (copy / "vae.safetensors").mkdir()
+    assert machine.damaged_files(copy)["vae.safetensors"].startswith("unreadable: ")

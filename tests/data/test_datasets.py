@@ -1,22 +1,37 @@
 """Images: the shipped dataset is what its maker makes, and every unreadable file is refused in a sentence."""
 
+import errno
 import hashlib
 import importlib.util
 import json
 import multiprocessing
+import os
 import pickle
+import subprocess
 import sys
 from pathlib import Path
+from subprocess import PIPE
 
 import h5py
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import ConcatDataset, DataLoader
 
-from repae_lite.data.datasets import ImageFolderDataset, ImageH5Dataset, load_embedded, open_dataset
+from repae_lite.data import datasets
+from repae_lite.data.datasets import (
+    ImageFolderDataset,
+    ImageH5Dataset,
+    load_embedded,
+    open_dataset,
+    read_batches,
+)
 from repae_lite.data.hdf5 import write_images_h5
+from repae_lite.data.image_files import encode_png
+from repae_lite.data.training_data import TrainingData
 from repae_lite.utils.pixels import CLASS_NAMES, to_uint8, to_unit_range
 
 FOLDER = Path(__file__).resolve().parents[2] / "data_small"
@@ -205,16 +220,150 @@ def test_missing_foreign_and_truncated_files(small, tmp_path):
         ImageH5Dataset(path)
 
 
-@pytest.mark.parametrize("content, message", [(None, "no dataset.json"), ({"labels": None}, "has no labels")])
-def test_missing_labels_are_refused_at_once(small, tmp_path, content, message):  # D8
-    path = tmp_path / "images.h5"
+def relabelled(small, path, content):
     write_images_h5(path, *small)
     with h5py.File(path, "r+") as file:
         del file["dataset.json"]
         if content:
             file["dataset.json"] = np.bytes_(json.dumps(content))
-    with pytest.raises(ValueError, match=message):
-        ImageH5Dataset(path)
+    return path
+
+
+def test_missing_labels_are_refused_at_once(small, tmp_path):  # D8
+    with pytest.raises(ValueError, match=r"no dataset\.json"):
+        ImageH5Dataset(relabelled(small, tmp_path / "images.h5", None))
+
+
+@pytest.mark.parametrize("labels", [None, [[f"00000/img0000000{i}.png", None] for i in range(6)]])
+def test_labels_that_are_null_serve_what_needs_no_classes(small, tmp_path, labels):  # D8
+    dataset = ImageH5Dataset(relabelled(small, tmp_path / "images.h5", {"labels": labels}))
+    assert len(dataset) == 6 and dataset.labels == [0] * 6
+    assert np.array_equal(dataset[3][0].numpy(), small[0][3])
+    with pytest.raises(
+        ValueError, match=r"images\.h5 have no classes, and only train-vae, .* do without: put"
+    ):
+        TrainingData(dataset, None).require_classes()
+
+
+def test_one_folder_of_images_serves_what_needs_no_classes(folder, caplog):
+    with caplog.at_level("INFO", logger="repae_lite"):
+        dataset = ImageFolderDataset(folder / "class 1", 8)
+    assert len(dataset) == 2 and "2 images without classes (all lie in one folder)" in caplog.text
+    with pytest.raises(ValueError, match=r"have no classes \(all lie in one folder\), and only train-vae"):
+        TrainingData(dataset, None).require_classes()
+
+
+def test_classes_without_images_are_told_before_training(small, tmp_path, caplog):
+    images, labels = small
+    write_images_h5(tmp_path / "images.h5", images, labels + 1)
+    TrainingData(ImageH5Dataset(tmp_path / "images.h5"), None).require_classes()
+    assert "1 of the 4 classes have no images, class 0 first" in caplog.text
+
+
+# ---------------------------------------------------------------- files that cannot be read
+
+
+def test_one_image_of_another_size_is_named(small, tmp_path):
+    path = tmp_path / "images.h5"
+    write_images_h5(path, *small)
+    with h5py.File(path, "r+") as file:
+        del file["00000/img00000004.png"]
+        file["00000/img00000004.png"] = np.void(encode_png(np.zeros((24, 20, 3), np.uint8)))
+    dataset = open_dataset(path)
+    sentence = (
+        f"image 00000/img00000004.png in {path} has 24 × 20 pixels and the first one 16 × 16: preprocess all "
+        "to one size"
+    )
+    for workers in (0, 1):
+        with pytest.raises(ValueError) as caught:
+            list(read_batches(DataLoader(dataset, 3, num_workers=workers)))
+        assert str(caught.value) == sentence
+
+
+HOLDER = "import h5py, sys; f = h5py.File(sys.argv[1], 'r+'); print(flush=True); sys.stdin.read()"
+
+
+def test_a_file_that_another_program_writes_is_not_called_damaged(small, tmp_path, monkeypatch):
+    monkeypatch.delenv("HDF5_USE_FILE_LOCKING", raising=False)
+    path = tmp_path / "images.h5"
+    write_images_h5(path, *small)
+    dataset = pickle.loads(pickle.dumps(ImageH5Dataset(path)))  # as in a loader's process: not open yet
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, path], stdin=PIPE, stdout=PIPE)
+    try:
+        holder.stdout.readline()
+        for read in (lambda: ImageH5Dataset(path), lambda: dataset[0], lambda: open_dataset(tmp_path)):
+            with pytest.raises(
+                OSError, match=r"images\.h5 is open in another program .*HDF5_USE_FILE_LOCKING"
+            ):
+                read()
+    finally:
+        holder.communicate()
+
+
+def fails(monkeypatch, number, words):
+    """Opening fails by the system's error number; without a lock it works, unless None is given."""
+    original = h5py.File
+
+    def file(*arguments, **options):
+        if options.get("locking") is not False:
+            raise OSError(number, words) if number else OSError(words)
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(h5py, "File", file)
+
+
+@pytest.mark.parametrize("number, words, kind, message", [
+    (errno.EACCES, "unable to open file", PermissionError, r"may not be read \(Permission denied\): change"),
+    (errno.ENOENT, "unable to open file", FileNotFoundError, "does not exist any more: check whether"),
+    (errno.EIO, "file read failed", OSError, r"cannot be read now \(Input/output error\): it may be whole"),
+    (errno.EMFILE, "unable to open file", OSError, r"cannot be read now \(Too many open files\)"),
+    (errno.EAGAIN, "unable to lock file", OSError, "is open in another program"),
+    (errno.EACCES, "unable to lock file", OSError, "is open in another program"),
+    (None, "file is already open for write", OSError, "is being written by another program, or"),
+    (None, "file signature not found", ValueError, r"not a whole HDF5 file \(file signature not found\)"),
+    (errno.EINVAL, "file seek failed", ValueError, "not a whole HDF5 file"),
+])  # fmt: skip
+def test_why_a_file_cannot_be_read_is_told_apart(small, tmp_path, monkeypatch, number, words, kind, message):
+    write_images_h5(tmp_path / "images.h5", *small)
+    fails(monkeypatch, number, words)
+    with pytest.raises(kind, match=message) as caught:
+        ImageH5Dataset(tmp_path / "images.h5")
+    assert type(caught.value) is kind
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_disks_that_cannot_lock_are_read_without(small, tmp_path, monkeypatch, number):
+    write_images_h5(tmp_path / "images.h5", *small)
+    fails(monkeypatch, number, "unable to lock file")
+    assert len(ImageH5Dataset(tmp_path / "images.h5")) == 6
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A small file of images, and its bytes."""
+    path = tmp_path_factory.mktemp("whole") / "images.h5"
+    images = np.random.default_rng(0).integers(0, 256, (3, 3, 4, 4), dtype=np.uint8)
+    write_images_h5(path, images, np.arange(3), compress=False)
+    return path, path.read_bytes(), images
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(st.data())
+def test_any_damage_is_one_sentence_that_names_the_file_or_does_no_harm(whole, data):
+    path, content, images = whole
+    damaged = bytearray(content)
+    for _ in range(data.draw(st.integers(1, 3))):
+        damaged[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    end = data.draw(st.integers(0, len(content))) if data.draw(st.integers(0, 9)) == 0 else len(content)
+    path.write_bytes(damaged[:end])
+    try:
+        dataset = ImageH5Dataset(path)
+        found = [dataset[i] for i in range(len(dataset))]
+    except (ValueError, OSError) as error:
+        assert str(path) in str(error) and "\n" not in str(error)
+    else:  # a label or a name may have become another; pixels have checksums
+        for image, _ in found:
+            assert any(np.array_equal(image.numpy(), one) for one in images)
 
 
 def test_missing_and_unreadable_images(small, tmp_path):
@@ -320,6 +469,25 @@ def test_what_cannot_be_opened_is_refused(small, folder, tmp_path):
     (tmp_path / "text.h5").write_text("text")
     with pytest.raises(ValueError, match="not a whole HDF5 file"):
         open_dataset(tmp_path / "text.h5")
+
+
+def test_a_machine_in_trouble_is_not_blamed_on_an_image(folder, tmp_path, monkeypatch):
+    dataset = ImageFolderDataset(folder, 8)
+    for error, kind in (
+        (OSError(errno.EMFILE, "Too many open files"), OSError),
+        (MemoryError(), MemoryError),
+    ):
+
+        def refuse(path, error=error):
+            raise error
+
+        monkeypatch.setattr(datasets, "read_image", refuse)
+        with pytest.raises(kind) as caught:
+            dataset[0]
+        assert "repair" not in str(caught.value)
+    os.mkfifo(tmp_path / "pipe.h5")  # opening it would wait for ever
+    with pytest.raises(FileNotFoundError, match=r"pipe\.h5 is no file: check the path"):
+        open_dataset(tmp_path / "pipe.h5")
 
 
 def test_writer_refuses_other_shapes_and_dtypes(small, tmp_path):

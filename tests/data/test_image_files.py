@@ -1,9 +1,6 @@
-"""Image files: every kind is read as it looks, the crop is ADM's, and labels are numbered or refused, never
-guessed.
-"""
+"""Image files: every kind is read as it looks, whatever its metadata are, and the crop is ADM's."""
 
 import io
-import json
 import os
 import struct
 import subprocess
@@ -12,14 +9,14 @@ import zlib
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from repae_lite.data.image_files import (
     center_crop,
     encode_png,
     failure,
-    list_images,
-    parse_labels,
     read_image,
     square_pngs,
 )
@@ -319,118 +316,91 @@ def test_nothing_here_needs_torch():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-# ---------------------------------------------------------------- folders and labels
+# ---------------------------------------------------------------- metadata
 
 
-def touch(folder, *names):
-    for name in names:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).touch()
+def whole_png(mode="RGB"):
+    buffer = io.BytesIO()
+    Image.fromarray(noise(9, 7)).convert(mode).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
-def test_class_folders_are_numbered_in_sorted_order(tmp_path):
-    touch(
-        tmp_path,
-        "n02/b.JPEG",
-        "n02/a.png",
-        "n01/deep/er/c.webp",
-        "n10/d.tiff",
-        "n01/x.jpg",
-        "n02/notes.txt",
-        "README",
-    )
-    touch(tmp_path, "n01/.DS_Store", ".cache/x.png", "__MACOSX/n02/._b.jpg")
-    found = list_images(tmp_path)
-    assert found.names == ["n01/deep/er/c.webp", "n01/x.jpg", "n02/a.png", "n02/b.JPEG", "n10/d.tiff"]
-    assert (
-        found.labels == [0, 0, 1, 1, 2]
-        and found.class_names == ["n01", "n02", "n10"]
-        and found.num_classes == 3
-    )
-    assert found.ignored == {".txt": 1, "without suffix": 1} and found.root == tmp_path
+BIG = zlib.compress(b"a" * (2 << 20))
+METADATA = {
+    "a large profile": chunk(b"iCCP", b"icc\0\0" + BIG),
+    "a large text": chunk(b"zTXt", b"Comment\0\0" + BIG),
+    "a large international text": chunk(b"iTXt", b"Comment\0\1\0\0\0" + BIG),
+    "many texts": chunk(b"zTXt", b"Comment\0\0" + zlib.compress(b"a" * (1 << 20))) * 80,
+    "a text without an end": chunk(b"tEXt", b"x"),
+    "a broken profile": chunk(b"iCCP", b"icc\0\0nonsense"),
+    "a wrong checksum": chunk(b"gAMA", struct.pack(">I", 45455))[:-4] + b"oops",
+    "a chunk of nobody's": chunk(b"quUx", b"?" * 100),
+    "animation without frames": chunk(b"acTL", b"\0" * 3),
+    "an odd size in print": chunk(b"pHYs", b"\0"),
+}
 
 
-def test_the_training_split_of_a_data_set_is_entered(tmp_path):
-    touch(tmp_path, "train/n01/a.png", "train/n02/b.png", "val/n01/c.png", "LOC_synset_mapping.txt")
-    assert list_images(tmp_path).root == tmp_path / "train"
-    assert list_images(tmp_path).names == list_images(tmp_path / "train").names == ["n01/a.png", "n02/b.png"]
+@pytest.mark.parametrize("mode", ["RGB", "LA", "P"])
+@pytest.mark.parametrize("metadata", METADATA)
+def test_metadata_do_not_cost_the_pixels(tmp_path, metadata, mode):
+    data = whole_png(mode)
+    (tmp_path / "a.png").write_bytes(data)
+    (tmp_path / "b.png").write_bytes(data[:33] + METADATA[metadata] + data[33:])
+    (tmp_path / "c.png").write_bytes(data[:-12] + METADATA[metadata] + data[-12:])  # after the pixels
+    plain, before, after = (np.asarray(read_image(tmp_path / f"{name}.png")) for name in "abc")
+    assert np.array_equal(plain, before) and np.array_equal(plain, after)
 
 
-def test_a_class_may_be_called_train(tmp_path):
-    touch(tmp_path, "train/a.png", "bus/b.png")
-    assert list_images(tmp_path).class_names == ["bus", "train"]
+def test_metadata_do_not_cost_pixels_of_16_bits(tmp_path):
+    values = noise(7, 9, 3, dtype=np.uint16)
+    (tmp_path / "a.png").write_bytes(png16(values, METADATA["a large text"] + METADATA["a wrong checksum"]))
+    assert np.array_equal(np.asarray(read_image(tmp_path / "a.png")), rounded(values))
 
 
-def test_links_are_followed_but_not_in_circles(tmp_path):
-    touch(tmp_path, "images/b/1.png", "elsewhere/2.png")
-    (tmp_path / "images" / "a").symlink_to(tmp_path / "elsewhere")
-    (tmp_path / "images" / "b" / "up").symlink_to(tmp_path / "images")
-    assert list_images(tmp_path / "images").names == ["a/2.png", "b/1.png"]
+@pytest.mark.parametrize("metadata", ["a large profile", "a wrong checksum"])
+def test_damaged_pixels_are_refused_beside_large_metadata(tmp_path, metadata):
+    data = whole_png()
+    data = data[:33] + METADATA[metadata] + data[33:]
+    pixels = data.index(b"IDAT")
+    damaged = bytearray(data)
+    damaged[pixels + 60] ^= 1
+    for bad in (
+        data[: pixels + 60],
+        data[:-14],
+        data[:40],
+        bytes(damaged),
+        data[:33] + b"\0" * 8 + data[33:],
+    ):
+        (tmp_path / "a.png").write_bytes(bad)
+        assert isinstance(square_pngs(str(tmp_path), ["a.png"], 4)[0], str)
 
 
-def write_labels(folder, labels):
-    (folder / "dataset.json").write_text(json.dumps({"labels": labels}))
+@pytest.mark.parametrize("suffix", ["jpg", "gif", "bmp", "tif", "webp"])
+def test_files_cut_off_are_refused(tmp_path, suffix):
+    path = tmp_path / f"a.{suffix}"
+    Image.fromarray(noise(40, 40)).save(path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
+    assert isinstance(square_pngs(str(tmp_path), [path.name], 4)[0], str)
 
 
-def test_a_dataset_json_decides(tmp_path):
-    touch(tmp_path, "x/b.png", "x/a.png", "c.png")
-    write_labels(tmp_path, [["x\\b.png", 7], ["x/a.png", 0], ["./c.png", 3], ["gone.png", 1]])
-    found = list_images(tmp_path)
-    assert found.names == ["c.png", "gone.png", "x/a.png", "x/b.png"] and found.labels == [3, 1, 0, 7]
-    assert found.missing == ["gone.png"] and found.num_classes == 8 and found.class_names == []
-
-
-def test_a_dataset_json_without_labels_leaves_it_to_the_folders(tmp_path):
-    touch(tmp_path, "x/b.png", "y/a.png")
-    write_labels(tmp_path, None)
-    assert list_images(tmp_path).class_names == ["x", "y"]
-
-
-@pytest.mark.parametrize("names, message", [
-    ([], "holds no images: looked in all"),
-    (["a.txt", "b/c.md"], "holds no images"),
-    (["a.png", "b.png"], "2 images .* lie in one folder, so they have no classes"),  # D8
-    (["only/a.png", "only/b.png"], "2 images .* lie in one folder, so they have no classes"),
-    (["a.png", "x/b.png", "y/c.png"], r"1 images lie beside the class folders .*, a\.png first"),
-    (["x/b.png", "y/c.png", "z/notes.txt"], r"the class folder z .* holds no images"),
-])  # fmt: skip
-def test_folders_without_clear_classes_are_refused(tmp_path, names, message):
-    touch(tmp_path, *names)
-    with pytest.raises(ValueError, match=message):
-        list_images(tmp_path)
-
-
-def test_missing_folders_and_files_are_told_apart(tmp_path):
-    touch(tmp_path, "file")
-    with pytest.raises(FileNotFoundError, match="does not exist"):
-        list_images(tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match="is a file"):
-        list_images(tmp_path / "file")
-
-
-def test_images_without_labels_are_refused(tmp_path):
-    touch(tmp_path, "a.png", "b.png", "c.png")
-    write_labels(tmp_path, [["a.png", 0]])
-    with pytest.raises(ValueError, match=r"dataset\.json has no label for 2 images, b\.png first"):
-        list_images(tmp_path)
-
-
-@pytest.mark.parametrize("text, message", [
-    ("not json", "cannot be read"),
-    ("[]", "cannot be read"),
-    ('{"labels": [["a.png"]]}', "cannot be read"),
-    ('{"labels": 3}', "cannot be read"),
-    ('{"labels": [["a.png", -1]]}', r"'a\.png' the label -1"),
-    ('{"labels": [["a.png", 0.5]]}', r"'a\.png' the label 0\.5"),
-    ('{"labels": [["a.png", true]]}', "the label True"),
-    ('{"labels": [["a.png", [0, 1]]]}', "whole numbers from 0 up"),
-    ('{"labels": [[5, 1]]}', "gives 5 the label 1"),
-    ('{"labels": [["a.png", 0], ["a.png", 1]]}', "1 names twice"),
-])  # fmt: skip
-def test_labels_that_cannot_be_meant_are_refused(text, message):
-    with pytest.raises(ValueError, match=message):
-        parse_labels(text, "dataset.json")
-
-
-def test_labels_may_be_a_mapping():
-    assert parse_labels(b'{"labels": {"a.png": 1}}', "it") == [("a.png", 1)]
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.sampled_from(["PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP", ""]), st.data())
+def test_any_bytes_are_an_image_or_a_reason(tmp_path_factory, kind, data):
+    folder = tmp_path_factory.getbasetemp()
+    if kind:
+        buffer = io.BytesIO()
+        Image.fromarray(noise(6, 5)).save(buffer, kind)
+        content = bytearray(buffer.getvalue())
+        for _ in range(data.draw(st.integers(0, 3))):
+            content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+        content = bytes(
+            content[: data.draw(st.integers(0, len(content)))] if data.draw(st.booleans()) else content
+        )
+    else:
+        content = data.draw(st.binary(max_size=60))
+    (folder / "any.png").write_bytes(content)
+    (result,) = square_pngs(str(folder), ["any.png"], 4)
+    if isinstance(result, bytes):
+        assert np.asarray(Image.open(io.BytesIO(result))).shape == (4, 4, 3)
+    else:
+        assert result and str(folder) not in result and "0x" not in result

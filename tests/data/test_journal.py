@@ -2,6 +2,7 @@
 same to the byte.
 """
 
+import contextlib
 import errno
 import json
 import os
@@ -269,6 +270,71 @@ def test_a_disk_that_cannot_be_read_is_no_reason_to_start_over(tmp_path, monkeyp
         with pytest.raises(OSError, match=r"\(Input/output error\)"):
             work(folder)
     assert work(folder) == 2
+
+
+def killed_in_step(folder, monkeypatch, call=9):
+    with monkeypatch.context() as patched:
+        dies_at_call(patched, journal, "add_bytes", call)
+        with pytest.raises(Killed):
+            work(folder)
+
+
+def test_a_file_that_another_program_holds_is_no_reason_to_start_over(tmp_path, monkeypatch):
+    folder = tmp_path / "data.h5.partial"
+    killed_in_step(folder, monkeypatch)
+    original = h5py.File
+
+    def busy(file, *arguments, **options):
+        if file == folder / "data.h5":
+            raise BlockingIOError(errno.EAGAIN, "unable to lock file")
+        return original(file, *arguments, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(h5py, "File", busy)
+        with pytest.raises(OSError, match=r"partial/data\.h5 is open in another program"):
+            work(folder)
+    assert work(folder) == 2
+
+
+@pytest.mark.parametrize("text", [
+    "[]",
+    "3",
+    "[" * 100_000,
+    '{"fingerprint": "print"}',
+    '{"fingerprint": "print", "size": 0, "written": 0, "patches": [], "state": {}}',
+    '{"fingerprint": "print", "size": -1, "written": 0, "patches": [[9, "zz"]], "state": {"steps": 1}}',
+])  # fmt: skip
+def test_odd_journals_start_over(tmp_path, monkeypatch, caplog, whole, text):
+    folder = tmp_path / "data.h5.partial"
+    killed_in_step(folder, monkeypatch)
+    (folder / "journal.json").write_text(text)
+    assert work(folder) == STEPS and "is damaged" in caplog.text
+    assert (tmp_path / "data.h5").read_bytes() == whole
+
+
+def test_damage_that_shows_only_later_is_one_sentence(tmp_path, monkeypatch):
+    folder = tmp_path / "data.h5.partial"
+    killed_in_step(folder, monkeypatch)
+    content = bytearray((folder / "data.h5").read_bytes())
+    content[:8] = b"notHDF5!"
+    (folder / "data.h5").write_bytes(content)
+    entry = json.loads((folder / "journal.json").read_text())
+    (folder / "journal.json").write_text(json.dumps(entry | {"patches": []}))
+    with monkeypatch.context() as patched:
+        patched.setattr(journal, "open_h5", lambda _: contextlib.nullcontext())
+        with pytest.raises(
+            ValueError, match=r"data\.h5 is not a whole HDF5 file .*: remove .*partial, and run"
+        ):
+            work(folder, check=lambda *_: None)
+
+
+def test_what_others_put_into_the_folder_is_kept(tmp_path, whole):
+    folder = tmp_path / "data.h5.partial"
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("precious")
+    work(folder)
+    assert [path.name for path in folder.iterdir()] == ["thesis.txt"]
+    assert (tmp_path / "data.h5").read_bytes() == whole
 
 
 def test_another_run_is_refused_or_discarded(tmp_path, monkeypatch):

@@ -8,20 +8,26 @@ import json
 import multiprocessing
 import os
 import shutil
+import socket
+import subprocess
+import sys
 
 import h5py
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
 
 from repae_lite.checkpoints.models import load_latent_stats, load_vae, save_vae
 from repae_lite.commands.main import main
 from repae_lite.data import journal, latents
-from repae_lite.data.datasets import ImageH5Dataset
+from repae_lite.data.datasets import ImageFolderDataset, ImageH5Dataset
 from repae_lite.data.hdf5 import add_bytes, labels_json, write_images_h5
-from repae_lite.data.latents import CachedLatentsDataset, cache_latents, vae_fingerprint
+from repae_lite.data.latents import CachedLatentsDataset, cache_latents, same_images, vae_fingerprint
+from repae_lite.data.training_data import TrainingData
 from repae_lite.networks.latent_stats import LatentStats
 from repae_lite.networks.vae import AutoencoderKL
 from repae_lite.training.build import open_data
@@ -210,6 +216,76 @@ def test_damaged_latents_are_refused(cached, images, tmp_path):
         CachedLatentsDataset(tmp_path / "group.h5")
 
 
+def npy(values, header=None):
+    buffer = io.BytesIO()
+    np.save(buffer, values)
+    data = buffer.getvalue()
+    return data if header is None else data[:10] + header.encode().ljust(118)[:118] + data[128:]
+
+
+@pytest.mark.parametrize("data, message", [
+    (npy(np.zeros((8, 2, 2), np.float32), "{'descr': '<f4', 'shape': (8, 2, 2"), "cannot be decoded"),
+    (npy(np.zeros((8, 2, 2), np.float32), "{'descr': '<f4', 'fortran_order': False, 'shape': (8, 2, 9999)}"),
+     "cannot be decoded"),
+    (npy(np.zeros((8, 2, 2), np.float32), '"' * 3), "cannot be decoded"),
+    (npy(np.zeros((8, 2, 2), np.float32), "(" * 118), "cannot be decoded"),
+    (b"PK\3\4 an archive", "cannot be decoded"),
+    (npy(np.full((8, 2, 2), np.nan, np.float32)), "has values that are not finite"),
+])  # fmt: skip
+def test_damaged_headers_and_values_are_refused(cached, tmp_path, data, message):
+    shutil.copy(cached[0], tmp_path / "e2e.h5")
+    with h5py.File(tmp_path / "e2e.h5", "r+") as file:
+        del file["00000/img-mean-std-00000003.npy"]
+        add_bytes(file, "00000/img-mean-std-00000003.npy", data)
+    dataset = CachedLatentsDataset(tmp_path / "e2e.h5")
+    with pytest.raises(ValueError, match=message):
+        dataset[3]
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.data())
+def test_any_damage_is_one_sentence_that_names_the_file_or_does_no_harm(cached, tmp_path_factory, data):
+    content = bytearray(cached[0].read_bytes())
+    for _ in range(data.draw(st.integers(1, 3))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    path = tmp_path_factory.getbasetemp() / "damaged.h5"
+    path.write_bytes(content)
+    try:
+        dataset = CachedLatentsDataset(path)
+        found = [dataset[i] for i in range(len(dataset))]
+    except (ValueError, OSError) as error:
+        assert str(path) in str(error) and "\n" not in str(error)
+    else:
+        assert all(len(moments) == dataset.shape[0] for moments, _ in found)
+
+
+# ---------------------------------------------------------------- which images
+
+
+def test_latents_of_other_images_are_refused_though_their_labels_agree(cached, images, tmp_path):
+    assert len(TrainingData(ImageH5Dataset(images), CachedLatentsDataset(cached[0]))) == COUNT
+    other = np.random.default_rng(1).integers(0, 256, (COUNT, 3, SIZE, SIZE), dtype=np.uint8)
+    write_images_h5(tmp_path / "images.h5", other, np.arange(COUNT) % 3)
+    with pytest.raises(ValueError, match="are of other images than these, though their labels agree"):
+        TrainingData(ImageH5Dataset(tmp_path / "images.h5"), CachedLatentsDataset(cached[0]))
+
+
+@pytest.mark.parametrize("marks", [None, "odd", [], [[1, "a"]]])
+def test_marks_of_older_files_say_nothing_and_odd_ones_refuse(images, marks):
+    assert same_images(marks, ImageH5Dataset(images)) is (marks is None)
+
+
+def test_images_without_classes_have_latents_without_classes(vae, tmp_path):
+    for i in range(3):
+        Image.new("RGB", (SIZE, SIZE), (i * 50, 0, 0)).save(tmp_path / f"{i}.png")
+    dataset = ImageFolderDataset(tmp_path, SIZE)
+    cache_latents(vae, dataset, tmp_path / "out" / "e2e.h5")
+    found = CachedLatentsDataset(tmp_path / "out" / "e2e.h5")
+    assert len(found) == 3 and found.names == [latents.latent_name(i) for i in range(3)] and found.no_classes
+    with pytest.raises(ValueError, match=r"the latents of .*e2e\.h5 have no classes, and only train-vae"):
+        TrainingData(None, found).require_classes()
+
+
 # ---------------------------------------------------------------- the command
 
 
@@ -268,6 +344,58 @@ def test_what_is_in_the_way_is_kept_unless_overwritten(weights, images, tmp_path
     assert "holds an unfinished run with other images or options" in refused(
         capsys, *options(weights, images, tmp_path, "other")
     )
+
+
+@pytest.mark.parametrize("name", ["e2e_h5.json", "e2e-latents-stats.pt"])
+def test_files_of_others_are_kept_unless_overwritten(weights, images, tmp_path, capsys, name):
+    arguments = options(weights, images, tmp_path / "out")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_bytes(b"precious")
+    sentence = refused(capsys, *arguments)
+    assert sentence.endswith(
+        f"{name} exists and is not of this run: move it away, choose another name or folder, or replace it "
+        "with --overwrite"
+    )
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [name]
+    assert (tmp_path / "out" / name).read_bytes() == b"precious"
+    assert main([*map(str, ("cache-latents", *arguments)), "--overwrite"]) == 0
+    assert (tmp_path / "out" / name).read_bytes() != b"precious"
+
+
+def test_a_refusal_of_the_first_process_ends_the_others(weights, images, tmp_path):
+    """Without a launcher, which would end a process that waits for ever."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "e2e-latents-stats.pt").write_bytes(b"precious")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    words = [sys.executable, "-m", "repae_lite", "cache-latents"]
+    words += map(str, options(weights, images, tmp_path / "out"))
+    processes = [
+        subprocess.Popen(
+            words,
+            env=os.environ | world | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        errors = [process.communicate(timeout=240)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert "e2e-latents-stats.pt exists and is not of this run" in errors[0] and processes[0].returncode == 2
+    assert "repae cache-latents" not in errors[1] and "Traceback" not in "".join(errors)
+    assert processes[1].returncode == 2
+
+
+def test_a_dry_run_writes_nothing(weights, images, tmp_path, capsys):
+    words = [*map(str, ("cache-latents", *options(weights, images, tmp_path / "out"))), "--dry-run"]
+    assert main(words) == 0
+    assert f"would hold the latents of {COUNT} images; nothing was written" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
 
 
 def test_mistakes_are_one_sentence(weights, images, tmp_path, capsys):

@@ -419,14 +419,79 @@ def test_unknown_ways_to_treat_errors_are_refused(images, tmp_path):
         preprocess(images, tmp_path / "out", on_error="ignore")
 
 
-def test_missing_folders_and_folders_without_classes_are_refused(tmp_path, capsys):  # D8
+def test_missing_folders_are_refused_and_folders_without_classes_taken(tmp_path, capsys):  # D8
     assert "does not exist" in refused(
         capsys, "--imagenet-path", tmp_path / "nowhere", "--output-path", tmp_path / "out"
     )
-    Image.new("RGB", (9, 9)).save(tmp_path / "1.png")
-    assert "so they have no classes" in refused(
-        capsys, "--imagenet-path", tmp_path, "--output-path", tmp_path / "out"
+    (tmp_path / "flat").mkdir()
+    for i in range(3):
+        Image.new("RGB", (9, 9), (i, 0, 0)).save(tmp_path / "flat" / f"{i}.png")
+    words = (
+        f"preprocess --imagenet-path {tmp_path}/flat --output-path {tmp_path}/out --resolution 8 --workers 1"
     )
+    assert main(words.split()) == 0
+    assert "3 images of 8 × 8 pixels without classes" in capsys.readouterr().out
+    with h5py.File(tmp_path / "out" / "images.h5") as file:
+        assert json.loads(file["dataset.json"][()]) == {"labels": None}  # as the official code writes it
+    dataset = ImageH5Dataset(tmp_path / "out" / "images.h5")
+    assert len(dataset) == 3 and dataset.no_classes and dataset[2][0][0, 0, 0] == 2
+
+
+def test_a_dry_run_says_what_would_be_done_and_does_nothing(tmp_path, capsys):
+    folder = make_images(tmp_path / "in")
+    for name in ("@eaDir/1.jpg", "cat/Thumbs.db", "cat/notes.txt"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).touch()
+    (folder / "empty").mkdir()
+    words = [
+        "preprocess",
+        "--imagenet-path",
+        str(folder),
+        "--output-path",
+        str(tmp_path / "out"),
+        "--dry-run",
+    ]
+    assert main(words) == 0
+    out, err = capsys.readouterr()
+    assert f"would hold {COUNT} images of 256 × 256 pixels in 4 classes; nothing was written" in out
+    for part in ("in 4 classes, ant = 0 to empty = 3", "left out: @eaDir, Thumbs.db", "other files: .txt"):
+        assert part in err
+    assert "1 of the 4 classes have no images, class 3 first" in err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["images_h5.json", REPORT])
+def test_files_of_others_are_kept_unless_overwritten(images, tmp_path, capsys, name):
+    (tmp_path / name).write_text("precious")
+    words = ("--imagenet-path", images, "--output-path", tmp_path, "--resolution", 8, "--workers", 1)
+    assert f"{name} exists and is not of this run: move it away" in refused(capsys, *words)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == "precious"
+    assert main([*map(str, ("preprocess", *words)), "--overwrite"]) == 0
+    assert json.loads((tmp_path / name).read_text())
+
+
+def test_a_refused_run_leaves_the_report_of_the_old_file(images, spoiled, tmp_path, capsys):
+    words = ("--output-path", tmp_path / "out", "--resolution", 8, "--workers", 1)
+    assert main([*map(str, ("preprocess", "--imagenet-path", images, *words))]) == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    sentence = refused(capsys, "--imagenet-path", spoiled, *words, "--overwrite")
+    report = tmp_path / "out" / "images.h5.partial" / REPORT
+    assert str(report) in sentence and len(json.loads(report.read_text())["unreadable"]) == 2
+    assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir() if p.is_file()} == before
+
+
+def test_files_and_folders_that_vanish_are_told(images, tmp_path, monkeypatch):
+    folder = shutil.copytree(images, tmp_path / "in")
+    listed = preprocessing.list_images
+
+    def then_gone(source):
+        found = listed(source)
+        shutil.rmtree(folder / "ant")
+        return found
+
+    monkeypatch.setattr(preprocessing, "list_images", then_gone)
+    with pytest.raises(ValueError, match=r"8 of 24 images cannot be read, ant/.* first \(no such file\)"):
+        preprocess(folder, tmp_path / "out", resolution=8, workers=1)
 
 
 def test_an_output_among_the_images_is_refused(images, tmp_path, capsys):

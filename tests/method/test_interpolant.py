@@ -62,3 +62,23 @@ def test_unknown_names_are_refused():
         get_interpolant("vp")
     with pytest.raises(ValueError, match="unknown time weighting 'edm'"):
         sample_time(3, weighting="edm")
+
+
+Z = torch.zeros(2, 4, 3, 3)
+REFUSED = {
+    "t = 7": (lambda: interpolate(Z, Z, torch.tensor([0.5, 7.0])), "times reach from 0.5 to 7"),
+    "t = -1": (lambda: interpolate(Z, Z, torch.tensor([0.5, -1.0])), "times reach from -1 to 0.5"),
+    "one time": (lambda: interpolate(Z, Z, torch.zeros(1)), r"shape \(1,\) and dtype .* for 2 latents"),
+    "one-channel noise": (lambda: interpolate(Z, Z[:, :1], torch.zeros(2)), r"noise of shape \(2, 1, 3, 3\)"),
+    "whole latents": (lambda: interpolate(Z.long(), Z.long(), torch.zeros(2)), "give float latents"),
+    "score at data": (lambda: score_from_velocity(Z, Z, torch.zeros(2)), "times above 0, where there is"),
+    "velocity": (lambda: score_from_velocity(Z[:, :1], Z, torch.ones(2)), r"velocities \(2, 1, 3, 3\) at"),
+    "no batch": (lambda: sample_time(0), "a batch of 0 has no times"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_would_broadcast_or_makes_no_sense_is_refused(case):
+    call, message = REFUSED[case]
+    with pytest.raises(ValueError, match=message):
+        call()

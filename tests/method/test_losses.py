@@ -137,3 +137,39 @@ def test_refusals():
         vae_regularization_loss(
             torch.zeros(1, 3, 4, 4), torch.zeros(1, 3, 4, 4), torch.zeros(1), VAELossConfig()
         )
+    for name in ("pixel_weight", "perceptual_weight", "kl_weight", "gan_weight", "gan_start"):
+        for value in (-1e-3, float("nan"), float("inf")):
+            with pytest.raises(ValueError, match=f"{name} is {value}: it must be 0 or more"):
+                VAELossConfig(**{name: value})
+
+
+X = torch.zeros(2, 3, 32, 32)
+ALIKE = {
+    "velocities": lambda: velocity_loss(X, X[:, :1]),
+    "images": lambda: vae_regularization_loss(X, X[:1], torch.zeros(2), VAELossConfig()),
+    "perceptual": lambda: TinyPerceptualLoss()(X, X[:1]),
+}
+
+
+@pytest.mark.parametrize("case", ALIKE)
+def test_what_would_broadcast_is_refused(case):
+    with pytest.raises(ValueError, match=r"have shapes \(2, 3, 32, 32\) and .*: give two alike"):
+        ALIKE[case]()
+
+
+def test_other_shapes_are_refused():
+    with pytest.raises(ValueError, match=r"the KL has shape \(1,\) for 2 images"):
+        vae_regularization_loss(X, X, torch.zeros(1), VAELossConfig())
+    for tokens, gamma in ((torch.zeros(2, 1, 4), 0.6), (torch.zeros(2, 4), 0.6), (torch.zeros(2, 4, 4), 1.1)):
+        with pytest.raises(ValueError, match="give tokens"):
+            spatial_norm(tokens, gamma)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut", b"x" * 5000])
+def test_a_damaged_vgg_in_torchs_cache_is_named(tmp_path, monkeypatch, content):
+    monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path))
+    path = tmp_path / "checkpoints" / "vgg16-397923af.pth"
+    path.parent.mkdir()
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"in {path} is damaged or cut short: remove this file"):
+        LPIPSLoss()

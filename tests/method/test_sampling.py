@@ -1,5 +1,7 @@
 """Samplers on a velocity field with a known solution; agreement with the official ones is in test_golden."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -22,6 +24,7 @@ class GaussianVelocity(nn.Module):
         super().__init__()
         self.pos_embed = nn.Parameter(torch.zeros(1, dtype=torch.float64))
         self.path, self.std, self.null_class = INTERPOLANTS[path], std, 2
+        self.config = SimpleNamespace(label_dropout=0.1)
         self.means = torch.tensor([-1.0, 2.0, 0.0], dtype=torch.float64)
         self.times = []
 
@@ -138,6 +141,18 @@ def test_ode_refuses(case):
         sample_ode(GaussianVelocity(), torch.zeros(1, 1, 2, 2), **arguments)
 
 
+@pytest.mark.parametrize("sampler", [sample_ode, sample_sde])
+def test_guidance_needs_a_null_class_that_was_trained(sampler):
+    model = GaussianVelocity()
+    model.config.label_dropout = 0.0
+    eps, labels = noise(2)
+    sampler(model, eps, labels, steps=2)
+    with pytest.raises(
+        ValueError, match=r"guidance scale 2.0 needs the null class, which this SiT never saw"
+    ):
+        sampler(model, eps, labels, steps=2, guidance=Guidance(2.0))
+
+
 def test_other_refusals():
     with pytest.raises(ValueError, match="1 sampling steps are too few: use at least 2"):
         sample_sde(GaussianVelocity(), torch.zeros(1, 1, 2, 2), torch.tensor([0]), steps=1)
@@ -145,5 +160,7 @@ def test_other_refusals():
         Guidance(0.5)
     with pytest.raises(ValueError, match=r"guidance scale nan"):
         Guidance(float("nan"))
+    with pytest.raises(ValueError, match=r"guidance scale inf is not finite"):
+        Guidance(float("inf"))
     with pytest.raises(ValueError, match=r"guidance interval \[0.7, 0.2\]"):
         Guidance(2.0, 0.7, 0.2)

@@ -66,6 +66,16 @@ def test_runs_on_the_meta_device():
     assert out.v_hat.shape == (2, 4, 8, 8) and out.align_loss.shape == ()
 
 
+@pytest.mark.parametrize("drop", [torch.tensor([True]), torch.tensor([0.0, 1.0])])
+def test_dropped_labels_are_one_bool_each(sit, drop):
+    before = sit.train().bn.running_mean.clone()
+    with pytest.raises(ValueError, match="give one bool for each of 2 labels"):
+        sit_losses(sit, Z, LABELS, TARGETS, **DRAWS, label_drop=drop)
+    with pytest.raises(ValueError, match=r"times reach from 0\.5 to 7"):
+        sit_losses(sit, Z, LABELS, TARGETS, t=torch.tensor([0.5, 7.0]))
+    assert torch.equal(sit.bn.running_mean, before)
+
+
 def test_align_only_stops_at_the_tap_and_agrees(sit):
     full = sit_losses(sit, Z, LABELS, TARGETS, **DRAWS)
     calls = []

@@ -379,6 +379,12 @@ BAD_BATCHES = {
     "labels negative": (dict(labels=torch.tensor([0, 1, -2, 3])), "label -2 is outside"),
     "labels float": (dict(labels=torch.ones(4)), "labels have dtype torch.float32"),
     "labels count": (dict(labels=torch.tensor([1])), "for 4 images: give one class number per image"),
+    "labels true": (dict(labels=torch.ones(4).bool()), "labels have dtype torch.bool"),
+    "t = 7": (dict(t=torch.tensor([0.1, 0.2, 7.0, 0.3])), "times reach from 0.1 to 7"),
+    "targets whole": (
+        dict(targets=[each.long() for each in TARGETS]),
+        r"targets\[0\] have dtype torch.int64",
+    ),
     "labels null": (dict(labels=torch.tensor([0, 1, 2, 10])), "label 10 is outside 0 to 9"),
     "empty": (dict(x=X[:0], labels=LABELS[:0]), "at least one image"),
     "float64": (dict(x=X.double()), r"dtype torch\.float64, the VAE torch\.float32: convert one"),
@@ -482,6 +488,12 @@ def test_step_configuration_is_checked_when_it_is_made():
         StepConfig(weighting="edm")
     with pytest.raises(ValueError, match="unknown loss_precision 'float16': choose float32 or autocast"):
         StepConfig(loss_precision="float16")
+    for name, value in (
+        ("proj_coeff", -0.5), ("vae_align_coeff", -1.0), ("vae_diffusion_coeff", float("nan")),
+        ("max_grad_norm", 0.0), ("max_grad_norm", float("nan")), ("ema_decay", 2.0), ("ema_decay", -0.1),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"{name} is {value}: it "):
+            StepConfig(**{name: value})
     with pytest.raises(ValueError, match="every parameter of this Linear is frozen"):
         make_optimizer(nn.Linear(2, 2).requires_grad_(False))
 

@@ -615,10 +615,34 @@ def test_without_a_network_one_sentence_says_what_to_do(small, monkeypatch, tmp_
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     message = (
-        r"^cannot download dinov2-vit-b \(vit_base_patch14_dinov2.lvd142m of timm; \w+\): connect once, or "
-        r"pass weights=FILE$"
+        r"^cannot download dinov2-vit-b \(vit_base_patch14_dinov2.lvd142m of timm; the Hub cannot be reached "
+        r"\(offline\)\): connect and unset HF_HUB_OFFLINE, or pass weights=FILE$"
     )
     with pytest.raises(ConnectionError, match=message):
+        small("dinov2-vit-b", 64, weights="pretrained")
+
+
+def test_a_transfer_that_fails_in_its_own_way_is_one_sentence(small, monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("Data processing error: CAS service error")
+
+    monkeypatch.setattr(timm.models._hub, "hf_hub_download", broken)
+    message = (
+        r"^cannot download dinov2-vit-b \(.*; the transfer of timm/vit_base_patch14_dinov2.lvd142m failed "
+        r"\(RuntimeError: Data .*\)\): give the same command again; .*HF_HUB_DISABLE_XET=1.*weights=FILE$"
+    )
+    with pytest.raises(ConnectionError, match=message):
+        small("dinov2-vit-b", 64, weights="pretrained")
+
+
+@needs_hub
+def test_a_cached_file_that_is_not_whole_is_named(small, monkeypatch, tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"\x10")
+    monkeypatch.setattr(timm.models._hub, "hf_hub_download", lambda *_, **__: str(path))
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: str(path))
+    sentence = r"model\.safetensors is not a whole .*: remove \S+, and it is downloaded"
+    with pytest.raises(ValueError, match=sentence):
         small("dinov2-vit-b", 64, weights="pretrained")
 
 

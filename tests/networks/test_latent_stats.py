@@ -58,3 +58,10 @@ def test_refusals():
     for mean, std in ((0.0, 0.0), (0.0, -1.0), (float("nan"), 1.0), (0.0, float("inf")), (0.0, float("nan"))):
         with pytest.raises(ValueError, match="are not finite means and positive, finite standard deviations"):
             LatentStats(torch.tensor([0.0, mean]), torch.tensor([1.0, std])).check()
+        with pytest.raises(ValueError, match="are not finite means and positive, finite standard deviations"):
+            LatentStats(torch.tensor([0.0, mean]), torch.tensor([1.0, std])).normalize(torch.zeros(2, 1, 1))
+    stats = LatentStats(torch.zeros(4), torch.ones(4))
+    for apply in (stats.normalize, stats.denormalize):  # one channel would become four
+        for z in (torch.zeros(2, 1, 8, 8), torch.zeros(8)):
+            with pytest.raises(ValueError, match="and the latent statistics 4 channels"):
+                apply(z)

@@ -144,6 +144,51 @@ REFUSED = {
         lambda s: s(torch.zeros(1, 4, 8, 8), torch.zeros(1), torch.tensor([11])),
         "label 11 is outside 0 to 9",
     ),
+    "label 1.7": (
+        lambda s: s(torch.zeros(1, 4, 8, 8), torch.zeros(1), torch.tensor([1.7])),
+        r"labels have dtype torch\.float32",
+    ),
+    "label true": (
+        lambda s: s(torch.zeros(1, 4, 8, 8), torch.zeros(1), torch.tensor([True])),
+        r"labels have dtype torch\.bool",
+    ),
+    "t = 7": (
+        lambda s: s(torch.zeros(2, 4, 8, 8), torch.tensor([0.0, 7.0]), torch.zeros(2).long()),
+        "times reach from 0 to 7: they go from 0, data, to 1, noise",
+    ),
+    "t nan": (
+        lambda s: s(torch.zeros(1, 4, 8, 8), torch.tensor([float("nan")]), torch.zeros(1).long()),
+        "times reach from nan",
+    ),
+    "one time for two": (
+        lambda s: s(torch.zeros(2, 4, 8, 8), torch.zeros(1), torch.zeros(2).long()),
+        r"times have shape \(1,\) and dtype torch\.float32 for 2 latents: give one float for each",
+    ),
+    "whole times": (
+        lambda s: s(torch.zeros(1, 4, 8, 8), torch.zeros(1).long(), torch.zeros(1).long()),
+        r"dtype torch\.int64 for 1 latents",
+    ),
+    "no latents": (
+        lambda s: s(torch.zeros(0, 4, 8, 8), torch.zeros(0), torch.zeros(0).long()),
+        r"latents have shape \(0, 4, 8, 8\)",
+    ),
+    "whole latents": (
+        lambda s: s(torch.zeros(1, 4, 8, 8).long(), torch.zeros(1), torch.zeros(1).long()),
+        r"latents have dtype torch\.int64",
+    ),
+    "normalize": (lambda s: s.normalize(torch.zeros(2, 1, 8, 8)), "this SiT takes 4 channels"),
+    "denormalize": (lambda s: s.denormalize(torch.zeros(2, 1, 8, 8)), "the latent statistics 4 channels"),
+    "no spread": (
+        lambda s: s.set_latent_stats(LatentStats(torch.zeros(4), torch.zeros(4))),
+        "positive, finite standard deviations",
+    ),
+    "half a block": (lambda s: SiT.from_preset("tiny", depth=2.5), "depth is 2.5: it must be a whole number"),
+    "true": (lambda s: SiT.from_preset("tiny", heads=True), "heads is True: it must be a whole number"),
+    "target width": (
+        lambda s: SiT.from_preset("tiny", target_dims=(128, 0)),
+        r"target_dims is \(128, 0\): it must be at least 1",
+    ),
+    "label std": (lambda s: SiT.from_preset("tiny", label_std=float("nan")), "label_std is nan"),
 }
 
 

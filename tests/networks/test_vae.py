@@ -5,6 +5,7 @@ import torch
 from torch.distributions import Normal, kl_divergence
 from torch.testing import assert_close
 
+from repae_lite.networks.discriminator import PatchDiscriminator
 from repae_lite.networks.vae import VAE_PRESETS, AutoencoderKL, Posterior, VAEConfig
 
 
@@ -57,6 +58,7 @@ REFUSED = {
         r"dtype torch\.float64, the VAE torch\.float32: convert one",
     ),
     "one image": (torch.zeros(3, 32, 32), r"shape \(3, 32, 32\)"),
+    "none": (torch.zeros(0, 3, 32, 32), r"shape \(0, 3, 32, 32\)"),
     "size": (torch.zeros(1, 3, 30, 32), "30x32 is not a multiple of 4: resize or crop"),
 }
 
@@ -75,3 +77,38 @@ def test_other_refusals():
         AutoencoderKL.from_preset("tiny").decode(torch.zeros(1, 16, 8, 8))
     with pytest.raises(ValueError, match="groups=32 does not divide 16 channels"):
         VAEConfig(width=16)
+    with pytest.raises(ValueError, match=r"latents have dtype torch\.int64"):
+        AutoencoderKL.from_preset("tiny").decode(torch.zeros(1, 4, 8, 8).long())
+    with pytest.raises(ValueError, match=r"moments have shape \(1, 3, 2, 2\)"):
+        Posterior(torch.zeros(1, 3, 2, 2))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"latent_channels": 0}, "latent_channels is 0: it must be at least 1"),
+        ({"width": 32.5}, "width is 32.5: it must be a whole number"),
+        ({"multipliers": ()}, "give at least one level"),
+        ({"multipliers": [1, 2]}, r"multipliers is \[1, 2\]: give a tuple"),
+        ({"multipliers": (1, 0)}, r"multipliers is \(1, 0\): it must be at least 1"),
+        (
+            {"attention_levels": (4,)},
+            r"attention_levels \(4,\): give at least one level, and attention to none",
+        ),
+        ({"attention_levels": (-1,)}, r"attention_levels is \(-1,\): it must be at least 0"),
+    ],
+)
+def test_impossible_sizes_are_refused(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        VAEConfig(**sizes)
+
+
+def test_the_discriminator_says_what_it_can_see():
+    discriminator = PatchDiscriminator(width=8)
+    smallest = discriminator.smallest
+    assert discriminator(torch.zeros(1, 3, smallest, smallest)).shape == (1, 1, 1, 1)
+    for shape in ((1, 3, smallest - 1, smallest), (1, 1, 32, 32), (3, 32, 32)):
+        with pytest.raises(ValueError, match=r"this discriminator takes \(B, 3, H, W\), H and W at least 24"):
+            discriminator(torch.zeros(shape))
+    with pytest.raises(ValueError, match="layers 0 must be at least 1"):
+        PatchDiscriminator(layers=0)

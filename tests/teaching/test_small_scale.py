@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from pretended_mps import MPS, pretended_mps
 
 from repae_lite.checkpoints.models import load_latent_stats, load_vae
 from repae_lite.evaluation.metrics import psnr
@@ -242,3 +243,26 @@ def test_progress_in_a_notebook_ends_as_a_line_of_text(monkeypatch):
     monkeypatch.setattr(display, "display", lambda html, display_id: handle)
     assert list(progress("abc", 3, "letters")) == ["a", "b", "c"]
     assert shown == ["letters: 3 in 0 s"]
+
+
+def test_everything_is_and_runs_on_the_given_device(small, monkeypatch):
+    splits = {
+        "train": (small.images[:32], small.labels[:32]),
+        "eval": (small.eval_images[:32], small.eval_labels[:32]),
+    }
+    monkeypatch.setattr(small_scale, "load_embedded", splits.get)
+    with pretended_mps(monkeypatch):
+        there = SmallScale.load("mps")
+        for name in ("images", "labels", "tokens", "eval_images", "eval_labels"):
+            assert getattr(there, name).device == MPS, name
+        for method in ("repa", "repa-e"):
+            vae = load_vae("tiny") if method == "repa" else None
+            state = there.new_state(method, vae=vae)
+            networks = (there.encoder, there.perceptual, there.evaluator, state.vae, state.sit, state.ema)
+            assert all(value.device == MPS for network in networks for value in network.state_dict().values())
+            (losses,) = there.train(state, 1, targets=there.tokens, batch=4)
+            assert losses["sit_total"] > 0
+        samples, labels = there.generate(state.ema, state.vae, 4, steps=2)
+        scores = there.score(samples, labels, there.reconstruct(state.vae))
+        assert samples.device == labels.device == MPS and scores["frechet"] > 0
+        assert there.eval_latents(state.vae).device == MPS

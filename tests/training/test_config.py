@@ -4,11 +4,16 @@ import math
 from dataclasses import replace
 
 import pytest
+import torch
+from hypothesis import given as examples
+from hypothesis import settings
+from hypothesis import strategies as st
 
 from repae_lite.commands.main import main, make_parser
 from repae_lite.commands.presets import preset_names, presets_dir, read_preset
 from repae_lite.commands.train_flags import config_from
 from repae_lite.method.losses import VAELossConfig
+from repae_lite.training.build import build
 from repae_lite.training.config import (
     COMMANDS,
     OPTIONS,
@@ -141,12 +146,14 @@ def test_every_option_with_a_range_is_held_to_it():
     assert numbers <= set(named), "every number has a range"
     for names, values_of in RANGES.items():
         for name in names.split():
-            command = OPTIONS[name].metadata["only"][0]
+            company = {"command": OPTIONS[name].metadata["only"][0]}
+            if name == "milestone_steps":
+                company["keep_last"] = 1
             for value in values_of[INSIDE]:
-                assert getattr(TrainConfig(command=command, **{name: value}), name) == value
+                assert getattr(TrainConfig(**company, **{name: value}), name) == value
             for value in values_of[OUTSIDE]:
                 with pytest.raises(ValueError, match=rf"^{flag(name)} is .*: it "):
-                    TrainConfig(command=command, **{name: value})
+                    TrainConfig(**company, **{name: value})
 
 
 TINY = {  # the embedded scale, as chapter 05 trains it
@@ -171,6 +178,140 @@ def test_what_the_tiny_scale_changes(command):
 def test_full_scale_must_say_where_the_vae_is():
     with pytest.raises(ValueError, match="--vae-ckpt FILE, or none to start from scratch"):
         TrainConfig.build("repae")
+
+
+# What options act on: how it is turned off, and the end of the sentence.
+OFF = {
+    "encoder": ({"enc_type": "none", "vae_align_proj_coeff": 0.0}, "since --enc-type none has no targets"),
+    "adam": ({"optimizer": "sgd"}, "to SGD"),
+    "lpips": ({"perceptual": "tiny"}, "with --perceptual tiny"),
+    "tracker": ({"report_to": "trackio"}, "with --report-to trackio"),
+    "grids": ({"sampling_steps": 0}, "with --sampling-steps 0"),
+    "pruning": ({"keep_last": None}, "without --keep-last, since all checkpoints are kept"),
+    "guard": ({"on_divergence": "off"}, "with --on-divergence off"),
+    "half": ({"mixed_precision": "no"}, r"in precision no \(--mixed-precision no\)"),
+    "fp16": ({"mixed_precision": "bf16"}, "in precision bf16"),
+    "discriminator": ("discriminator_weight: 0", "loss.yaml has no adversarial loss"),
+    "perceptual": ("perceptual_weight: 0", "loss.yaml has no perceptual loss"),
+    "losses": ("{discriminator_weight: 0, perceptual_weight: 0}", "neither a perceptual nor an adversarial"),
+}
+SAID = {  # some value that is not the default
+    "encoder_depth": 3, "projector": "conv", "enc_weights": "random", "proj_coeff": 0.7, "spatial_norm": 0.6,
+    "disc_pretrained_ckpt": "d.pt", "disc_learning_rate": 2e-4, "perceptual": "tiny",
+    "lpips_range": "official", "adam_beta1": 0.5, "adam_beta2": 0.5, "adam_epsilon": 1e-4,
+    "loss_precision": "autocast", "logging_dir": "elsewhere", "sample_images": 3, "milestone_steps": 7,
+    "divergence_patience": 3, "divergence_variance": 0.5, "divergence_falls": 3,
+}  # fmt: skip
+ON = {"report_to": "wandb", "keep_last": 1, "mixed_precision": "fp16"}  # what the defaults leave off
+ALWAYS = """exp_name output_dir seed data_dir resolution num_classes vae_latents_name num_workers vae vae_ckpt
+loss_cfg_path model cfg_prob bn_momentum train_pos_embed enc_type vae_align_proj_coeff vae_diffusion_coeff
+path_type prediction weighting max_train_steps epochs batch_size gradient_accumulation_steps learning_rate
+vae_learning_rate lr_warmup_steps optimizer adam_weight_decay max_grad_norm ema_decay mixed_precision
+allow_tf32 cpu compile gradient_checkpointing micro_batches report_to logging_steps sampling_steps
+checkpointing_steps keep_last checkpoint_format resume resume_step continue_train_exp_dir
+on_divergence""".split()
+REFUSED_ALWAYS = ["qk_norm", "fused_attn", "wandb_history_path"]
+
+
+def test_every_option_has_an_effect_or_a_condition():
+    """Whoever adds an option says here, or by its `needs`, when it has an effect."""
+    needing = {
+        name: option.metadata["needs"] for name, option in OPTIONS.items() if "needs" in option.metadata
+    }
+    assert needing.keys() == SAID.keys()
+    assert {need for needs in needing.values() for need in needs.split()} == OFF.keys()
+    assert sorted([*needing, *ALWAYS, *REFUSED_ALWAYS]) == sorted(OPTIONS)
+    for name in REFUSED_ALWAYS:
+        assert "refusal" in OPTIONS[name].metadata
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_an_option_without_effect_is_refused_and_its_default_is_not(name, tmp_path):
+    meta = OPTIONS[name].metadata
+    command = meta["only"][0]
+    TrainConfig(command=command, **ON, **{name: SAID[name]})
+    for need in meta["needs"].split():
+        off, sentence = OFF[need]
+        message = rf"^{flag(name)} means nothing .*{sentence}.*: leave it out$"
+        if isinstance(off, dict):
+            TrainConfig(command=command, **ON | off)
+            with pytest.raises(ValueError, match=message):
+                TrainConfig(command=command, **ON | off, **{name: SAID[name]})
+        else:  # known when the losses' file has been read
+            path = tmp_path / "loss.yaml"
+            path.write_text(off)
+            given = {"vae_ckpt": "none", "mixed_precision": "fp16", "loss_cfg_path": str(path)}
+            config = TrainConfig.build(command, **given, **{name: SAID[name]})
+            with pytest.raises(ValueError, match=message):
+                build(config, 10, torch.device("cpu"))
+
+
+def test_the_precision_that_auto_means_counts():
+    config = TrainConfig.build("repae", vae="tiny", divergence_falls=3)
+    config.check_precision("fp16")
+    with pytest.raises(ValueError, match=r"--divergence-falls means nothing in precision bf16 \(--mixed-p"):
+        config.check_precision("bf16")
+
+
+def test_a_preset_may_be_overruled_but_not_contradict_itself(tmp_path, caplog):
+    off = ("--enc-type", "none")
+    with caplog.at_level("INFO"):
+        config = parse("repae", "--preset", "repae-sdvae", *off)
+    assert config.encoders is None and config.encoder_depth == 8
+    assert "--encoder-depth of the preset means nothing since --enc-type none" in caplog.text
+    with pytest.raises(ValueError, match="--proj-coeff means nothing since --enc-type none"):
+        parse("repae", "--preset", "repae-sdvae", *off, "--proj-coeff", "0.7")
+    path = tmp_path / "mine.yaml"
+    path.write_text("vae: tiny\nenc-type: none\nvae-align-proj-coeff: 0\nproj-coeff: 0.7\n")
+    with pytest.raises(ValueError, match="--proj-coeff means nothing"):
+        parse("repae", "--preset", str(path))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"max_train_steps": 2.9}, "--max-train-steps is 2.9: it must be of type int"),
+        ({"batch_size": True}, "--batch-size is True: it must be of type int"),
+        ({"batch_size": "8"}, "--batch-size is '8': it must be of type int"),
+        (
+            {"gradient_accumulation_steps": True},
+            "is True: it must be of type int",
+        ),  # which equals its default
+        ({"cpu": 1}, "--cpu is 1: it must be of type bool"),
+        ({"enc_type": None}, "--enc-type is None: it must be of type str"),
+        ({"data_dir": " "}, "--data-dir is ' ': give a name or a path"),
+        ({"output_dir": ""}, "--output-dir is '': give a name or a path"),
+        ({"vae_ckpt": "a\0b"}, "--vae-ckpt is 'a.x00b': give a name or a path"),
+    ],
+)
+def test_options_in_python_have_their_types(given, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig.build("repae", **{"vae": "tiny"} | given)
+
+
+def test_paths_and_whole_numbers_are_taken_for_what_they_mean(tmp_path):
+    config = TrainConfig.build("repae", vae="tiny", output_dir=tmp_path, proj_coeff=1)
+    assert config.output_dir == str(tmp_path) and type(config.proj_coeff) is float
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "train-vae --vae tiny --data-dir=",
+        "train-ldm --vae tiny --vae-latents-name=",
+        "train-repae --vae tiny --resume=",
+        "train-repae --vae tiny --resume-step 3 --continue-train-exp-dir=",
+        "preprocess --imagenet-path=",
+        "preprocess --imagenet-path x --output-path=",
+        "cache-latents --vae-latents-name a --vae-ckpt=",
+        "export-vae --exp-path=",
+        "download sdvae --output-dir=",
+    ],
+)
+def test_an_empty_value_is_not_the_current_folder(words, capsys):
+    assert main(words.split()) == 2
+    error = capsys.readouterr().err
+    assert "is '', without a letter: give a value, or leave it out" in error and error.count("\n") == 1
 
 
 def test_a_mistake_is_one_sentence_and_exit_code_2(capsys):
@@ -249,6 +390,22 @@ def test_presets_fill_in_and_explicit_flags_win(tmp_path):
         ("command: train-ldm", "is for repae train-ldm, not for train-repae"),
         ("command: preprocess", "does not say which command it is for"),
         ("- a", "holds a list"),
+        ("", "holds nothing"),
+        ("max-train-steps: 2.9", "is '2.9': it must be of type int"),
+        ("batch-size: 8\nbatch-size: 9", "line 2: 'batch-size' is set a second time"),
+        ("batch-size: 8\nbatch_size: 9", "sets batch_size twice, once as 'batch_size'"),
+        ("a: &a [*a]", "line 1: this list or section is used a second time by its &name"),
+        ("a: &a {b: *a}", "line 1: this list or section is used a second time by its &name"),
+        ("a: " + "[" * 5000, "is nested too deeply"),
+        ("a: !!python/object/apply:os.system [ls]", "line 1: the tag .*os.system is not known here"),
+        ("? [a]\n: b", "line 1: give a word as a name"),
+        ("vae: tiny\n---\nvae: tiny", "line 2: but found another document"),
+        ("vae:\ttiny\n\tmodel: tiny", "is not YAML"),
+        ('exp-name: "\\ud800"', "is no text"),
+        ('exp-name: "\\UFFFFFFFF"', "is not YAML"),
+        ("learning-rate: .nan", "--learning-rate is nan"),
+        ("learning-rate: -.inf", "--learning-rate is -inf"),
+        ("released: sdvae", "released in the preset .* is 'sdvae': give a list of names"),
         ("a: [", "is not YAML"),
     ],
 )
@@ -257,6 +414,43 @@ def test_presets_that_do_not_fit_are_refused(tmp_path, text, message):
     path.write_text(text)
     with pytest.raises(ValueError, match=message):
         parse("repae", "--preset", str(path))
+
+
+def test_a_value_is_what_is_written(tmp_path):
+    path = tmp_path / "mine.yaml"
+    text = """command: train-vae\nmixed-precision: no\nexp-name: 007\nmax-train-steps: 1e3
+batch-size: &size 8\nmicro-batches: *size\ncpu: yes\ncompile: Off
+vae-learning-rate: 1e-4\ndata-dir: 2026-01-01\n"""
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+        path.write_text(text, encoding=encoding)
+        assert read_preset(str(path)).options == {
+            "mixed_precision": "no", "exp_name": "007", "max_train_steps": 1000, "batch_size": 8,
+            "micro_batches": 8, "cpu": True, "compile": False, "vae_learning_rate": 1e-4,
+            "data_dir": "2026-01-01",
+        }  # fmt: skip
+
+
+def test_files_that_are_no_text_are_refused(tmp_path):
+    path = tmp_path / "mine.yaml"
+    for content in (bytes(range(256)), "exp-name: Größe".encode("latin-1"), b"a" * 1_000_001):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"is not YAML|is larger than 1,000,000 bytes"):
+            read_preset(str(path))
+
+
+YAML = st.text(alphabet="ab:-?,[]{}&*!|>'\"%@#~<0.\\Uux \n\t\r", max_size=60) | st.text(max_size=20)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@examples(content=YAML.map(lambda text: text.encode("utf-8", "surrogatepass")) | st.binary(max_size=60))
+def test_any_bytes_are_names_and_values_or_one_sentence(tmp_path_factory, content):
+    path = tmp_path_factory.getbasetemp() / "any.yaml"
+    path.write_bytes(content)
+    for read in (lambda: read_preset(str(path), "vae"), lambda: read_loss_config(str(path))):
+        try:
+            read()
+        except ValueError as error:
+            assert str(path) in str(error)
 
 
 @pytest.mark.parametrize("name", preset_names())
@@ -302,6 +496,8 @@ losses: {discriminator_start: 0, discriminator_factor: 1.0, discriminator_weight
 def test_loss_configuration(tmp_path):
     assert read_loss_config("configs/l1_lpips_kl_gan.yaml") == {}  # the defaults are that recipe
     assert read_loss_config("tiny") == {"gan_weight": 0.0}
+    with pytest.raises(FileNotFoundError, match=r"nothere/l1_lpips_kl_gan.yaml does not exist"):
+        read_loss_config("nothere/l1_lpips_kl_gan.yaml")
     path = tmp_path / "l1_lpips_kl_gan.yaml"
     path.write_text("losses: {kl_weight: 2e-6}")
     assert read_loss_config(str(path)) == {"kl_weight": 2e-6}  # a file of that name counts
@@ -319,6 +515,8 @@ def test_loss_configuration(tmp_path):
         "kl_weight: .inf": "must be 0 or more",
         "discriminator_start: 0.5": "must be of type int",
         "perceptual_loss: vgg": "only 'lpips'",
+        "discriminator_factor: two": "must be of type float",
+        "{a: {kl_weight: 1}, b: {kl_weight: 2}}": "sets 'kl_weight' in two sections",
     }
     for text, message in bad.items():
         path.write_text(text)

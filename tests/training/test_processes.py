@@ -146,15 +146,19 @@ def test_a_signal_to_the_launcher_ends_in_a_checkpoint(tmp_path):
     assert folder.metrics()[-1]["step"] == step, errors[-2000:]
 
 
-def test_a_refusal_is_said_once_and_ends_both(tmp_path):
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_refusal_is_said_once_and_ends_both(tmp_path, damaged):
     train(config_in(tmp_path, "two", max_train_steps=1))
+    if damaged:
+        (tmp_path / "two" / "checkpoints" / "0000001" / "resume.pt").write_bytes(b"half")
     done = subprocess.run(
-        launch(tmp_path, max_train_steps=2),
+        launch(tmp_path, max_train_steps=2, **({"resume": "latest"} if damaged else {})),
         cwd=ROOT,
         env=environment(),
         capture_output=True,
         text=True,
         timeout=120,
     )
-    assert done.returncode != 0 and done.stderr.count("already holds a run") == 1
+    sentence = "is not a whole file" if damaged else "already holds a run"
+    assert done.returncode != 0 and done.stderr.count(sentence) == 1
     assert "gloo" not in done.stderr.lower() and "Connection" not in done.stderr

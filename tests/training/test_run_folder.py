@@ -3,8 +3,14 @@
 import argparse
 import errno
 import json
+import math
 import os
 import pickle
+import re
+import shutil
+import stat
+from collections import namedtuple
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +26,7 @@ from repae_lite.training.run_folder import (
     named_state,
     newest,
     read_checkpoint,
+    with_way_out,
 )
 
 STATS = LatentStats(torch.zeros(4), torch.ones(4))
@@ -60,11 +67,11 @@ def trained(width: int = 3, steps: int = 2):
     return net, optimizer
 
 
-def save(folder: RunFolder, step: int, kind: str = "safetensors", steps: int = 2):
+def save(folder: RunFolder, step: int, kind: str = "safetensors", steps: int = 2, **more):
     net, optimizer = trained(steps=steps)
     groups = {"discriminator": {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}}
     extras = {"args": {"model": "x"}, "groups": groups, "data": "abc"}
-    folder.save(step, {"discriminator": net}, {"discriminator": optimizer}, STATS, extras, kind=kind)
+    folder.save(step, {"discriminator": net}, {"discriminator": optimizer}, STATS, extras, kind=kind, **more)
     return net, optimizer
 
 
@@ -148,28 +155,187 @@ def test_only_whole_checkpoints_count_and_leftovers_go(folder):
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "official"])
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), RuntimeError("unexpected pos 704 vs 598")])
-def test_a_full_disk_leaves_the_last_checkpoint(folder, monkeypatch, kind, error):
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (
+            errno.ENOSPC,
+            r"\(No space left.* needs about .* GB; the one of step 5 is whole; make room, then go on",
+        ),
+        (
+            errno.EDQUOT,
+            r"quota exceeded\): it needs about .* GB; the one of step 5 is whole; make room, then",
+        ),
+        (
+            errno.EIO,
+            r"\(Input/output error\): the one of step 5 is whole; once files can be written there again",
+        ),
+    ],
+)
+def test_a_disk_that_refuses_leaves_the_last_checkpoint(folder, monkeypatch, kind, number, words):
     save(folder, 5, kind)
-    monkeypatch.setattr(run_folder.torch, "save", lambda *_: (_ for _ in ()).throw(error))
-    with pytest.raises(
-        OSError, match=r"of step 6 .*No space left.* needs about .* GB; the one of step 5 is whole"
-    ):
+
+    def full(_, file):
+        file.write(b"half")
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(run_folder.torch, "save", full)
+    with pytest.raises(OSError, match=f"of step 6 .*{words}.*--resume latest"):
         save(folder, 6, kind)
     monkeypatch.undo()
     assert list(folder.checkpoints()) == [5] and read_checkpoint(folder.checkpoints()[5]).step == 5
     assert not list(folder.checkpoints_path.glob(".*"))
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a file that is always full")
+def test_the_cause_of_a_failed_write_is_known():
+    with pytest.raises(OSError, match="No space left on device"):
+        run_folder._save_pickle({"x": torch.zeros(300000)}, Path("/dev/full"))
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "official", "both"])
 @pytest.mark.parametrize(
     ("keep_last", "milestone_steps", "left"),
     [(None, 0, [10, 20, 30, 33]), (2, 0, [30, 33]), (1, 20, [20, 33]), (9, 0, [10, 13, 20, 30, 33])],
 )
-def test_pruning(folder, keep_last, milestone_steps, left):
-    for step in (10, 13, 20, 30, 33):  # 13 and 33 after signals
-        save(folder, step)
-    folder.prune(keep_last=keep_last, milestone_steps=milestone_steps, checkpointing_steps=10)
+def test_pruning(folder, kind, keep_last, milestone_steps, left):
+    for step in (10, 13, 20, 30, 33):
+        save(folder, step, kind, interim=step in (13, 33))  # after signals
+    folder.prune(keep_last=keep_last, milestone_steps=milestone_steps)
     assert list(folder.checkpoints()) == left
+    assert read_checkpoint(folder.checkpoints()[33]).step == 33
+
+
+def test_what_cannot_be_removed_is_a_warning(folder, monkeypatch, caplog):
+    for step in (1, 2, 3):
+        save(folder, step)
+    monkeypatch.setattr(os, "rename", refusing(os.rename, errno.EACCES, "0000001"))
+    monkeypatch.setattr(os, "rmdir", refusing(os.rmdir, errno.ENOTEMPTY, ".0000002"))
+    folder.prune(keep_last=1, milestone_steps=0)
+    assert "0000001 cannot be removed (Permission denied)" in caplog.text
+    assert "cannot be removed (Directory not empty)" in caplog.text
+    assert list(folder.checkpoints()) == [1, 3]
+    folder.remove_leftovers()
+    save(folder, 2)  # what is left of the old one is not in the way
+    assert list(folder.checkpoints()) == [1, 2, 3]
+    monkeypatch.undo()
+    folder.remove_leftovers()
+    assert sorted(os.listdir(folder.checkpoints_path)) == ["0000001", "0000002", "0000003"]
+
+
+def refusing(function, number: int, name: str):
+    """A function of `os` that refuses paths whose last name begins so."""
+
+    def call(path, *args, **kwargs):
+        if Path(path).name.startswith(name):
+            raise OSError(number, os.strerror(number), str(path))
+        return function(path, *args, **kwargs)
+
+    return call
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM])
+def test_a_disk_that_cannot_sync_folders_holds_checkpoints(folder, monkeypatch, number):
+    real = os.fsync
+
+    def fsync(handle):
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(number, os.strerror(number))
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    save(folder, 5, "both")
+    assert read_checkpoint(folder.checkpoints()[5]).step == 5
+
+
+def test_what_the_disk_lacks_is_said_before_the_first_step(folder, monkeypatch, caplog):
+    save(folder, 5)
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(9e9, 6e9, 3e9))
+    folder.check_disk(2**30, planned=2, keep_last=None)
+    assert not caplog.text
+    folder.check_disk(2**30, planned=9, keep_last=None)
+    assert "9 checkpoints are to come, of 1.1 GB each, and" in caplog.text
+    folder.check_disk(2**30, planned=9, keep_last=2)  # two more beside the one that is there
+    with pytest.raises(OSError, match=r"^--keep-last 4 needs 4\.3 GB more in .*, where 3\.0 GB are free"):
+        folder.check_disk(2**30, planned=9, keep_last=4)
+    with pytest.raises(OSError, match=r"^a checkpoint needs 4\.3 GB more"):
+        folder.check_disk(2**32, planned=9, keep_last=None)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, 0))  # as some remote disks say
+    folder.check_disk(2**32, planned=9, keep_last=None)
+    assert os.listdir(folder.checkpoints_path) == ["0000005"]
+    monkeypatch.setattr(
+        os, "replace", lambda *_: (_ for _ in ()).throw(OSError(errno.EPERM, "not permitted"))
+    )
+    with pytest.raises(OSError, match=r"cannot write in .*checkpoints \(not permitted\)"):
+        folder.check_disk(1, planned=9, keep_last=None)
+    assert os.listdir(folder.checkpoints_path) == ["0000005"]
+    shutil.rmtree(folder.checkpoints_path)
+    folder.checkpoints_path.symlink_to("nowhere")
+    with pytest.raises(OSError, match="checkpoints is a link to nowhere, which does not exist"):
+        folder.check_disk(1, planned=9, keep_last=None)
+
+
+PIECES = {  # path in resume.pt -> values that are none
+    ("step",): (None, -1, "5", 2.5, True),
+    ("optimizers",): (None, [], {"discriminator": {"first.bias": 1}}, {3: {}}),
+    ("extras",): (None, "x"),
+    ("extras", "args"): (None, []),
+    ("extras", "fixed"): ([],),
+    ("extras", "rollbacks"): (-1, "x"),
+    ("extras", "guard"): (None, {}, {"zero_since": [], "scales": {}, "falling": {}, "first_variance": None}),
+    ("extras", "scalers"): (None, {"sit": {}}, {"sit": 3}),
+}
+
+
+@pytest.mark.parametrize(("where", "value"), [(k, v) for k, values in PIECES.items() for v in values])
+def test_an_odd_piece_is_one_sentence_with_the_way_out(folder, where, value):
+    save(folder, 5)
+    save(folder, 10)
+    file = folder.checkpoints()[10] / "resume.pt"
+    content = torch.load(file, weights_only=True)
+    place = content
+    for name in where[:-1]:
+        place = place[name]
+    place[where[-1]] = value
+    torch.save(content, file)
+    older = re.escape(str(folder.checkpoints()[5]))
+    with (
+        pytest.raises(
+            ValueError, match=f"0000010.* is damaged: .*; {older} is whole: move .*0000010 away, then go on"
+        ),
+        with_way_out(folder.checkpoints()[10], own=True),
+    ):
+        read_checkpoint(folder.checkpoints()[10])
+
+
+@pytest.mark.parametrize("key", ["steps", "opt_disc", "repae_lite"])
+def test_odd_pieces_of_an_official_file_are_one_sentence(folder, key):
+    save(folder, 5, "official")
+    path = folder.checkpoints()[5]
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        content = torch.load(path, weights_only=True)
+    for value in (None, "x", {"state": {"a": 1}}, {"state": {0: 3}}):
+        if key == "repae_lite" and isinstance(value, dict):
+            continue  # unknown extras are nothing to refuse
+        torch.save(content | {key: value}, path)
+        with pytest.raises(ValueError, match=f"{path.name}.* damaged.*; no earlier one in .* is whole"):
+            with with_way_out(path, own=False):
+                read_checkpoint(path)
+
+
+def test_a_damaged_file_of_a_run_is_not_to_be_got_again(folder):
+    save(folder, 5)
+    save(folder, 10)
+    newest_one = folder.checkpoints()[10]
+    for name in ("discriminator.safetensors", "resume.pt"):
+        (newest_one / name).write_bytes(b"half")
+        with pytest.raises(
+            ValueError, match=f"{name} is not a whole .*0000005 is whole: give --resume"
+        ) as error:
+            with with_way_out(newest_one, own=False):
+                read_checkpoint(newest_one)
+        assert "again" not in str(error.value)
 
 
 def test_finding_a_checkpoint(folder, tmp_path):
@@ -210,6 +376,12 @@ def test_optimiser_states_that_do_not_fit_are_refused():
     wide, third = trained(width=7, steps=0)
     with pytest.raises(ValueError, match=r"another shape for first.weight: \[3, 2\] instead of \[7, 2\]"):
         fill_optimizer(third, wide, states, None)
+    good = states["first.bias"]
+    for odd in ({}, {"step": "x"}, {"step": torch.tensor(math.nan)}, {"exp_avg": None}, {"exp_avg": 1.0}):
+        wrong = good | odd if odd else {}
+        with pytest.raises(ValueError, match=r"is damaged: its optimiser state .*of first\.bias"):
+            fill_optimizer(second, other, states | {"first.bias": wrong}, None)
+    assert not second.state_dict()["state"]
 
 
 class Evil:
@@ -267,6 +439,36 @@ def test_metrics_are_cut_after_a_step_and_where_a_line_is_torn(folder, tail):
     assert [record["step"] for record in folder.metrics()] == [1]
 
 
+@pytest.mark.parametrize(
+    "odd", [b"\0\0\0", b"[" * 100_000, b"\xff", b"[1]", b'{"step": "3"}', b'{"step": 99}', b""]
+)
+def test_an_odd_line_drops_nothing_after_it(folder, caplog, odd):
+    lines = [b'{"step": 1}', odd, b'{"step": 2}', b'{"step": 3}']
+    folder.path.mkdir()
+    folder.metrics_path.write_bytes(
+        b"\n".join(lines)
+    )  # the last line without its end, as an editor leaves it
+    folder.cut_metrics(2)
+    assert folder.metrics_path.read_bytes() == b"\n".join([*lines[:3], b""])
+    assert [record["step"] for record in folder.metrics() if record["step"] < 9] == [1, 2]
+    folder.cut_metrics(2)
+    assert folder.metrics_path.read_bytes() == b"\n".join([*lines[:3], b""])
+    assert ("1 lines that are no measurements: they stay" in caplog.text) == (b"99" not in odd)
+
+
+def test_a_full_disk_is_said_of_the_metrics_too(folder, monkeypatch):
+    folder.log({"step": 1})
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.EDQUOT, "Quota exceeded")))
+    with pytest.raises(
+        OSError, match=r"cannot write .*metrics\.jsonl \(Quota exceeded\): make room, then go on"
+    ):
+        folder.sync_metrics()
+    folder.metrics_path.unlink()
+    folder.metrics_path.mkdir()
+    with pytest.raises(OSError, match=r"cannot write .*metrics\.jsonl \(Is a directory\): once files can be"):
+        folder.log({"step": 2})
+
+
 def test_rolling_back_keeps_what_it_takes_away(folder):
     for step in (2, 4, 6):
         save(folder, step)
@@ -274,5 +476,9 @@ def test_rolling_back_keeps_what_it_takes_away(folder):
     folder.roll_back(2)
     assert list(folder.checkpoints()) == [2] and [record["step"] for record in folder.metrics()] == [2]
     assert sorted(os.listdir(folder.path / "divergence" / "evidence")) == ["0000004", "0000006"]
+    save(folder, 4)
+    folder.roll_back(2)
+    assert sorted(os.listdir(folder.path / "divergence" / "evidence-1")) == ["0000004", "0000006"]
+    assert os.listdir(folder.path / "divergence" / "evidence") == ["0000004"]
     report = folder.report(6, {"finding": "x", "history": [{"norm": float("inf")}]})
     assert json.loads(report.read_text()) == {"finding": "x", "history": [{"norm": None}]}

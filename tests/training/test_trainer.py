@@ -1,6 +1,7 @@
 """Runs of a few steps by command: what they write, how they resume, stop, diverge and refuse."""
 
 import errno
+import io
 import json
 import multiprocessing
 import os
@@ -257,7 +258,7 @@ def test_a_loader_process_that_dies_is_one_sentence(tmp_path, monkeypatch, capsy
     )
     words = ["--num-workers", "1", "--max-train-steps", "60", "--sampling-steps", "0"]
     assert (
-        "a loader process died, perhaps for lack of memory"
+        "a loader process ended before its work (DataLoader worker (pid"
         in refused(capsys, tmp_path, *words, lines=None).splitlines()[-1]
     )
     assert not multiprocessing.active_children()
@@ -277,6 +278,96 @@ def test_a_full_disk_is_said_once_and_well(tmp_path, monkeypatch, capsys):
         "cannot write the checkpoint of step 2" in last
         and "make room, then go on with --resume latest" in last
     )
+
+
+class Closed(io.StringIO):
+    """A pipe that nobody reads."""
+
+    def write(self, text):
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+    flush = write
+
+
+def test_a_closed_pipe_does_not_end_a_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Closed())
+    monkeypatch.setattr(sys, "stdout", Closed())
+    words = ["--max-train-steps", "2", "--batch-size", "4", "--sampling-steps", "1", "--sample-images", "1"]
+    assert main(["train-repae", "--vae", "tiny", "--output-dir", str(tmp_path), *words]) == 0
+    assert list(RunFolder(tmp_path / "run").checkpoints()) == [2]
+
+
+def test_what_only_reports_may_fail(tmp_path, monkeypatch, caplog):
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    for module, name in ((training, "save_grid"), (run_log, "write_text")):
+        monkeypatch.setattr(module, name, lambda *_: (_ for _ in ()).throw(full))
+    assert list(run(tmp_path, max_train_steps=2, sampling_steps=1).checkpoints()) == [2]
+    for name in ("0000001.png", "manifest.json"):
+        assert f"{name} cannot be written (No space left on device): training goes on" in caplog.text
+
+
+def test_extending_a_run_removes_nothing(tmp_path):
+    run(tmp_path, max_train_steps=3, checkpointing_steps=1)
+    assert list(run(tmp_path, max_train_steps=4, resume="latest").checkpoints()) == [1, 2, 3, 4]
+
+
+def test_checkpoints_that_are_elsewhere_are_asked_for(tmp_path, capsys):
+    folder = run(tmp_path, max_train_steps=2)
+    before = {path: path.read_bytes() for path in folder.path.iterdir() if path.is_file()}
+    folder.checkpoints_path.rename(tmp_path / "moved")
+    for more in ([], ["--resume", "latest"], ["--resume", str(tmp_path / "moved" / "0000002")]):
+        text = refused(capsys, tmp_path, *more)
+        assert "has saved a checkpoint of step 2, but there is none in" in text and "mount it or move" in text
+    assert {path: path.read_bytes() for path in folder.path.iterdir() if path.is_file()} == before
+    (tmp_path / "moved").rename(folder.checkpoints_path)
+    assert len(run(tmp_path, resume="latest", max_train_steps=3).metrics()) == 3
+
+
+def test_a_start_that_left_no_checkpoint_is_kept_beside_the_next(whole, tmp_path, caplog):
+    (tmp_path / "run").mkdir()
+    for name in ("args.json", "manifest.json", "metrics.jsonl"):
+        (tmp_path / "run" / name).write_text("{}]\n")
+    assert_same_run(whole, run(tmp_path, resume="latest"))
+    for name in ("args-1.json", "manifest-1.json", "metrics-1.jsonl"):
+        assert (tmp_path / "run" / name).read_text() == "{}]\n" and f"kept as {name}" in caplog.text
+
+
+def test_a_refused_run_leaves_what_it_found(tmp_path, capsys):
+    mine = tmp_path / "run" / "lock" / "lock"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    refused(capsys, tmp_path, "--data-dir", "nowhere")
+    assert mine.read_text() == "mine"
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").write_text("mine")
+    refused(capsys, tmp_path, "--data-dir", "nowhere", "--exp-name", "other")
+    assert os.listdir(tmp_path / "other") == ["file"]
+
+
+@pytest.mark.parametrize("name", ["file", "link", "long"])
+def test_an_impossible_place_is_refused(tmp_path, capsys, name):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to("nothing")
+    place = {"file": "file", "link": "link/deep", "long": "x" * 300}[name]
+    words = {"file": "Not a directory", "link": "link is a link to nothing", "long": "File name too long"}
+    assert words[name] in refused(capsys, tmp_path, "--output-dir", str(tmp_path / place))
+
+
+def test_a_damaged_checkpoint_names_the_whole_one_before_it(whole, tmp_path, capsys):
+    folder = run(tmp_path)
+    damaged = folder.checkpoints()[6]
+    (damaged / "sit.safetensors").write_bytes(b"half")
+    (damaged / "vae.safetensors").unlink()
+    words = ["--max-train-steps", "6", "--resume", "latest"]
+    text = refused(capsys, tmp_path, *words)
+    assert f"0000004 is whole: move {damaged} away, then go on with --resume latest" in text
+    damaged.rename(tmp_path / "away")
+    state = torch.load(folder.checkpoints()[4] / "resume.pt", weights_only=True)
+    torch.save(state | {"optimizers": {}}, folder.checkpoints()[4] / "resume.pt")
+    text = refused(capsys, tmp_path, *words)
+    assert "0000004 is damaged: it has no optimiser states of" in text and "0000002 is whole: move" in text
+    folder.checkpoints()[4].rename(tmp_path / "away too")
+    assert_same_run(whole, run(tmp_path, resume="latest"))
 
 
 def test_checkpoints_are_pruned(tmp_path):
@@ -311,8 +402,8 @@ sys.exit(main.main(sys.argv[4:]))
     [
         ("training", "all_updates", 4, [2]),  # between two checkpoints
         ("run_folder", "save_sit", 4, [2]),  # in the second checkpoint, after some of its files
-        ("run_folder", "_sync", 3, [2]),  # when it is whole but has not its name
-        ("run_folder", "_sync", 4, [2, 4]),  # just after it got its name
+        ("run_folder", "sync", 3, [2]),  # when it is whole but has not its name
+        ("run_folder", "sync", 4, [2, 4]),  # just after it got its name
     ],
 )
 def test_a_killed_run_goes_on_to_the_bit(whole, tmp_path, module, name, count, left):

@@ -19,6 +19,13 @@ class Sizes:
             raise ValueError(f"width is {self.width}: it must be at least 1")
 
 
+def nested(depth: int) -> dict:
+    found: dict = {}
+    for _ in range(depth):
+        found = {"width": found}
+    return found
+
+
 def test_what_was_written_comes_back():
     sizes = Sizes(3, levels=(4,), rate=1.0)
     assert checked_config(Sizes, asdict(sizes), "it") == sizes
@@ -42,6 +49,7 @@ def test_what_was_written_comes_back():
         ({"width": 0}, "it has an impossible configuration: width is 0: it must be at least 1"),
         ([1], "it has an impossible configuration"),
         (None, "it has an impossible configuration"),
+        (nested(100_000), "it has a configuration that is nested too deeply"),
     ],
 )
 def test_anything_else_is_one_sentence(values, message):

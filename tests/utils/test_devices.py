@@ -1,13 +1,15 @@
 """Devices by name, the processes of a launcher, and the space that work needs."""
 
+import logging
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from repae_lite.utils import progress
+from repae_lite.utils import devices, progress
 from repae_lite.utils.devices import choose_device
 from repae_lite.utils.locks import check_space
 from repae_lite.utils.processes import local_process_count
@@ -25,6 +27,242 @@ def test_a_gpu_is_taken_if_there_is_one(monkeypatch, gpu):
 def test_a_device_that_is_not_there_is_one_sentence(name):
     with pytest.raises(ValueError, match=rf"^there is no device '{name}' \(.*\): give cpu, cuda or cuda:N$"):
         choose_device(name)
+
+
+def test_what_holds_no_numbers_is_no_device():
+    with pytest.raises(ValueError, match=r"^there is no device 'meta' "):
+        choose_device("meta")
+
+
+# ---------------------------------------------------------------- GPUs that torch cannot use
+
+BUILT = "sm_75 sm_80 sm_86 sm_90 sm_100 sm_120"
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """A function that puts a GPU into this machine."""
+
+    def put(name="a GPU", capability=(9, 0), built=BUILT, memory=2**35, **more):
+        def open_it(_):
+            if isinstance(memory, Exception):
+                raise memory
+            return memory, memory
+
+        properties = SimpleNamespace(major=capability[0], minor=capability[1], **more)
+        for function, value in {
+            "is_available": lambda: True,
+            "device_count": lambda: 1,
+            "get_device_name": lambda _: name,
+            "get_device_capability": lambda *_: capability,
+            "get_device_properties": lambda *_: properties,
+            "get_arch_list": lambda: built.split(),
+            "mem_get_info": open_it,
+        }.items():
+            monkeypatch.setattr(torch.cuda, function, value)
+        monkeypatch.setattr(devices, "has_bf16", lambda device: capability >= (8, 0))
+        monkeypatch.setattr(torch, "empty", lambda *_, device: device)
+
+    return put
+
+
+@pytest.mark.parametrize(
+    ("capability", "built", "runs"),
+    [
+        ((7, 0), BUILT, False),  # a V100
+        ((6, 1), BUILT, False),
+        ((7, 5), BUILT, True),
+        ((8, 9), BUILT, True),  # sm_86 runs on newer cards of its family
+        ((12, 1), BUILT, True),
+        ((11, 0), BUILT, False),  # between two families
+        ((12, 0), "sm_50 sm_60 sm_70 sm_75 sm_80 sm_86 sm_90", False),  # newer than this torch
+        ((12, 0), "sm_80 sm_90 compute_90", True),  # PTX is compiled for newer ones
+        ((7, 0), "sm_80 compute_80", False),
+        ((9, 0), "sm_90a", True),
+        ((10, 3), "sm_100a", False),  # for one architecture alone
+        ((10, 3), "sm_100f", True),  # for a family
+        ((8, 0), "sm_86", False),
+        ((7, 0), "", True),  # a build that does not say
+        ((7, 0), "nonsense", True),
+    ],
+)
+def test_machine_code_runs_on_its_family_and_ptx_on_all_newer(card, capability, built, runs):
+    card(capability=capability, built=built)
+    assert (devices.cuda_obstacle(0) is None) == runs
+
+
+def test_a_card_without_code_is_refused_with_the_build_that_has_it(card, monkeypatch):
+    monkeypatch.setattr(devices.platform, "machine", lambda: "x86_64")
+    card("Tesla V100", (7, 0))
+    for refused in (lambda: choose_device(), lambda: devices.check_device("cuda:0", asked=False)):
+        with pytest.raises(ValueError, match="no code for Tesla V100") as refusal:
+            refused()
+        said = str(refusal.value)
+        assert "(compute capability 7.0): it was built for sm_75 and newer (sm_75, sm_80, " in said
+        assert "pip install" in said and "whl/cu126" in said and "--device cpu" in said
+    assert choose_device("cpu") == "cpu"
+    card("a new one", (13, 0))
+    assert "pip install --upgrade torch" in devices.cuda_obstacle(0)
+    card("an old one", (3, 5))
+    assert "pytorch.org/get-started" in devices.cuda_obstacle(0)
+    assert "cu126" not in devices.cuda_obstacle(0)
+
+
+def test_a_usable_card_is_taken(card):
+    card(capability=(8, 0))
+    assert choose_device() == "cuda" and devices.cuda_obstacle(0) is None
+
+
+def test_a_card_that_does_not_open_says_what_torch_says(card):
+    card(memory=RuntimeError("CUDA error: all CUDA-capable devices are busy or unavailable\nCUDA kernel …"))
+    with pytest.raises(
+        ValueError, match=r"cannot open cuda:0 \(CUDA error: all .* unavailable\): see nvidia-smi"
+    ):
+        choose_device("cuda")
+
+
+def test_rocm_lists_architectures_by_name(card, monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.delenv("HSA_OVERRIDE_GFX_VERSION", raising=False)
+    card("MI300", built="gfx90a gfx942", gcnArchName="gfx942:sramecc+:xnack-")
+    assert devices.cuda_obstacle(0) is None
+    card("RX 580", built="gfx90a gfx942", gcnArchName="gfx803")
+    assert "no code for RX 580 (gfx803): it was built for gfx90a, gfx942; " in devices.cuda_obstacle(0)
+
+
+TOO_OLD = "The NVIDIA driver on your system is too old (found version {}). Please update"
+
+
+@pytest.mark.parametrize(
+    ("cuda", "visible", "words", "said"),
+    [
+        (None, None, "", "was built without CUDA and cannot use a Tesla T4: choose a build at "),
+        ("13.2", "", "", "CUDA_VISIBLE_DEVICES is '', which hides a Tesla T4 from torch: unset it"),
+        ("13.2", "7", "", "CUDA_VISIBLE_DEVICES is '7', which hides"),
+        ("13.2", None, TOO_OLD.format(12040), "cu126"),
+        ("13.2", None, TOO_OLD.format(11040), "update the driver, or choose a build"),
+        (
+            "13.2",
+            None,
+            "Found no NVIDIA driver on your system.",
+            "(Found no NVIDIA driver on your system.): see",
+        ),
+    ],
+)
+def test_the_cpu_never_stands_in_silently(monkeypatch, caplog, cuda, visible, words, said):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(devices, "nvidia_gpus", lambda: "a Tesla T4")
+    monkeypatch.setattr(devices.platform, "machine", lambda: "x86_64")
+
+    def start():
+        raise RuntimeError(words)
+
+    monkeypatch.setattr(torch.cuda, "init", start)
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    with caplog.at_level(logging.WARNING):
+        assert choose_device() == "cpu"
+    (record,) = caplog.records
+    assert record.message.startswith("running on the CPU: ") and said in record.message
+    caplog.clear()
+    assert choose_device("cpu") == "cpu" and not caplog.records  # asked for
+    with pytest.raises(ValueError) as refusal:
+        choose_device("cuda")
+    assert said in str(refusal.value)
+
+
+def test_gpus_are_looked_for_without_torch(tmp_path, monkeypatch):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(
+        "#!/bin/sh\necho 'GPU 0: Tesla K80 (UUID: GPU-1)'\necho 'GPU 1: Tesla K80 (UUID: GPU-2)'\n"
+    )
+    tool.chmod(0o755)
+    monkeypatch.setattr(shutil, "which", lambda _: str(tool))
+    assert devices.nvidia_gpus() == "Tesla K80, Tesla K80"
+    tool.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed'\nexit 9\n")
+    monkeypatch.setattr(devices, "Path", lambda _: tmp_path)  # no PCI devices
+    assert devices.nvidia_gpus() == ""
+    (tmp_path / "0000:01:00.0").mkdir()
+    (tmp_path / "0000:01:00.0" / "vendor").write_text("0x10de\n")
+    (tmp_path / "0000:01:00.0" / "class").write_text("0x030200\n")
+    assert devices.nvidia_gpus() == "the NVIDIA GPU"
+
+
+# ---------------------------------------------------------------- what a device can do
+
+
+def test_what_runs_where():
+    cpu, cuda, mps = map(torch.device, ("cpu", "cuda", "mps"))
+    widest = [devices.widest_float(device) for device in (cpu, cuda, mps)]
+    assert widest == [torch.float64, torch.float64, torch.float32]
+    assert [devices.fused_optimizer(device) for device in (cpu, cuda, mps)] == [None, True, None]
+    assert devices.loading(cuda, 2) == {"pin_memory": True, "multiprocessing_context": "spawn"}
+    nothing = {"pin_memory": False, "multiprocessing_context": None}
+    assert devices.loading(cpu, 2) == devices.loading(mps, 2) == nothing
+    assert devices.loading(cuda, 0)["multiprocessing_context"] is None
+
+
+def test_precision_falls_back_unless_it_was_asked_for(card, monkeypatch):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert devices.choose_precision("auto", cpu) == "no"
+    assert [devices.choose_precision(one, cpu) for one in ("no", "bf16")] == ["no", "bf16"]
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            torch, "autocast", lambda *_: torch.no_grad()
+        )  # leaves the type out, as for one it lacks
+        with pytest.raises(
+            ValueError, match=r"cannot train in fp16 on cpu \(autocast leaves it out there\): take"
+        ):
+            devices.choose_precision("fp16", cpu)
+    card(capability=(7, 5))
+    assert devices.choose_precision("auto", cuda) == "no"
+    with pytest.raises(ValueError, match="this GPU has no bf16: take --mixed-precision fp16 or no"):
+        devices.choose_precision("bf16", cuda)
+    card(capability=(8, 0))
+    assert devices.choose_precision("auto", cuda) == "bf16"
+
+
+def test_what_torch_compile_lacks_is_said(card, monkeypatch):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.setattr(devices.sys, "platform", "linux")
+    monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/" + name)
+    monkeypatch.setattr(devices, "find_spec", lambda name: name)
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.delenv("CC", raising=False)
+    card(capability=(6, 1))
+    assert devices.compile_obstacle(cpu) is None
+    assert "needs compute capability 7.0 or newer, and this GPU has 6.1" in devices.compile_obstacle(cuda)
+    card(capability=(7, 0))
+    assert devices.compile_obstacle(cuda) is None
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert devices.try_compile(cpu) == "torch.compile needs a C++ compiler, and g++ is not here: install one"
+    assert "needs a C compiler, and cc or gcc or clang is not here" in devices.compile_obstacle(cuda)
+    monkeypatch.setattr(devices, "find_spec", lambda name: None)
+    assert "pip install triton" in devices.compile_obstacle(cuda)
+
+
+def test_a_failed_trial_of_torch_compile_says_why(monkeypatch):
+    def refuse(_):
+        raise RuntimeError("backend='inductor' raised:\nCppCompileError: no Python.h\nmore")
+
+    monkeypatch.setattr(devices, "compile_obstacle", lambda _: None)
+    monkeypatch.setattr(torch, "compile", refuse)
+    assert devices.try_compile(torch.device("cpu")) == "RuntimeError: CppCompileError: no Python.h"
+
+
+@pytest.mark.gpu
+def test_a_real_gpu_can_do_what_is_said_of_it():
+    device = torch.device(choose_device())
+    assert device.type == "cuda" and devices.cuda_obstacle(0) is None
+    assert (torch.ones(2, dtype=devices.widest_float(device), device=device) * 2).sum() == 4
+    for wanted in ("auto", "fp16"):
+        assert devices.choose_precision(wanted, device) in ("bf16", "fp16", "no")
+    assert devices.peak_memory(device) >= 0 and devices.gpu_properties(device)[1] > 2**30
+    if devices.compile_obstacle(device) is None:
+        assert devices.try_compile(device) is None
 
 
 JOINING = """

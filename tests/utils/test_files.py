@@ -5,6 +5,8 @@ import sys
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 
@@ -12,7 +14,7 @@ from repae_lite.checkpoints.models import load_latent_stats, load_vae, save_vae
 from repae_lite.commands.main import main
 from repae_lite.networks.latent_stats import LatentStats
 from repae_lite.networks.vae import AutoencoderKL
-from repae_lite.utils.files import atomic_path, data_small_dir
+from repae_lite.utils.files import atomic_path, data_small_dir, read_json
 from repae_lite.utils.state_dicts import load_weights, read_weights, save_weights
 
 
@@ -104,3 +106,34 @@ def test_equal_weights_make_equal_files(tmp_path):
     state, metadata = read_weights(files[0])
     assert {name: list(tensor.shape) for name, tensor in state.items()} == {"weight": [2, 3], "bias": [2]}
     assert metadata == {key: [key, "ü"] for key in "ghijklmnop"}
+
+
+def test_json_is_an_object_whose_names_are_said_once(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text('{"a": [1, {"b": null}]}', encoding="utf-8-sig")  # as some editors begin a file
+    assert read_json(path) == {"a": [1, {"b": None}]}
+    for content, message in (
+        (b'{"a": {"b": 1, "b": 1}}', "'b' is set twice"),
+        (b'{"a": NaN}', "NaN is no number"),
+        (b'{"a": -Infinity}', "-Infinity is no number"),
+        (b'{"a": ' + b"[" * 100_000, "is nested too deeply"),
+        (b"[]", "holds a list"),
+        (b"", "is not JSON"),
+        ("{}".encode("utf-16"), "is not JSON"),
+        (b'{"a": ' + b"1" * 5000 + b"}", "is not JSON"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=message) as refusal:
+            read_json(path)
+        assert str(path) in str(refusal.value)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(content=st.text(alphabet='{}[]":,0123456789.eE-+truefalsn\\', max_size=30) | st.binary(max_size=40))
+def test_any_bytes_are_a_json_object_or_one_sentence(tmp_path_factory, content):
+    path = tmp_path_factory.getbasetemp() / "any.json"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    try:
+        assert isinstance(read_json(path), dict)
+    except ValueError as error:
+        assert str(path) in str(error)
