@@ -12,7 +12,7 @@ import repae_lite
 
 PACKAGE = Path(repae_lite.__file__).parent
 FLOOR = {room: floor for floor, room in enumerate(repae_lite.ROOMS)}
-ARROWS = 28  # between rooms: more of them, and a room no longer has one idea
+ARROWS = 30  # between rooms: more of them, and a room no longer has one idea
 
 
 def arrows() -> dict[tuple[str, str], set[str]]:

@@ -12,8 +12,8 @@ FLAGS = {
 
 def run(args: argparse.Namespace) -> None:
     """Prints one table, or refuses."""
-    from repae_lite.evaluation.evaluate import read_result, table
     from repae_lite.evaluation.protocols import differences
+    from repae_lite.evaluation.results import read_result, table
 
     if len(args.results) < 2:
         raise ValueError("one result cannot be compared: give two or more")

@@ -56,9 +56,10 @@ FLAGS = {
 def run(args: argparse.Namespace) -> None:
     """Judges, prints the numbers with their protocol, and writes the result."""
     from repae_lite.data.samples import ImageStream
-    from repae_lite.evaluation.evaluate import evaluate, load_reference, result_of, table
+    from repae_lite.evaluation.evaluate import evaluate, load_reference, result_of
     from repae_lite.evaluation.features import features_of, load_judge
     from repae_lite.evaluation.protocols import load_protocol
+    from repae_lite.evaluation.results import table
     from repae_lite.utils.devices import choose_device
     from repae_lite.utils.files import data_small_dir, write_text
 

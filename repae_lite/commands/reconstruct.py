@@ -90,13 +90,6 @@ FLAGS = {
         "--device": {"metavar": "NAME", "help": "cpu, cuda, cuda:1, mps (default: cuda if there is one)"},
     },
 }
-TITLES = {
-    "reconstruction_frechet": "rFID",
-    "reconstruction_spatial_frechet": "rsFID",
-    "psnr": "PSNR",
-    "ssim": "SSIM",
-    "lpips": "LPIPS",
-}
 
 
 def run(args: argparse.Namespace) -> None:
@@ -110,11 +103,11 @@ def run(args: argparse.Namespace) -> None:
         load_perceptual,
         open_originals,
         picture,
-        protocol_line,
         reconstruct,
         result_of,
     )
     from repae_lite.evaluation.representations import latent_report, pca_maps
+    from repae_lite.evaluation.results import SHOWN, protocol_line
     from repae_lite.networks.vae import VAE_PRESETS
     from repae_lite.utils.devices import choose_device
     from repae_lite.utils.files import write_text
@@ -160,7 +153,7 @@ def run(args: argparse.Namespace) -> None:
     with writing(output.parent):
         save_grid(output.with_suffix(".png"), picture(found.pairs, maps)[None])
         write_text(output, json.dumps(result, indent=1) + "\n")
-    titles = TITLES if args.judge == "inception" else {"psnr": "PSNR", "ssim": "SSIM"}
+    titles = SHOWN if args.judge == "inception" else {"psnr": "PSNR", "ssim": "SSIM"}
     for name, value in found.metrics.items():
         print(f"{titles.get(name, name)}  {value:.6g}")
     print(protocol_line(result["protocol"]))

@@ -15,7 +15,8 @@ import numpy as np
 from PIL import Image
 
 from repae_lite.data.datasets import ImageH5Dataset
-from repae_lite.data.image_files import ImageList, list_images, read_image
+from repae_lite.data.image_files import read_image
+from repae_lite.data.image_lists import ImageList, list_images
 from repae_lite.utils.files import atomic_path, read_json, write_text
 from repae_lite.utils.locks import check_space, writing
 

@@ -28,11 +28,10 @@ from repae_lite.evaluation.metrics import (
     precision_recall,
     streamed_stats,
 )
-from repae_lite.evaluation.protocols import Protocol, hash_of
-from repae_lite.utils.files import read_json
+from repae_lite.evaluation.protocols import Protocol
+from repae_lite.evaluation.results import SCHEMA
 
 logger = logging.getLogger(__name__)
-SCHEMA = 1  # of a result
 CONTRAST = (0.5, 2.0)  # std of the samples' pixels over the reference's: outside, something is wrong
 
 
@@ -196,57 +195,3 @@ def result_of(
         },
         "date": datetime.now(UTC).date().isoformat(),
     }
-
-
-def read_result(path: Path) -> dict:
-    """A result of `repae evaluate`.
-
-    Raises:
-        FileNotFoundError, ValueError: nothing there, something else, or another schema.
-    """
-    result = read_json(path)
-    if not {"schema", "metrics", "protocol"} <= result.keys() or not isinstance(result["protocol"], dict):
-        raise ValueError(f"{path} is no result of repae evaluate: give the JSON file that it wrote")
-    if result["schema"] != SCHEMA:
-        raise ValueError(
-            f"{path} has schema {result['schema']} and this version reads {SCHEMA}: evaluate again"
-        )
-    if result["protocol"].get("hash") != hash_of(result["protocol"]):
-        raise ValueError(
-            f"{path} was edited: its protocol does not have the hash that it gives; evaluate again"
-        )
-    return result
-
-
-SHOWN = {
-    "frechet": "FID",
-    "spatial_frechet": "sFID",
-    "inception_score": "IS",
-    "precision": "precision",
-    "recall": "recall",
-    "kernel_distance": "KID",
-}
-
-
-def table(results: dict[str, dict]) -> str:
-    """Results of one protocol as lines of text, the protocol below.
-
-    Fréchet distances of other judges than Inception are not called FID.
-    """
-    one = next(iter(results.values()))
-    protocol, inception = one["protocol"], one["protocol"]["judge"] == "inception"
-    titles = [SHOWN.get(name, name) if inception else name for name in one["metrics"]]
-    rows = [["", *titles]]
-    rows += [[name, *(f"{value:.4g}" for value in r["metrics"].values())] for name, r in results.items()]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-    guidance = f"guidance {protocol['cfg_scale']}"
-    if protocol["cfg_scale"] > 1:
-        guidance += f" on [{protocol['guidance_low']}, {protocol['guidance_high']}]"
-    sampler = "SDE" if protocol["mode"] == "sde" else f"ODE ({protocol['solver']})"
-    lines.append(
-        f"protocol {protocol['name']} ({protocol['hash']}): {protocol['count']:,} images, {sampler}, "
-        f"{protocol['steps']} steps, {guidance}, labels {protocol['labels']}, {protocol['to_uint8']}; judge "
-        f"{protocol['judge']} {protocol['judge_weights']}, reference {protocol['reference']}"
-    )
-    return "\n".join(lines)

@@ -285,19 +285,42 @@ def _same_images(x: Tensor, y: Tensor) -> None:
 # ---------------------------------------------------------------- samples, as ADM's evaluator has them
 
 
+class StreamingStats:
+    """`feature_stats` of features (B, D) that come batch by batch: in float64, only sums are kept."""
+
+    def __init__(self, first: Tensor):
+        self.shift = first.double().mean(dim=0)  # products of values near zero keep their digits
+        self.count, self.sum, self.products = 0, 0.0, 0.0
+
+    def add(self, features: Tensor) -> None:
+        """Takes features (B, D).
+
+        Raises:
+            ValueError: They are not finite.
+        """
+        features = _matrix(features, "features") - self.shift
+        self.count += len(features)
+        self.sum += features.sum(dim=0)
+        self.products += features.T @ features
+
+    def result(self) -> FeatureStats:
+        """The Gaussian of all features.
+
+        Raises:
+            ValueError: Fewer than two came.
+        """
+        if self.count < 2:
+            raise ValueError(f"A covariance needs at least 2 samples, got {self.count}: pass more features.")
+        cov = (self.products - torch.outer(self.sum, self.sum) / self.count) / (self.count - 1)
+        return FeatureStats(self.shift + self.sum / self.count, (cov + cov.T) / 2, self.count)
+
+
 def streamed_stats(features: Tensor, *, block: int = 2000) -> FeatureStats:
     """`feature_stats` of many features (N, D): in float64, with one block of them at a time."""
-    shift = features[:block].double().mean(dim=0)  # products of values near zero keep their digits
-    total, products = torch.zeros_like(shift), torch.zeros(2 * shift.shape, dtype=torch.float64)
+    stats = StreamingStats(features[:block])
     for part in features.split(block):
-        part = _matrix(part, "features") - shift
-        total += part.sum(dim=0)
-        products.addmm_(part.T, part)
-    count = len(features)
-    if count < 2:
-        raise ValueError(f"A covariance needs at least 2 samples, got {count}: pass more features.")
-    cov = (products - torch.outer(total, total) / count) / (count - 1)
-    return FeatureStats(shift + total / count, (cov + cov.T) / 2, count)
+        stats.add(part)
+    return stats.result()
 
 
 def inception_score(probabilities: Tensor, *, chunk: int = 5000) -> float:

@@ -7,7 +7,6 @@ users choose, rFID follows it too: users of another project saw 1.88 to 3.96.
 """
 
 import hashlib
-import json
 import logging
 import platform
 from collections.abc import Iterator
@@ -25,8 +24,9 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from repae_lite import __version__
 from repae_lite.data.datasets import ImageFolderDataset, ImageH5Dataset, open_dataset, read_batches
 from repae_lite.data.latents import vae_fingerprint
-from repae_lite.evaluation.evaluate import SCHEMA
-from repae_lite.evaluation.metrics import FeatureStats, frechet_distance, psnr, ssim
+from repae_lite.evaluation.metrics import StreamingStats, frechet_distance, psnr, ssim
+from repae_lite.evaluation.protocols import hash_of
+from repae_lite.evaluation.results import SCHEMA
 from repae_lite.method.losses import LPIPSLoss, TinyPerceptualLoss
 from repae_lite.networks.vae import AutoencoderKL
 from repae_lite.utils.pixels import ROUNDINGS, to_uint8, to_unit_range
@@ -96,26 +96,6 @@ class Reconstruction:
     side: int
     pairs: Tensor
     latents: Tensor
-
-
-class StreamingStats:
-    """`feature_stats` of features (B, D) that come batch by batch: in float64, only sums are kept."""
-
-    def __init__(self, first: Tensor):
-        self.shift = first.double().mean(dim=0)  # products of values near zero keep their digits
-        self.count, self.sum, self.products = 0, 0.0, 0.0
-
-    def add(self, features: Tensor) -> None:
-        """Takes features (B, D)."""
-        features = features.double() - self.shift
-        self.count += len(features)
-        self.sum += features.sum(dim=0)
-        self.products += features.T @ features
-
-    def result(self) -> FeatureStats:
-        """The Gaussian of all, at least two, features."""
-        cov = (self.products - torch.outer(self.sum, self.sum) / self.count) / (self.count - 1)
-        return FeatureStats(self.shift + self.sum / self.count, (cov + cov.T) / 2, self.count)
 
 
 def load_perceptual(judge: str) -> nn.Module:
@@ -349,13 +329,11 @@ def result_of(
         "chunk": CHUNK,
         "precision": "float32 networks, float64 statistics and means",
     }
-    text = json.dumps(record, sort_keys=True)
-    record["hash"] = hashlib.sha256(text.encode()).hexdigest()[:16]
     return {
         "schema": SCHEMA,
         "metrics": found.metrics,
         "unchanged": found.unchanged,
-        "protocol": {"name": f"reconstruction-{settings.judge}"} | record,
+        "protocol": {"name": f"reconstruction-{settings.judge}"} | record | {"hash": hash_of(record)},
         "vae": {"source": source, "weights": vae_fingerprint(vae)[:16]},
         "versions": {
             "repae_lite": __version__,
@@ -365,17 +343,6 @@ def result_of(
         },
         "date": datetime.now(UTC).date().isoformat(),
     }
-
-
-def protocol_line(protocol: dict) -> str:
-    """The protocol of a reconstruction's result in one line."""
-    p = protocol
-    seed = "" if p["seed"] is None else f" (seed {p['seed']})"
-    return (
-        f"protocol {p['name']} ({p['hash']}): {p['count']:,} images of {p['side']} pixels against themselves "
-        f"({p['reference']}), posterior {p['posterior']}{seed}, {p['to_uint8']}; judge {p['judge']} "
-        f"{p['judge_weights']}, perceptual distance: {p['perceptual']}"
-    )
 
 
 def picture(pairs: Tensor, maps: Tensor) -> Tensor:

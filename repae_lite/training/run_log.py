@@ -277,4 +277,3 @@ def commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return found[0] + ("+" if found[1] else "")
-
