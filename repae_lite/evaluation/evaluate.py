@@ -14,12 +14,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from repae_lite import __version__
 from repae_lite.data.latents import vae_fingerprint
 from repae_lite.data.samples import ImageStream
-from repae_lite.evaluation.features import Features, features_of
+from repae_lite.evaluation.features import BATCH, Features, features_of, load_judge
+from repae_lite.evaluation.generate import draw_images
 from repae_lite.evaluation.metrics import (
     FeatureStats,
     frechet_distance,
@@ -30,6 +32,10 @@ from repae_lite.evaluation.metrics import (
 )
 from repae_lite.evaluation.protocols import Protocol
 from repae_lite.evaluation.results import SCHEMA
+from repae_lite.networks.sit import SiT
+from repae_lite.networks.vae import AutoencoderKL
+from repae_lite.utils.files import data_small_dir
+from repae_lite.utils.processes import process_count, process_rank
 
 logger = logging.getLogger(__name__)
 CONTRAST = (0.5, 2.0)  # std of the samples' pixels over the reference's: outside, something is wrong
@@ -165,6 +171,43 @@ def evaluate(samples: Features, reference: Reference, protocol: Protocol) -> dic
     if "kernel_distance" in wanted:
         found["kernel_distance"] = kernel_distance(values["pooled"], reference.features)
     return {name: found[name] for name in wanted}
+
+
+class RunJudge:
+    """Judges a run while it trains: `--eval-every`.
+
+    Args:
+        protocol: how; its `count` is the number of samples.
+        reference: see `load_reference`; None for the embedded evaluation images.
+        device: that computes.
+
+    Raises:
+        FileNotFoundError, ModuleNotFoundError, ValueError: see `load_judge` and `load_reference`.
+    """
+
+    def __init__(self, protocol: Protocol, reference: str | Path | None, device: torch.device):
+        if reference is None and protocol.judge != "tiny":
+            raise ValueError("this protocol needs a reference: give --eval-reference FILE")
+        self.protocol, self.device, self.judge = protocol, device, load_judge(protocol.judge)
+        source = reference or data_small_dir() / "eval" / "images.h5"
+        self.reference = load_reference(source, self.judge, device=device)
+
+    def __call__(self, sit: SiT, vae: AutoencoderKL, *, seed: int, path_type: str) -> dict[str, float]:
+        """The protocol's metrics of samples drawn now; torch.distributed's processes share the batches."""
+        sampling, parts = self.protocol.sampling(seed, path_type), []
+        labels = sampling.all_labels(sit.config.num_classes)
+        starts = range(0, sampling.count, BATCH)[process_rank() :: process_count()]
+        for start in starts:
+            images = range(start, min(start + BATCH, sampling.count))
+            (pixels,) = draw_images(sit, vae, sampling, images, labels[images.start : images.stop])
+            found = self.judge(pixels.to(self.device))
+            contrast = pixels.double().var().item()
+            parts.append((start, {kind: values.float().cpu() for kind, values in found.items()}, contrast))
+        parts = sorted(gather_object(parts), key=lambda part: part[0])
+        values = {kind: torch.cat([part[1][kind] for part in parts]) for kind in parts[0][1]}
+        contrast = (sum(part[2] for part in parts) / len(parts)) ** 0.5
+        side = sit.config.input_size * vae.config.downsampling
+        return evaluate(Features(values, "", side, contrast), self.reference, self.protocol)
 
 
 def result_of(

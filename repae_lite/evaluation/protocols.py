@@ -8,12 +8,12 @@ training set. Labels drawn at random and balanced ones are two protocols: 1.83 a
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from repae_lite.evaluation.generate import Sampling
 from repae_lite.utils.configs import checked_config
-from repae_lite.utils.yaml_files import read_yaml
+from repae_lite.utils.yaml_files import converted, read_yaml
 
 METRICS = ("frechet", "spatial_frechet", "inception_score", "precision", "recall", "kernel_distance")
 MODELS_OWN = ("seed", "path_type")  # of a Sampling: not the protocol's affair
@@ -118,7 +118,14 @@ def load_protocol(name: str) -> Protocol:
         raise ValueError(
             f"unknown protocol {name!r}: choose one of {', '.join(PROTOCOLS)}, or give a YAML file"
         )
-    return checked_config(Protocol, read_yaml(path, "protocol"), path)
+    values, kinds = read_yaml(path, "protocol"), {field.name: field.type for field in fields(Protocol)}
+    for key, value in values.items():
+        if key not in kinds:
+            raise ValueError(f"the protocol {path} sets {key!r}, which it does not have: take it out")
+        if key != "metrics":
+            kind = str if kinds[key] == str | None else kinds[key]
+            values[key] = converted(value, kind, f"{key} in the protocol {path}")
+    return checked_config(Protocol, values, path)
 
 
 def hash_of(record: dict) -> str:

@@ -6,7 +6,7 @@ Every check that can be made before the first step is made here. Taught at small
 
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,6 +16,8 @@ from repae_lite.checkpoints.models import load_discriminator, load_latent_stats,
 from repae_lite.data.datasets import open_dataset
 from repae_lite.data.latents import CachedLatentsDataset
 from repae_lite.data.training_data import TrainingData
+from repae_lite.evaluation.evaluate import RunJudge
+from repae_lite.evaluation.protocols import load_protocol
 from repae_lite.method.losses import LPIPSLoss, TinyPerceptualLoss, VAELossConfig
 from repae_lite.method.steps import StepConfig, TrainState, make_ema
 from repae_lite.networks.discriminator import PatchDiscriminator
@@ -240,6 +242,25 @@ def _perceptual(config: TrainConfig) -> nn.Module:
     if config.perceptual == "tiny":
         return TinyPerceptualLoss.pretrained()
     return LPIPSLoss(config.lpips_range)
+
+
+# ---------------------------------------------------------------- evaluation
+
+
+def run_judge(config: TrainConfig, device: torch.device) -> RunJudge | None:
+    """What judges a run while it trains; None without --eval-every.
+
+    Raises:
+        FileNotFoundError, ValueError: see `load_protocol` and `RunJudge`.
+    """
+    if not config.eval_every:
+        return None
+    if config.eval_protocol is None:
+        raise ValueError("--eval-every needs a protocol: give --eval-protocol, see repae evaluate --help")
+    protocol = load_protocol(config.eval_protocol)
+    return RunJudge(
+        replace(protocol, count=config.eval_samples or protocol.count), config.eval_reference, device
+    )
 
 
 # ---------------------------------------------------------------- optimisers

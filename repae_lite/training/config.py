@@ -393,6 +393,42 @@ class TrainConfig:
         needs="grids",
     )
 
+    eval_every: int = _option(
+        0,
+        "steps between two evaluations of the averaged SiT, 0 for none; their numbers go to metrics.jsonl",
+        "log",
+        only="repae ldm",
+        within=NOT_NEGATIVE,
+        free=True,
+    )
+    eval_protocol: str | None = _option(
+        None,
+        "how, see repae evaluate; its guidance and number of samples are its own unless said otherwise",
+        "log",
+        only="repae ldm",
+        tiny="tiny",
+        free=True,
+        needs="evaluations",
+    )
+    eval_samples: int | None = _option(
+        None,
+        "number of samples (default: the protocol's)",
+        "log",
+        only="repae ldm",
+        within=POSITIVE,
+        free=True,
+        needs="evaluations",
+    )
+    eval_reference: str | None = _option(
+        None,
+        "what they are compared with, see repae evaluate",
+        "log",
+        only="repae ldm",
+        metavar="FILE",
+        free=True,
+        needs="evaluations",
+    )
+
     checkpointing_steps: int = _option(
         50_000, "steps between two checkpoints", "checkpoint", within=POSITIVE, tiny=100, free=True
     )
@@ -546,6 +582,8 @@ class TrainConfig:
             self.refuse_idle("tracker", f"with --report-to {self.report_to}", by="report_to")
         if not self.sampling_steps:
             self.refuse_idle("grids", "with --sampling-steps 0", by="sampling_steps")
+        if not self.eval_every:
+            self.refuse_idle("evaluations", "without --eval-every", by="eval_every")
         if self.keep_last is None:
             self.refuse_idle("pruning", "without --keep-last, since all checkpoints are kept", by="keep_last")
         if self.on_divergence == "off":
@@ -579,7 +617,9 @@ class TrainConfig:
         for name, option in OPTIONS.items():
             meta = option.metadata
             harmless = meta.get("tiny", option.default) if self.vae == "tiny" else option.default
-            if need not in meta.get("needs", "").split() or getattr(self, name) == harmless:
+            if need not in meta.get("needs", "").split() or self.command not in meta["only"]:
+                continue
+            if getattr(self, name) == harmless:
                 continue
             if not self._overruled(name, by):
                 raise ValueError(f"{flag(name)} means nothing {why}: leave it out")

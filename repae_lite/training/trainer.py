@@ -29,7 +29,7 @@ from repae_lite.method.losses import spatial_norm
 from repae_lite.method.sampling import sample_images
 from repae_lite.method.steps import GRAD_NORMS, Draws, all_updates, as_floats, latent_updates
 from repae_lite.networks.latent_stats import LatentStats
-from repae_lite.training.build import build, latent_stats, open_data
+from repae_lite.training.build import build, latent_stats, open_data, run_judge
 from repae_lite.training.config import TrainConfig, differences, values
 from repae_lite.training.divergence import Finding, Guard
 from repae_lite.training.parallel import ParallelMechanics, StepBatches, draw, share_of
@@ -199,6 +199,7 @@ class Trainer:
             variance=config.divergence_variance,
         )
         self.rollbacks = 0
+        self.judge = run_judge(config, self.device)
         if config.compile:
             _compile(self.state, self.device)
 
@@ -284,6 +285,8 @@ class Trainer:
                     return finding
                 if config.sampling_steps and state.step % config.sampling_steps == 0:
                     self._sample()
+                if self.judge and state.step % config.eval_every == 0:
+                    log.add(state.step, self._evaluate())
                 if state.step % config.checkpointing_steps == 0:
                     self._save()
                     log.checkpointed()
@@ -547,6 +550,14 @@ class Trainer:
 
     @together()
     @torch.no_grad()
+    def _evaluate(self) -> dict[str, float]:
+        """Metrics of the moving average's samples by the run's protocol."""
+        state, training = self.state, self.state.vae.training
+        state.vae.eval()
+        found = self.judge(state.ema, state.vae, seed=self.config.seed, path_type=self.config.path_type)
+        state.vae.train(training)
+        return {f"eval_{name}": value for name, value in found.items()}
+
     def _sample(self) -> None:
         """Draws a grid of the moving average's samples, or of a lone VAE's reconstructions."""
         if self.main:

@@ -3,16 +3,19 @@
 import json
 import math
 import zipfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small_runs import run, weights
 
+from repae_lite import load_sit, load_vae
 from repae_lite.commands.main import main
 from repae_lite.data.datasets import load_embedded
 from repae_lite.data.samples import ImageStream
-from repae_lite.evaluation.evaluate import Reference, evaluate, load_reference
+from repae_lite.evaluation.evaluate import Reference, RunJudge, evaluate, load_reference
 from repae_lite.evaluation.features import Features, features_of, load_judge
 from repae_lite.evaluation.metrics import (
     feature_stats,
@@ -338,3 +341,17 @@ def test_published_values_of_admnet(tmp_path):
         ("recall", 0.5309, 0.5285),
     ):
         assert abs(found[metric] - published) <= max(2 * abs(published - port), 1e-3 * published), metric
+
+
+def test_a_run_is_judged_while_it_trains(tmp_path):
+    changes = {"eval_every": 3, "eval_samples": 20, "eval_protocol": "tiny"}
+    folder = run(tmp_path, "judged", **changes)
+    found = {line["step"]: line for line in folder.metrics() if "eval_frechet" in line}
+    assert sorted(found) == [3, 6]
+    sit, vae = load_sit(folder.path), load_vae(folder.path)
+    protocol = replace(TINY, count=20)
+    again = RunJudge(protocol, None, torch.device("cpu"))(sit, vae, seed=0, path_type="linear")
+    assert math.isclose(again["frechet"], found[6]["eval_frechet"], rel_tol=1e-3)
+    plain = run(tmp_path, "plain")  # judging draws nothing that training would have drawn
+    for name, tensor in weights(plain).items():
+        assert torch.equal(tensor, weights(folder)[name])

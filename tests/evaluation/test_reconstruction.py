@@ -23,10 +23,10 @@ from repae_lite.evaluation.reconstruction import (
     load_perceptual,
     open_originals,
     picture,
-    protocol_line,
     reconstruct,
     result_of,
 )
+from repae_lite.evaluation.results import protocol_line
 from repae_lite.utils.files import data_small_dir
 from repae_lite.utils.pixels import to_uint8, to_unit_range
 from repae_lite.utils.seeding import generator

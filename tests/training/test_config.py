@@ -115,13 +115,13 @@ def test_refusals(command, given, message):
 INSIDE, OUTSIDE = "inside", "outside"
 RANGES = {  # values at the edges, of every option that has a range
     "resolution num_classes encoder_depth max_train_steps epochs batch_size gradient_accumulation_steps "
-    "micro_batches logging_steps sample_images checkpointing_steps keep_last divergence_patience "
+    "micro_batches logging_steps sample_images eval_samples checkpointing_steps keep_last divergence_patience "
     "divergence_falls": {INSIDE: (1, 10**9), OUTSIDE: (0, -1)},
     "learning_rate vae_learning_rate disc_learning_rate adam_epsilon max_grad_norm": {
         INSIDE: (1e-30, 1e30),
         OUTSIDE: (0.0, -1e-30, math.inf, math.nan),
     },
-    "seed num_workers lr_warmup_steps sampling_steps milestone_steps resume_step": {
+    "seed num_workers lr_warmup_steps sampling_steps eval_every milestone_steps resume_step": {
         INSIDE: (0, 10**9),
         OUTSIDE: (-1,),
     },
@@ -186,6 +186,7 @@ OFF = {
     "adam": ({"optimizer": "sgd"}, "to SGD"),
     "lpips": ({"perceptual": "tiny"}, "with --perceptual tiny"),
     "tracker": ({"report_to": "trackio"}, "with --report-to trackio"),
+    "evaluations": ({"eval_every": 0}, "without --eval-every"),
     "grids": ({"sampling_steps": 0}, "with --sampling-steps 0"),
     "pruning": ({"keep_last": None}, "without --keep-last, since all checkpoints are kept"),
     "guard": ({"on_divergence": "off"}, "with --on-divergence off"),
@@ -201,14 +202,20 @@ SAID = {  # some value that is not the default
     "lpips_range": "official", "adam_beta1": 0.5, "adam_beta2": 0.5, "adam_epsilon": 1e-4,
     "loss_precision": "autocast", "logging_dir": "elsewhere", "sample_images": 3, "milestone_steps": 7,
     "divergence_patience": 3, "divergence_variance": 0.5, "divergence_falls": 3,
+    "eval_protocol": "mine.yaml", "eval_samples": 40, "eval_reference": "ref.npz",
 }  # fmt: skip
-ON = {"report_to": "wandb", "keep_last": 1, "mixed_precision": "fp16"}  # what the defaults leave off
+ON = {
+    "report_to": "wandb",
+    "keep_last": 1,
+    "mixed_precision": "fp16",
+    "eval_every": 5,
+}  # what the defaults leave off
 ALWAYS = """exp_name output_dir seed data_dir resolution num_classes vae_latents_name num_workers vae vae_ckpt
 loss_cfg_path model cfg_prob bn_momentum train_pos_embed enc_type vae_align_proj_coeff vae_diffusion_coeff
 path_type prediction weighting max_train_steps epochs batch_size gradient_accumulation_steps learning_rate
 vae_learning_rate lr_warmup_steps optimizer adam_weight_decay max_grad_norm ema_decay mixed_precision
 allow_tf32 cpu compile gradient_checkpointing micro_batches report_to logging_steps sampling_steps
-checkpointing_steps keep_last checkpoint_format resume resume_step continue_train_exp_dir
+eval_every checkpointing_steps keep_last checkpoint_format resume resume_step continue_train_exp_dir
 on_divergence""".split()
 REFUSED_ALWAYS = ["qk_norm", "fused_attn", "wandb_history_path"]
 
