@@ -283,7 +283,7 @@ def test_a_full_disk_is_said_once_and_well(tmp_path, monkeypatch, capsys):
 class Closed(io.StringIO):
     """A pipe that nobody reads."""
 
-    def write(self, text):
+    def write(self, text=""):
         raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
 
     flush = write
