@@ -7,11 +7,23 @@ meanings of the flags are those of the official script.
 """
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 EPILOG = """Labels decide much: with balanced ones the released SiT on E2E-VA-VAE has an FID of 1.69, with
 random ones 1.83 (paper, Table 9 and its first version). Space: 9.8 GB for 50,000 images of 256 pixels, twice
 while the file is finished."""
+CFG_SCALE = 1.5  # the official script's default; its others are those of `Sampling`
+SAID = {  # field of `Sampling`: flag
+    "mode": "mode",
+    "steps": "num_steps",
+    "cfg_scale": "cfg_scale",
+    "guidance_low": "guidance_low",
+    "guidance_high": "guidance_high",
+    "count": "num_fid_samples",
+    "seed": "global_seed",
+    "to_uint8": "to_uint8",
+}
 FLAGS = {
     "what is sampled from": {
         "--exp-path": {
@@ -40,11 +52,15 @@ FLAGS = {
         },
     },
     "how": {
-        "--mode": {"choices": ("ode", "sde"), "default": "ode", "help": "sampler (default: ode)"},
-        "--num-steps": {"type": int, "default": 50, "metavar": "N", "help": "of the sampler (default: 50)"},
+        "--protocol": {
+            "metavar": "NAME",
+            "help": "sampler, steps, guidance, labels, number and rounding of a protocol, see repae "
+            "evaluate; other flags win",
+        },
+        "--mode": {"choices": ("ode", "sde"), "help": "sampler (default: ode)"},
+        "--num-steps": {"type": int, "metavar": "N", "help": "of the sampler (default: 50)"},
         "--heun": {
             "action": argparse.BooleanOptionalAction,
-            "default": False,
             "help": "Heun's method for the ODE (default: Euler's)",
         },
         "--path-type": {
@@ -53,24 +69,20 @@ FLAGS = {
         },
         "--cfg-scale": {
             "type": float,
-            "default": 1.5,
             "metavar": "S",
             "help": "guidance, 1 for none (default: 1.5)",
         },
         "--guidance-low": {
             "type": float,
-            "default": 0.0,
             "metavar": "T",
             "help": "guidance acts for times from here (default: 0)",
         },
         "--guidance-high": {
             "type": float,
-            "default": 1.0,
             "metavar": "T",
             "help": "to here (default: 1)",
         },
         "--labels --label-sampling": {
-            "default": "random",
             "metavar": "KIND",
             "help": "random; balanced (also: equal): as many of each class, shuffled; or classes=3,7: "
             "these in turn (default: random)",
@@ -80,15 +92,13 @@ FLAGS = {
             "default": None,
             "help": "official spelling of --labels balanced; --no-per-class-sampling of --labels random",
         },
-        "--global-seed": {"type": int, "default": 0, "metavar": "N", "help": "of every draw (default: 0)"},
+        "--global-seed": {"type": int, "metavar": "N", "help": "of every draw (default: 0)"},
         "--to-uint8": {
             "choices": ("truncate", "round"),
-            "default": "truncate",
             "help": "what becomes of fractions of a grey level (default: truncate, as officially)",
         },
         "--num-fid-samples": {
             "type": int,
-            "default": 50_000,
             "metavar": "N",
             "help": "images (default: 50000)",
         },
@@ -126,6 +136,7 @@ def run(args: argparse.Namespace) -> None:
     from repae_lite.checkpoints.run import load_run
     from repae_lite.data.samples import check_same
     from repae_lite.evaluation.generate import Sampling, first_images, generate, manifest_of
+    from repae_lite.evaluation.protocols import load_protocol
     from repae_lite.utils.devices import choose_device
     from repae_lite.utils.files import read_json
     from repae_lite.utils.pixels import save_grid
@@ -143,21 +154,16 @@ def run(args: argparse.Namespace) -> None:
     classes = found.sit.config.num_classes
     if args.num_classes not in (None, classes):
         raise ValueError(f"--num-classes is {args.num_classes}, but the SiT was trained with {classes}")
-    sampling = Sampling(
-        mode=args.mode,
-        solver="heun" if args.heun else "euler",
-        steps=args.num_steps,
-        cfg_scale=args.cfg_scale,
-        guidance_low=args.guidance_low,
-        guidance_high=args.guidance_high,
-        path_type=trained,
-        labels=labels,
-        count=args.num_fid_samples,
-        seed=args.global_seed,
-        to_uint8=args.to_uint8,
-    )
+    base = load_protocol(args.protocol).sampling() if args.protocol else Sampling(cfg_scale=CFG_SCALE)
+    said = {name: getattr(args, flag) for name, flag in SAID.items() if getattr(args, flag) is not None}
+    if args.heun is not None:
+        said["solver"] = "heun" if args.heun else "euler"
+    if labels is not None:
+        said["labels"] = labels
+    sampling = replace(base, path_type=trained, **said)
     step = "last" if found.step is None else f"{found.step:07d}"
-    name = f"{found.name}_{step}_cfg{args.cfg_scale}-{args.guidance_low}-{args.guidance_high}"
+    guidance = f"cfg{sampling.cfg_scale}-{sampling.guidance_low}-{sampling.guidance_high}"
+    name = f"{found.name}_{step}_{guidance}"
     path = Path(args.sample_dir) / f"{name}.npz"
     about = found.about | {
         "device": torch.device(device).type,
@@ -188,12 +194,12 @@ def run(args: argparse.Namespace) -> None:
         print(f"{path}: {sampling.count:,} images of {size} × {size} pixels; the first in {path.stem}.png")
 
 
-def _labels(args: argparse.Namespace) -> str:
-    """The kind of labels that the three spellings mean."""
+def _labels(args: argparse.Namespace) -> str | None:
+    """The kind of labels that the three spellings mean; None if nothing was said."""
     labels = "balanced" if args.labels == "equal" else args.labels
     if args.per_class_sampling is None:
         return labels
     meant = "balanced" if args.per_class_sampling else "random"
-    if labels not in ("random", meant):  # random is the default
+    if labels not in (None, meant):
         raise ValueError(f"--labels is {labels} and --per-class-sampling means {meant}: give one of them")
     return meant

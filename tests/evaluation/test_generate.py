@@ -203,6 +203,7 @@ def test_kill_9_loses_at_most_a_batch(trained, tmp_path, what):
         (["--pproc-batch-size", "0"], "at least 1"),
         (["--train-steps", "5"], "no checkpoint at step 5"),
         (["--cfg-scale", "0"], "below 1"),
+        (["--protocol", "adm"], "unknown protocol"),
     ],
 )
 def test_refusals(trained, tmp_path, capsys, given, sentence):

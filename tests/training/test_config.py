@@ -115,7 +115,8 @@ def test_refusals(command, given, message):
 INSIDE, OUTSIDE = "inside", "outside"
 RANGES = {  # values at the edges, of every option that has a range
     "resolution num_classes encoder_depth max_train_steps epochs batch_size gradient_accumulation_steps "
-    "micro_batches logging_steps sample_images eval_samples checkpointing_steps keep_last divergence_patience "
+    "micro_batches logging_steps sample_images eval_samples checkpointing_steps keep_last "
+    "divergence_patience "
     "divergence_falls": {INSIDE: (1, 10**9), OUTSIDE: (0, -1)},
     "learning_rate vae_learning_rate disc_learning_rate adam_epsilon max_grad_norm": {
         INSIDE: (1e-30, 1e30),
@@ -147,8 +148,8 @@ def test_every_option_with_a_range_is_held_to_it():
     for names, values_of in RANGES.items():
         for name in names.split():
             company = {"command": OPTIONS[name].metadata["only"][0]}
-            if name == "milestone_steps":
-                company["keep_last"] = 1
+            if name in ("milestone_steps", "eval_samples"):
+                company |= {"keep_last": 1} if name == "milestone_steps" else {"eval_every": 1}
             for value in values_of[INSIDE]:
                 assert getattr(TrainConfig(**company, **{name: value}), name) == value
             for value in values_of[OUTSIDE]:
