@@ -2,6 +2,8 @@
 
 import errno
 import os
+import socket
+import ssl
 
 import numpy as np
 import pytest
@@ -111,6 +113,33 @@ TOLD = {  # an error, and how its sentence begins
     "package": (
         ModuleNotFoundError("No module named 'timm'", name="timm"),
         "No module named 'timm': the inst",
+    ),
+    "no words": (TimeoutError(), "TimeoutError"),
+    "lines": (OSError(28, "write failed\n, errno", "x"), "x: write failed , errno: make room there"),
+    "certificate": (
+        ssl.SSLCertVerificationError(1, "certificate verify failed"),
+        "certificate verify failed: check this machine's clock, its certificates and its proxy",
+    ),
+    "host": (
+        socket.gaierror(-2, "Name or service not known"),
+        "Name or service not known: check the network",
+    ),
+    "shared files": (
+        RuntimeError("unable to open shared memory object </torch_1_2>: Too many open files (24)"),
+        "unable to open shared memory object </torch_1_2>: Too many open files (24): raise the limit of open",
+    ),
+    "threads": (RuntimeError("can't start new thread"), "can't start new thread: a limit of the system"),
+    "port": (
+        torch.distributed.DistNetworkError("failed to listen, name: EADDRINUSE"),
+        "the processes cannot meet (failed to listen, name: EADDRINUSE): choose another port",
+    ),
+    "library file": (
+        ImportError("libcudnn.so.9: cannot open"),
+        "libcudnn.so.9: cannot open: the installation",
+    ),
+    "mps lacks": (
+        NotImplementedError("No x for MPS. Set `PYTORCH_ENABLE_MPS_FALLBACK=1`"),
+        "No x for MPS: PYTORCH_ENABLE_MPS_FALLBACK=1 has the CPU do it, or compute on the CPU",
     ),
     "old GPU": (RuntimeError(f"{OLD}\nCUDA kernel errors might be"), f"{OLD}: see what `repae check` says"),
 }
