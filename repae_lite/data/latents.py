@@ -33,6 +33,7 @@ from repae_lite.utils.processes import from_first_process, process_count, proces
 from repae_lite.utils.progress import progress_bar
 
 STEP = 1000  # images that a killed run has to do again, about
+SMALL = 1 << 26  # bytes of latents; if fewer ask for more memory than there is, they are damaged
 ABOUT = "vae.json"
 STATS = "-latents-stats.pt"  # follows the name of the latents, or of their VAE
 
@@ -86,9 +87,9 @@ class CachedLatentsDataset(H5Dataset):
         """
         try:
             moments = np.load(io.BytesIO(data), allow_pickle=False)
-        except MemoryError:
-            raise
         except Exception as error:  # NumPy parses headers as Python: any bytes give any error
+            if isinstance(error, MemoryError) and len(data) > SMALL:
+                raise
             reason = " ".join(str(error).split())
             raise ValueError(
                 f"{name} in {self.path} cannot be decoded ({reason}): cache the latents again"
@@ -98,6 +99,7 @@ class CachedLatentsDataset(H5Dataset):
             or moments.dtype != np.float32
             or moments.ndim != 3
             or moments.shape[0] % 2
+            or not moments.size
             or self.shape not in ((), moments.shape)
         ):
             expected = "an even number of channels" if not self.shape else str(self.shape)
