@@ -98,7 +98,7 @@ def sentence(
 
 
 def printable(words: str) -> str:
-    """Words on one line: line breaks and what else steers a terminal, as in names that files hold, escaped."""
+    """Words on one line; line breaks and what else steers a terminal, as in names of files, are escaped."""
     steering = ("Cc", "Cs", "Zl", "Zp")
     return "".join(repr(c)[1:-1] if unicodedata.category(c) in steering else c for c in words)
 

@@ -96,7 +96,7 @@ def _can_be_mapped(path: Path) -> bool:
 
 
 def _refuse_bytearrays(path: Path) -> None:
-    """Refuses a pickle that asks for a bytearray: of a few bytes PyTorch's reader would make as many as it says.
+    """Refuses a pickle that asks for a bytearray: PyTorch's reader would make one of any size.
 
     Raises:
         ValueError: it does.
