@@ -11,6 +11,7 @@ Nothing slow is imported here: `repae --help` is instant.
 import errno
 import re
 import traceback
+import unicodedata
 from collections.abc import Callable
 from opcode import opmap
 from pathlib import Path
@@ -92,6 +93,17 @@ def sentence(
     Returns:
         The sentence, or None: the error is a bug.
     """
+    found = _sentence(error, saves_memory)
+    return found and printable(found)
+
+
+def printable(words: str) -> str:
+    """Words on one line; line breaks and what else steers a terminal, as in names of files, are escaped."""
+    steering = ("Cc", "Cs", "Zl", "Zp")
+    return "".join(repr(c)[1:-1] if unicodedata.category(c) in steering else c for c in words)
+
+
+def _sentence(error: BaseException, saves_memory: Callable[[BaseException], str] | None) -> str | None:
     words, ours = _of_a_worker(error) or (str(error).strip(), raised_by_us(error))
     if ours and isinstance(error, ValueError | OSError):
         found = words

@@ -313,3 +313,15 @@ def test_every_command_takes_debug(capsys):
         with pytest.raises(SystemExit):
             main([command, "--help"])
         assert "--debug" in capsys.readouterr().out
+
+
+def test_names_that_files_hold_stay_on_one_line_and_steer_no_terminal(tmp_path, capsys):
+    name = "a\nb\x1b[31m\udce9\u2028é 猫"
+    assert sentence(FileNotFoundError(errno.ENOENT, "No such file", name)).startswith(
+        r"a\nb\x1b[31m\udce9\u2028é 猫: No such file"
+    )
+    torch.save({"w\n\x1b[2J": torch.zeros(1)}, tmp_path / "v.pt")
+    flags = ("--vae-latents-name", "l", "--data-dir", str(tmp_path))
+    assert main(["cache-latents", "--vae-ckpt", str(tmp_path / "v.pt"), *flags]) == 2
+    said = capsys.readouterr().err
+    assert "\x1b" not in said and len(said.splitlines()) == 1
