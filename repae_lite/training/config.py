@@ -73,9 +73,7 @@ class TrainConfig:
     sources: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
     exp_name: str = _option("run", "name of the run's folder", "run", within=FOLDER_NAME, free=True)
     output_dir: str = _option("exps", "where run folders are", "run", free=True)
-    seed: int = _option(
-        0, "of the initial weights, the order of images and every draw", "run", within=SEED
-    )
+    seed: int = _option(0, "of the initial weights, the order of images and every draw", "run", within=SEED)
 
     data_dir: str = _option(
         "data",
