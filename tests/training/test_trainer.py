@@ -402,8 +402,8 @@ sys.exit(main.main(sys.argv[4:]))
     [
         ("training", "all_updates", 4, [2]),  # between two checkpoints
         ("run_folder", "save_sit", 4, [2]),  # in the second checkpoint, after some of its files
-        ("run_folder", "sync", 3, [2]),  # when it is whole but has not its name
-        ("run_folder", "sync", 4, [2, 4]),  # just after it got its name
+        ("run_folder", "sync", 5, [2]),  # when it is whole but has not its name
+        ("run_folder", "sync", 6, [2, 4]),  # just after it got its name
     ],
 )
 def test_a_killed_run_goes_on_to_the_bit(whole, tmp_path, module, name, count, left):
