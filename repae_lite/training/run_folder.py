@@ -290,8 +290,8 @@ class RunFolder:
     def cut_metrics(self, step: int) -> None:
         """Cuts off what comes after the last line up to a step: later lines, and a half-written one.
 
-        Lines before that stay, even those that are no measurements. Where such lines are cut off, as all are of
-        a file that an editor laid out anew, a copy of the file is kept.
+        Lines before that stay, even those that are no measurements. Where such lines are cut off, as all are
+        of a file that an editor laid out anew, a copy of the file is kept.
         """
         if not self.metrics_path.exists():
             return
@@ -309,8 +309,8 @@ class RunFolder:
                 copy = free_name(self.metrics_path)
                 shutil.copyfile(self.metrics_path, copy)
                 logger.warning(
-                    f"{self.metrics_path} has {odd - kept_odd} lines at its end that are no measurements: they "
-                    f"are cut off, and all of it is kept as {copy.name}"
+                    f"{self.metrics_path} has {odd - kept_odd} lines at its end that are no measurements: "
+                    f"they are cut off, and all of it is kept as {copy.name}"
                 )
             file.truncate(end)
             if not last.endswith(b"\n"):  # as an editor leaves it
