@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 POSITIVE = ("must be more than 0", lambda value: 0 < value < math.inf)
 NOT_NEGATIVE = ("must be 0 or more", lambda value: 0 <= value < math.inf)
 SEED = ("must be from 0 to 2**64 - 1", lambda value: 0 <= value < 2**64)
-RATE = ("must be more than 0, and less than 1e30", lambda value: 0 < value < 1e30)  # float32 holds it
+RATE = ("must be more than 0, and at most 1e30", lambda value: 0 < value <= 1e30)  # float32 holds it
 WORKERS = ("must be from 0 to 1024", lambda value: 0 <= value <= 1024)  # each is a process
 SHARE = ("is a share, from 0 up to (not including) 1", lambda value: 0 <= value < 1)
 SHARE_OR_ALL = ("is a share, from 0 to 1", lambda value: 0 <= value <= 1)

@@ -140,10 +140,12 @@ def raised_by_us(error: BaseException) -> bool:
     return _is_ours(at) and at.tb_frame.f_code.co_code[at.tb_lasti] == opmap["RAISE_VARARGS"]
 
 
-def came_through(error: BaseException, module: str) -> bool:
-    """Whether an error came through a module of this package, as in "training.build"."""
-    frames = traceback.walk_tb(error.__traceback__)
-    return any(frame.f_globals.get("__name__") == f"{PACKAGE}.{module}" for frame, _ in frames)
+def came_through(error: BaseException, module: str, function: str | None = None) -> bool:
+    """Whether an error came through a module of this package, as in "training.build", or a function in it."""
+    return any(
+        frame.f_globals.get("__name__") == f"{PACKAGE}.{module}" and function in (None, frame.f_code.co_name)
+        for frame, _ in traceback.walk_tb(error.__traceback__)
+    )
 
 
 def _is_ours(at) -> bool:

@@ -282,6 +282,11 @@ CACHE = "cache-latents --vae-ckpt tiny --vae-latents-name x --device cpu --pproc
             "try a smaller --batch-size than 4 (another recipe)",
         ),
         (
+            [*TRAIN, "--max-train-steps", "1", "--sampling-steps", "1", "--sample-images", "9"],
+            "repae_lite.training.trainer.sample_images",
+            "it was a sample grid, so give fewer --sample-images than 9, or --sampling-steps 0 for none",
+        ),
+        (
             [*TRAIN, "--num-classes", "100"],
             "repae_lite.training.build._new_sit",
             "the networks and their optimisers alone do not fit, so take a smaller --model or --vae, or "
