@@ -52,9 +52,6 @@ def run(args: argparse.Namespace) -> None:
 
     names = _sets_for_preset(args.names) if args.names[0] == EVERYTHING_FOR else args.names
     check_sets(names, step=args.train_steps)
-    for flag in ("revision", "include", "output_dir"):
-        if getattr(args, flag) == "":
-            raise ValueError(f"--{flag.replace('_', '-')} is empty: give a value, or leave it out")
     if args.revision and all("@" in name for name in names):
         raise ValueError(
             f"--revision {args.revision} is of no use, since all names have their own: leave it out"

@@ -60,9 +60,6 @@ def run(args: argparse.Namespace) -> None:
             "--train-steps chooses in a run folder: give --exp-path FOLDER instead of --repae-ckpt, or leave "
             "it out"
         )
-    for flag in ("repae_ckpt", "exp_path", "save_dir", "push_to_hub"):
-        if getattr(args, flag) == "":
-            raise ValueError(f"--{flag.replace('_', '-')} is empty: give a value, or leave it out")
     if args.private and not args.push_to_hub:
         raise ValueError(
             "--private is about a repository: give --push-to-hub OWNER/NAME as well, or leave it out"

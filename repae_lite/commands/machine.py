@@ -86,7 +86,7 @@ def _devices() -> list[dict]:
     for i in range(devices.gpus()):
         obstacle = devices.cuda_obstacle(i)
         free, total = (0, 0) if obstacle else torch.cuda.mem_get_info(i)
-        about = {"name": f"cuda:{i}", "kind": torch.cuda.get_device_name(i), "memory": total, "free": free}
+        about = {"name": f"cuda:{i}", "kind": devices.gpu_name(i), "memory": total, "free": free}
         found.append(about | _abilities(f"cuda:{i}", obstacle))
     if torch.backends.mps.is_available():
         total = torch.mps.recommended_max_memory()

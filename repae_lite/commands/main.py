@@ -20,7 +20,7 @@ from importlib import import_module
 from typing import NoReturn
 
 from repae_lite import __version__
-from repae_lite.utils.errors import BUG, interrupted, sentence
+from repae_lite.utils.errors import BUG, interrupted, printable, sentence
 from repae_lite.utils.output import patient_output
 
 COMMANDS = (  # "cache-latents" is cache_latents.py
@@ -153,6 +153,7 @@ def _refuse_empty(args: argparse.Namespace) -> None:
 def _messages_on_stderr() -> Iterator[None]:
     """Shows what the library logs, as plain sentences."""
     logger, handler = logging.getLogger("repae_lite"), logging.StreamHandler()
+    handler.format = lambda record: printable(record.getMessage())
     logger.setLevel(logging.INFO)
     logger.addHandler(handler)
     try:

@@ -77,6 +77,9 @@ def memory_advice(args: argparse.Namespace, error: BaseException) -> str:
         return (
             f"the networks and their optimisers alone do not fit, so take a smaller --model or --vae{classes}"
         )
+    if came_through(error, "training.trainer", "_sample"):
+        fewer = f"fewer --sample-images than {config.sample_images}, or " * (config.sample_images > 1)
+        return f"it was a sample grid, so give {fewer}--sampling-steps 0 for none"
     cuts = config.micro_batches * config.gradient_accumulation_steps
     at_once = -(-config.images_per_step // int(os.environ.get("WORLD_SIZE") or 1) // cuts)
     ways = []

@@ -21,6 +21,7 @@ from PIL import Image
 from repae_lite.data.image_files import encode_png
 from repae_lite.utils.files import atomic_path, write_text
 
+UNPACKED = 1 << 26  # bytes that a small file may unpack to
 CANNOT_LOCK = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 # HDF5 since 1.10 can read it: without a bound the newest format of the library at hand would be written
 LIBVER = "v110"
@@ -108,9 +109,9 @@ def read_bytes(file: h5py.File, name: str) -> bytes:
     with reading(file.filename):
         found = file.get(name)
         if isinstance(found, h5py.Dataset) and found.shape is not None:
-            # Damaged bytes may ask for more memory than there is.
-            scalar, size = found.shape == (), found.nbytes
-            if found.chunks is not None or size <= os.path.getsize(file.filename):
+            # Damaged bytes may ask for more memory than there is; chunks may be compressed, or never written.
+            scalar, most = found.shape == (), os.path.getsize(file.filename)
+            if found.nbytes <= (most if found.chunks is None else 10 * most + UNPACKED):
                 kind, value = found.dtype.kind, found[()]
                 if kind in "SV" and scalar:
                     return bytes(value).ljust(found.dtype.itemsize, b"\0")

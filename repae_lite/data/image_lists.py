@@ -23,6 +23,7 @@ SYSTEM = frozenset(  # names of files and folders that systems make, in lower ca
 ) | {"system volume information", "network trash folder", "temporary items"}
 TRAINING = frozenset(("train", "training"))
 OTHER_SPLITS = frozenset(("val", "valid", "validation", "test", "testing", "eval", "evaluation", "dev"))
+_SIZE = re.compile(r"[-_ ]?\d+(x\d+)?(px)?$")  # or the year
 IMAGENET = ("CLS-LOC", "Data/CLS-LOC", "ILSVRC/Data/CLS-LOC")  # where its archives put the splits
 ARCHIVES = {
     ".zip": "unzip it",
@@ -282,6 +283,11 @@ class _Walk:
 # ---------------------------------------------------------------- which folder
 
 
+def _split(name: str) -> str:
+    """A folder's name as that of a split: "train" of train2017 and Train_256x256."""
+    return _SIZE.sub("", name.lower())
+
+
 def _enter(root: Path, depth: int = 0) -> Path:
     """The folder that holds the classes: the root itself, its training split, or `images` of REPA's layout.
 
@@ -299,8 +305,8 @@ def _enter(root: Path, depth: int = 0) -> Path:
         return root
     if "images" in folders and ((root / "images" / LABELS).is_file() or "vae-sd" in folders):
         return root / "images"
-    training = [name for name in folders if name.lower() in TRAINING]
-    splits = [name for name in folders if name.lower() in OTHER_SPLITS]
+    training = [name for name in folders if _split(name) in TRAINING]
+    splits = [name for name in folders if (_split(name) if training else name.lower()) in OTHER_SPLITS]
     rest = len(folders) - len(training) - len(splits)
     if not rest or any(_holds_classes(root / name) for name in training):
         if len(training) == 1:
@@ -389,13 +395,15 @@ def _match(
     """The label of each image that a dataset.json lists, and those of them that are not there.
 
     Raises:
-        ValueError: images without labels.
+        ValueError: images without labels, or names that lead elsewhere.
     """
     by_spelling = {_plain(name): name for name in names}
     by_spelling |= {name: name for name in names}
     numbers = {}
     for name, label in entries:
         plain = _plain(name)
+        if plain.startswith(("/", "../")):
+            raise ValueError(f"{listed} lists {_short(name)}, which leads out of its folder: take it out")
         numbers[by_spelling.get(name) or by_spelling.get(plain, plain)] = label
     if unlisted := [name for name in names if name not in numbers]:
         raise ValueError(

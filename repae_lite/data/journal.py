@@ -58,6 +58,47 @@ def check_count(file: h5py.File, state: dict) -> None:
         raise ValueError(f"{held} items instead of {expected}")
 
 
+def refuse_existing(path: Path, overwrite: bool, other: str) -> None:
+    """Refuses to replace a finished file without being told to, and anything else in its place.
+
+    Args:
+        path: the file; a link to what is not there now counts as one.
+        overwrite: whether it may be replaced.
+        other: what else could be chosen, as in "output folder".
+
+    Raises:
+        ValueError: it is there.
+    """
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: choose another {other}, or move it away")
+    if os.path.lexists(path) and not overwrite:
+        what = "exists" if path.exists() else f"is a link to {os.readlink(path)}, which is not there"
+        raise ValueError(f"{path} {what}: choose another {other}, or replace it with --overwrite")
+
+
+def refuse_beside(folder: Path, paths: Sequence[Path], overwrite: bool) -> None:
+    """Refuses, before any work, files in the place of what a run will write beside its result.
+
+    Args:
+        folder: the `.partial` folder; if a run has begun in it, they may be its own.
+        paths: of the files.
+        overwrite: whether they may be replaced.
+
+    Raises:
+        ValueError: there are such files.
+    """
+    if not overwrite and not (folder / "journal.json").exists():
+        _refuse_foreign(paths)
+
+
+def _refuse_foreign(paths: Sequence[Path]) -> None:
+    if found := [path for path in paths if os.path.lexists(path)]:
+        raise ValueError(
+            f"{found[0]} exists and is not of this run: move it away, choose another name or folder, or "
+            "replace it with --overwrite"
+        )
+
+
 class ResumableH5:
     """The file in the making, `<output>/<name>.partial/<name>`, with its journal beside it.
 
@@ -200,14 +241,14 @@ class ResumableH5:
         Raises:
             ValueError: there are such files.
         """
-        found = [path for path in paths if path.exists()]
-        if found and not overwrite and not self.state["labelled"]:
+        if overwrite or self.state["labelled"]:
+            return
+        try:
+            _refuse_foreign(paths)
+        except ValueError:
             if not self.size:
                 self.discard()
-            raise ValueError(
-                f"{found[0]} exists and is not of this run: move it away, choose another name or folder, or "
-                "replace it with --overwrite"
-            )
+            raise
 
 
 class Step(io.RawIOBase):

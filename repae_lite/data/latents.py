@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from repae_lite.data.datasets import H5Dataset, ImageFolderDataset, ImageH5Dataset, read_batches
 from repae_lite.data.hdf5 import open_h5, read_bytes, reading
-from repae_lite.data.journal import ResumableH5, check_count, fingerprint
+from repae_lite.data.journal import ResumableH5, check_count, fingerprint, refuse_beside, refuse_existing
 from repae_lite.networks.latent_stats import LatentStats
 from repae_lite.networks.vae import AutoencoderKL
 from repae_lite.utils.devices import loading
@@ -33,6 +33,7 @@ from repae_lite.utils.processes import from_first_process, process_count, proces
 from repae_lite.utils.progress import progress_bar
 
 STEP = 1000  # images that a killed run has to do again, about
+SMALL = 1 << 26  # bytes of latents; if fewer ask for more memory than there is, they are damaged
 ABOUT = "vae.json"
 STATS = "-latents-stats.pt"  # follows the name of the latents, or of their VAE
 
@@ -86,9 +87,9 @@ class CachedLatentsDataset(H5Dataset):
         """
         try:
             moments = np.load(io.BytesIO(data), allow_pickle=False)
-        except MemoryError:
-            raise
         except Exception as error:  # NumPy parses headers as Python: any bytes give any error
+            if isinstance(error, MemoryError) and len(data) > SMALL:
+                raise
             reason = " ".join(str(error).split())
             raise ValueError(
                 f"{name} in {self.path} cannot be decoded ({reason}): cache the latents again"
@@ -98,6 +99,7 @@ class CachedLatentsDataset(H5Dataset):
             or moments.dtype != np.float32
             or moments.ndim != 3
             or moments.shape[0] % 2
+            or not moments.size
             or self.shape not in ((), moments.shape)
         ):
             expected = "an even number of channels" if not self.shape else str(self.shape)
@@ -217,8 +219,12 @@ def check_output(path: Path, dataset: Dataset, overwrite: bool) -> None:
     """
     if path.resolve() == Path(getattr(dataset, "path", "")).resolve():
         raise ValueError(f"{path} holds the images themselves: choose another name for their latents")
-    if path.exists() and not overwrite:
-        raise ValueError(f"{path} exists: choose another name, or replace it with --overwrite")
+    refuse_existing(path, overwrite, "name")
+    refuse_beside(path.with_name(path.name + ".partial"), _beside(path), overwrite)
+
+
+def _beside(path: Path) -> list[Path]:
+    return [path.with_name(path.stem + "_h5.json"), path.with_name(path.stem + STATS)]
 
 
 def _start(
@@ -229,8 +235,7 @@ def _start(
     state = {"done": 0, "labelled": False, "count": 0, "mean": [], "square": []}
     folder = stack.enter_context(locked(path.with_name(path.name + ".partial")))
     file = ResumableH5(folder, _source_print(dataset, about), state, check_count, discard=overwrite)
-    beside = (path.with_name(path.stem + "_h5.json"), path.with_name(path.stem + STATS))
-    file.check_free(*beside, overwrite=overwrite)
+    file.check_free(*_beside(path), overwrite=overwrite)
     check_space(path.parent, (len(dataset) - file.state["done"]) * (8 * values + 200), "the latents need")
     labels = [None if getattr(dataset, "no_classes", "") else int(label) for label in dataset.labels]
     entries = [(latent_name(i), label) for i, label in enumerate(labels)]
@@ -263,8 +268,10 @@ def official_stats(stats: LatentStats) -> dict[str, Tensor]:
 
 def save_stats(path: Path, stats: LatentStats) -> None:
     """Writes the official file of latent statistics."""
+    buffer = io.BytesIO()  # into a file PyTorch would write its temporary name
+    torch.save(official_stats(stats), buffer)
     with atomic_path(path) as partial:
-        torch.save(official_stats(stats), partial)
+        partial.write_bytes(buffer.getbuffer())
 
 
 def _encode_all(file: ResumableH5, batches: Iterator[Tensor], total: int, step: int, progress: bool) -> None:

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from repae_lite.data.hdf5 import image_name, read_bytes, reading
 from repae_lite.data.image_files import square_pngs, start_worker
 from repae_lite.data.image_lists import ImageList, list_images
-from repae_lite.data.journal import ResumableH5, check_count, fingerprint
+from repae_lite.data.journal import ResumableH5, check_count, fingerprint, refuse_beside, refuse_existing
 from repae_lite.utils.files import read_json, write_text
 from repae_lite.utils.locks import check_space, locked, writing
 from repae_lite.utils.progress import progress_bar
@@ -90,8 +90,9 @@ def preprocess(
     for line in images.summary():
         logger.info(line)
     result, names, report_path = (output / name for name in ("images.h5", "images_h5.json", REPORT))
-    if result.exists() and not overwrite:
-        raise ValueError(f"{result} exists: choose another output folder, or replace it with --overwrite")
+    refuse_existing(result, overwrite, "output folder")
+    beside = [names] if _is_ours(report_path, images) else [names, report_path]
+    refuse_beside(output / "images.h5.partial", beside, overwrite)
     if dry_run:
         return _report({"done": len(images.names), "unreadable": {}}, images, resolution)
     with locked(output / "images.h5.partial") as folder:
@@ -100,8 +101,7 @@ def preprocess(
         head = f"1 {resolution}\n" + "no classes\n" * bool(images.no_classes)
         source_print = fingerprint(head, images.names, images.labels)
         file = ResumableH5(folder, source_print, state, _check_unfinished, discard=overwrite)
-        ours = file.state["done"] or _is_ours(report_path, images)
-        file.check_free(names, *[] if ours else [report_path], overwrite=overwrite)
+        file.check_free(*[names] if file.state["done"] else beside, overwrite=overwrite)
         left = len(images.names) - file.state["done"]
         check_space(output, left * (3 * resolution + 1) * resolution, "the images need")
         _encode_all(file, images, resolution, workers or _cores(), step, progress)

@@ -246,8 +246,12 @@ def check_label_count(labels: Tensor, count: int, noun: str) -> None:
     """Refuses labels that are not one class number per image, latent or sample (the noun).
 
     Raises:
-        ValueError: another shape, which would broadcast, or no integers.
+        ValueError: no tensor, another shape, which would broadcast, no integers, or nothing at all.
     """
+    if not isinstance(labels, Tensor):
+        raise ValueError(f"labels are a {type(labels).__name__}: give a tensor, as in torch.tensor([0, 1])")
+    if count == 0:
+        raise ValueError(f"the batch is empty: give at least one {noun}")
     if labels.shape != (count,):
         raise ValueError(
             f"labels have shape {tuple(labels.shape)} for {count} {noun}s: give one class number per {noun}"

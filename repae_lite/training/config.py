@@ -30,6 +30,9 @@ logger = logging.getLogger(__name__)
 # Ranges: the end of the sentence that refuses a value, and whether a value is inside.
 POSITIVE = ("must be more than 0", lambda value: 0 < value < math.inf)
 NOT_NEGATIVE = ("must be 0 or more", lambda value: 0 <= value < math.inf)
+SEED = ("must be from 0 to 2**64 - 1", lambda value: 0 <= value < 2**64)
+RATE = ("must be more than 0, and at most 1e30", lambda value: 0 < value <= 1e30)  # float32 holds it
+WORKERS = ("must be from 0 to 1024", lambda value: 0 <= value <= 1024)  # each is a process
 SHARE = ("is a share, from 0 up to (not including) 1", lambda value: 0 <= value < 1)
 SHARE_OR_ALL = ("is a share, from 0 to 1", lambda value: 0 <= value <= 1)
 SHARE_OF_NEW = ("is a share, above 0 and at most 1", lambda value: 0 < value <= 1)
@@ -70,9 +73,7 @@ class TrainConfig:
     sources: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
     exp_name: str = _option("run", "name of the run's folder", "run", within=FOLDER_NAME, free=True)
     output_dir: str = _option("exps", "where run folders are", "run", free=True)
-    seed: int = _option(
-        0, "of the initial weights, the order of images and every draw", "run", within=NOT_NEGATIVE
-    )
+    seed: int = _option(0, "of the initial weights, the order of images and every draw", "run", within=SEED)
 
     data_dir: str = _option(
         "data",
@@ -102,7 +103,7 @@ class TrainConfig:
         4,
         "loader processes per training process; the result does not depend on it",
         "data",
-        within=NOT_NEGATIVE,
+        within=WORKERS,
         tiny=0,
         free=True,
     )
@@ -274,17 +275,17 @@ class TrainConfig:
         1, "a step uses so many batches", "optimisation", within=POSITIVE
     )
     learning_rate: float = _option(
-        1e-4, "of the SiT", "optimisation", only="repae ldm", within=POSITIVE, tiny=1e-3
+        1e-4, "of the SiT", "optimisation", only="repae ldm", within=RATE, tiny=1e-3
     )
     vae_learning_rate: float = _option(
-        1e-4, "of the VAE", "optimisation", only="repae vae", within=POSITIVE, tiny=2e-4
+        1e-4, "of the VAE", "optimisation", only="repae vae", within=RATE, tiny=2e-4
     )
     disc_learning_rate: float = _option(
         1e-4,
         "of the discriminator",
         "optimisation",
         only="repae vae",
-        within=POSITIVE,
+        within=RATE,
         needs="discriminator",
     )
     lr_warmup_steps: int = _option(

@@ -22,6 +22,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -96,7 +97,7 @@ class RunFolder:
 
     def remove_leftovers(self) -> None:
         """Removes what killed writes left behind."""
-        for partial in self.checkpoints_path.glob(".*.partial"):
+        for partial in self.checkpoints_path.glob(".[0-9]*.partial"):
             remove(partial)
 
     def check_disk(self, size: int, *, planned: int, keep_last: int | None) -> None:
@@ -149,6 +150,8 @@ class RunFolder:
         named = {name: named_state(optimizer, networks[name]) for name, optimizer in optimizers.items()}
         path = self.checkpoints_path / f"{step:07d}"
         try:
+            for other in self._of_step(step):
+                set_aside(other, "is no whole checkpoint")
             if kind != "official":
                 resume = {"step": step, "optimizers": named, "extras": extras}
                 self._save_folder(path, networks, latent_stats, resume, interim)
@@ -287,7 +290,8 @@ class RunFolder:
     def cut_metrics(self, step: int) -> None:
         """Cuts off what comes after the last line up to a step: later lines, and a half-written one.
 
-        Lines before that stay, even those that are no measurements.
+        Lines before that stay, even those that are no measurements. Where such lines are cut off, as all
+        are of a file that an editor laid out anew, a copy of the file is kept.
         """
         if not self.metrics_path.exists():
             return
@@ -298,9 +302,16 @@ class RunFolder:
                 size += len(line)
                 record = _record(line)
                 if record is None:
-                    odd += 1
+                    odd += line.endswith(b"\n")
                 elif record["step"] <= step:
                     end, kept_odd, last = size, odd, line
+            if odd > kept_odd:
+                copy = free_name(self.metrics_path)
+                shutil.copyfile(self.metrics_path, copy)
+                logger.warning(
+                    f"{self.metrics_path} has {odd - kept_odd} lines at its end that are no measurements: "
+                    f"they are cut off, and all of it is kept as {copy.name}"
+                )
             file.truncate(end)
             if not last.endswith(b"\n"):  # as an editor leaves it
                 file.seek(end)
@@ -367,6 +378,12 @@ def find_checkpoint(source: str, folder: RunFolder) -> Path | None:
             )
         return own[step]
     path = Path(source)
+    if path.name == "checkpoints" and path.is_dir() and not checkpoints_in(files_in(path)):
+        path = path.parent
+    if path.is_file() and (path.suffix == ".safetensors" or path.name == "resume.pt"):
+        raise ValueError(
+            f"{source} is only a part of a checkpoint: give its folder, as in RUN/checkpoints/0050000"
+        )
     if path.is_dir() and not any(path.glob("*.safetensors")) and not (path / "resume.pt").is_file():
         path = path / pick_checkpoint(files_in(path), None, path)
     if not path.exists():
@@ -465,7 +482,7 @@ def with_way_out(path: Path, *, own: bool) -> Iterator[None]:
             raise
         head, _, advice = str(error).rpartition(": ")
         # A run's own file cannot be got again.
-        fault = head if "again" in advice or "check the path" in advice else str(error)
+        fault = head if head and ("again" in advice or "check the path" in advice) else str(error)
         whole = _whole_before(path)
         if whole is None:
             way = f"no earlier one in {path.parent} is whole"

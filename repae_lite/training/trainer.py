@@ -268,6 +268,9 @@ class Trainer:
             for path in (folder.metrics_path, options):
                 if path.exists() and path.read_bytes() not in (b"", text.encode()):
                     set_aside(path, "is not of this start")
+            for path in (folder.path / "samples", folder.path / "divergence"):
+                if path.is_dir() and any(path.iterdir()):
+                    set_aside(path, "is not of this start")
         if not own or not options.exists():
             write_text(options, text)
 

@@ -59,10 +59,10 @@ def choose_device(name: str | None = None) -> str:
         torch.empty(0, device=name)
         if torch.device(name).type == "meta":
             raise RuntimeError("it holds no numbers")
-    except UNUSABLE as error:
+    except (*UNUSABLE, ImportError) as error:  # some kinds of device are packages of their own
         unusable = unusable_gpu() if name.startswith("cuda") else None
         raise ValueError(
-            unusable or f"there is no device {name!r} ({_words(error)}): give cpu, cuda or cuda:N"
+            unusable or f"there is no device {name!r} ({_words(error)}): give cpu, cuda, cuda:N or mps"
         ) from None
     check_device(name, asked=asked)
     if started_together():
@@ -85,7 +85,7 @@ def check_device(device: torch.device | str, *, asked: bool = True) -> None:
     index = device.index or 0
     obstacle = cuda_obstacle(index) if device.type == "cuda" and index < gpus() else None
     if obstacle:
-        raise ValueError(f"{obstacle}; --cpu or --device cpu computes without it")
+        raise ValueError(f"{obstacle}; {_another_gpu(index)}--cpu or --device cpu computes without a GPU")
     unusable = unusable_gpu() if device.type == "cpu" and not asked else None
     if unusable:
         logger.warning(f"running on the CPU: {unusable}")
@@ -98,9 +98,11 @@ def _best() -> str:
 
 
 def _words(error: Exception) -> str:
-    """The first line of torch's own message."""
+    """The first line of torch's own message, without its general advice."""
     lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[0].strip() if lines else type(error).__name__
+    if not lines:
+        return type(error).__name__
+    return re.split(r"\. (?:This could be|Please )", lines[0].strip().rstrip("."))[0]
 
 
 # ---------------------------------------------------------------- GPUs that torch sees, and cannot use
@@ -115,13 +117,34 @@ def gpus() -> int:
 
 def cuda_obstacle(index: int) -> str | None:
     """Why torch cannot use a GPU that it sees, with the remedy; None if it can, as far as can be told."""
-    reason = _no_code(index)
-    if reason is None:
-        try:
+    try:
+        reason = _no_code(index)
+        if reason is None:
             torch.cuda.mem_get_info(index)  # opens the GPU; one in exclusive use refuses
-        except UNUSABLE as error:
-            reason = f"torch cannot open cuda:{index} ({_words(error)}): see nvidia-smi for what holds it"
+    except UNUSABLE as error:
+        tool = "rocm-smi" if torch.version.hip else "nvidia-smi"
+        reason = (
+            f"torch cannot open cuda:{index} ({_words(error)}): see what {tool} says of it, and what holds it"
+        )
     return reason
+
+
+def _another_gpu(index: int) -> str:
+    """How to take another GPU, if torch can use one."""
+    usable = next((i for i in range(gpus()) if i != index and not cuda_obstacle(i)), None)
+    if usable is None:
+        return ""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    name = visible[usable].strip() if usable < len(visible) and visible != [""] else usable
+    return f"CUDA_VISIBLE_DEVICES={name} takes {gpu_name(usable)} instead; "
+
+
+def gpu_name(index: int) -> str:
+    """What a GPU that torch sees is called."""
+    try:
+        return torch.cuda.get_device_name(index)
+    except UNUSABLE:
+        return "a GPU"
 
 
 def _no_code(index: int) -> str | None:

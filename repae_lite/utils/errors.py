@@ -11,6 +11,7 @@ Nothing slow is imported here: `repae --help` is instant.
 import errno
 import re
 import traceback
+import unicodedata
 from collections.abc import Callable
 from opcode import opmap
 from pathlib import Path
@@ -92,13 +93,26 @@ def sentence(
     Returns:
         The sentence, or None: the error is a bug.
     """
+    found = _sentence(error, saves_memory)
+    return found and printable(found)
+
+
+def printable(words: str) -> str:
+    """Words on one line; line breaks and what else steers a terminal, as in names of files, are escaped."""
+    steering = ("Cc", "Cs", "Zl", "Zp")
+    return "".join(repr(c)[1:-1] if unicodedata.category(c) in steering else c for c in words)
+
+
+def _sentence(error: BaseException, saves_memory: Callable[[BaseException], str] | None) -> str | None:
     words, ours = _of_a_worker(error) or (str(error).strip(), raised_by_us(error))
     if ours and isinstance(error, ValueError | OSError):
-        return words
-    if wanted := _memory(error, words):
-        return f"{wanted}: {saves_memory(error) if saves_memory else LESS}"
-    rules = (_dead_worker, _system, _other_processes, _compiler, _missing_package, _gpu)
-    return next((found for rule in rules if (found := rule(error, words))), None)
+        found = words
+    elif wanted := _memory(error, words):
+        found = f"{wanted}: {saves_memory(error) if saves_memory else LESS}"
+    else:
+        rules = (_dead_worker, _network, _system, _other_processes, _compiler, _missing_package, _gpu, _mps)
+        found = next((told for rule in rules if (told := rule(error, words))), None)
+    return found and " ".join(found.splitlines())
 
 
 def interrupted(error: BaseException) -> bool:
@@ -126,10 +140,12 @@ def raised_by_us(error: BaseException) -> bool:
     return _is_ours(at) and at.tb_frame.f_code.co_code[at.tb_lasti] == opmap["RAISE_VARARGS"]
 
 
-def came_through(error: BaseException, module: str) -> bool:
-    """Whether an error came through a module of this package, as in "training.build"."""
-    frames = traceback.walk_tb(error.__traceback__)
-    return any(frame.f_globals.get("__name__") == f"{PACKAGE}.{module}" for frame, _ in frames)
+def came_through(error: BaseException, module: str, function: str | None = None) -> bool:
+    """Whether an error came through a module of this package, as in "training.build", or a function in it."""
+    return any(
+        frame.f_globals.get("__name__") == f"{PACKAGE}.{module}" and function in (None, frame.f_code.co_name)
+        for frame, _ in traceback.walk_tb(error.__traceback__)
+    )
 
 
 def _is_ours(at) -> bool:
@@ -181,13 +197,15 @@ def _dead_worker(error: BaseException, words: str) -> str | None:
     """A loader's process that was killed, or cannot hand on what it read."""
     if not isinstance(error, RuntimeError | OSError):
         return None
+    if re.search(r"ulimit -n|ancdata|</torch_.*Too many open files", words):
+        return f"{_flat(words)}: raise the limit of open files with `ulimit -n`, or give fewer --num-workers"
     if SHARED_MEMORY.search(words) and not isinstance(error, OSError):
         return (
             f"a loader process has no shared memory left ({_flat(words)}): raise its limit (docker run "
             "--shm-size=16g; Kubernetes: an emptyDir at /dev/shm), or give fewer --num-workers"
         )
-    if "ulimit -n" in words or "ancdata" in words:
-        return f"{_flat(words)}: raise the limit of open files with `ulimit -n`, or give fewer --num-workers"
+    if words == "can't start new thread":
+        return f"{words}: a limit of the system was reached: see `ulimit -a`, or give fewer --num-workers"
     if re.search(r"DataLoader worker .*(killed by signal|exited unexpectedly)|DataLoader timed out", words):
         cause = str(error.__cause__ or error.__context__ or "")
         told = cause if "killed by signal" in cause else words
@@ -198,12 +216,20 @@ def _dead_worker(error: BaseException, words: str) -> str | None:
     return None
 
 
+def _network(error: BaseException, words: str) -> str | None:
+    """A host that cannot be found or trusted; such errors have numbers that mean other things elsewhere."""
+    kinds = {kind.__name__ for kind in type(error).__mro__ if issubclass(kind, OSError)}
+    if "SSLError" in kinds:
+        return f"{_flat(words)}: check this machine's clock, its certificates and its proxy"
+    return f"{error.strerror or _flat(words)}: {NETWORK}" if kinds & {"gaierror", "herror"} else None
+
+
 def _system(error: BaseException, words: str) -> str | None:
     """What the system or a library says of the world outside."""
     if not isinstance(error, OSError) or error.errno in OURS_TO_MEND:
         return None
     if error.errno is None or not error.strerror:
-        return f"{type(error).__name__}: {_flat(words)}" if words else None
+        return f"{type(error).__name__}: {_flat(words)}" if words else type(error).__name__
     paths = " → ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
     remedy = REMEDY.get(error.errno, "")
     return f"{paths}{': ' * bool(paths)}{error.strerror}{': ' * bool(remedy)}{remedy}"
@@ -218,6 +244,8 @@ def _other_processes(error: BaseException, words: str) -> str | None:
         return None
     if PEER_LOST.search(words):
         return "another process of this run has ended: its own message says why"
+    if "EADDRINUSE" in words:
+        return f"the processes cannot meet ({first_line(words)}): {REMEDIES['EADDRINUSE']}"
     if LATE.search(words):
         return f"another process of this run does not answer ({first_line(words)}): look at its messages"
     last = words.partition("Last error:")[2].strip() or words
@@ -233,7 +261,7 @@ def _compiler(error: BaseException, words: str) -> str | None:
 
 def _missing_package(error: BaseException, words: str) -> str | None:
     """An installation that lacks a package, or whose packages do not fit together."""
-    if not isinstance(error, ImportError) or (error.name or PACKAGE).partition(".")[0] == PACKAGE:
+    if not isinstance(error, ImportError) or (error.name or "").partition(".")[0] == PACKAGE:
         return None
     return f"{first_line(words)}: the installation is not whole, install the project again as its README says"
 
@@ -245,6 +273,14 @@ def _gpu(error: BaseException, words: str) -> str | None:
     )
     if isinstance(error, RuntimeError | AssertionError) and named and GPU_TROUBLE.search(words):
         return f"{first_line(words)}: see what `repae check` says of this GPU, or compute on the CPU"
+    return None
+
+
+def _mps(error: BaseException, words: str) -> str | None:
+    """Something that Apple's GPU lacks."""
+    if isinstance(error, NotImplementedError) and "PYTORCH_ENABLE_MPS_FALLBACK" in words:
+        what = words.partition(". ")[0]
+        return f"{_flat(what)}: PYTORCH_ENABLE_MPS_FALLBACK=1 has the CPU do it, or compute on the CPU"
     return None
 
 

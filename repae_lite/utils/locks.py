@@ -84,8 +84,9 @@ def check_writable(folder: Path) -> None:
             for _ in range(2):  # the second one over the first
                 write_text(probe, "probe")
             remove(probe)
-            probe.mkdir()
-            os.rename(probe, free_name(probe))
+            made = free_name(probe)  # another name, where nothing can be removed
+            made.mkdir()
+            os.rename(made, free_name(made))
         finally:
             for left in folder.glob(".probe*.partial"):
                 remove(left)

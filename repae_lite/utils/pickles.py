@@ -63,6 +63,7 @@ def read_pickle(path: Path, *, remedy: str = REMEDY) -> dict:
 def _loaded(path: Path, bystanders: tuple[type, ...] = ()) -> object:
     """What PyTorch's reader of weights makes of a file."""
     mapped = _can_be_mapped(path)
+    _refuse_bytearrays(path)
     with torch.serialization.safe_globals([argparse.Namespace, *bystanders]), warnings.catch_warnings():
         # Of protocols and TorchScript: what fails for them is said elsewhere.
         warnings.simplefilter("ignore", UserWarning)
@@ -92,6 +93,22 @@ def _can_be_mapped(path: Path) -> bool:
     if damaged:
         logger.warning(f"{path}: the checksum of {damaged} in it is another, so its numbers may be damaged")
     return path.suffix != ".safetensors" and all(entry.file_size == entry.compress_size for entry in entries)
+
+
+def _refuse_bytearrays(path: Path) -> None:
+    """Refuses a pickle that asks for a bytearray: PyTorch's reader would make one of any size.
+
+    Raises:
+        ValueError: it does.
+    """
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            heads = [archive.read(name) for name in archive.namelist() if name.endswith("data.pkl")]
+    else:
+        with open(path, "rb") as file:
+            heads = [file.read(_LARGEST)]
+    if any(_BYTEARRAY.search(head) for head in heads):
+        raise ValueError("GLOBAL builtins.bytearray")
 
 
 def _not_whole(path: Path, error: BaseException) -> str:
@@ -163,8 +180,9 @@ def _values(holder: object) -> list:
 _PLAIN = re.compile(  # what files of torch.save are made of
     r"torch\.(\w+Storage|storage\.\w+|_utils\._\w+|_tensor\._\w+|nn\.parameter\.(Parameter|Buffer)|Size|device|"
     r"bool|b?float\d+\w*|u?int\d+|complex\d+|q\w*int\d+\w*)|argparse\.Namespace|_codecs\.encode|"
-    r"collections\.(OrderedDict|Counter)|(builtins|__builtin__)\.(set|complex|bytearray)"
+    r"collections\.(OrderedDict|Counter)|(builtins|__builtin__)\.(set|complex)"
 )
+_BYTEARRAY = re.compile(rb"c(builtins|__builtin__)\nbytearray\n")
 _BYSTANDERS = re.compile(  # what lies beside the weights in checkpoints of training frameworks
     r"(pytorch_lightning|lightning|lightning_fabric|lightning_utilities|omegaconf|ml_collections|easydict|numpy)"
     r"\.[\w.]+|pathlib\.\w*Path|datetime\.\w+|typing\.Any|collections\.(defaultdict|deque)|"

@@ -59,9 +59,11 @@ def check_settings() -> None:
 
 
 def settings() -> str:
-    """accelerate's settings in the environment, for an error."""
+    """accelerate's settings in the environment, and a launcher's, for an error."""
     found = (
-        f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith("ACCELERATE_")
+        f"{name}={value}"
+        for name, value in sorted(os.environ.items())
+        if name.startswith("ACCELERATE_") or name in LAUNCHER
     )
     return ", ".join(found) or "none in the environment"
 

@@ -107,6 +107,7 @@ def _reading(path: Path, remedy: str) -> Iterator[None]:
         raise unreadable(path, error) from None
 
 
+_REPEATED = 1 << 26  # bytes that tensors may have beyond the numbers of a file, which they repeat
 _WRAPPERS = re.compile(r"(module|_orig_mod|_fsdp_wrapped_module)\.")  # of DDP, torch.compile, FSDP
 
 
@@ -128,6 +129,12 @@ def plain_state(state: dict, source: str | Path) -> dict[str, Tensor]:
         bare = name
         while wrapper := _WRAPPERS.match(bare):
             bare = bare[wrapper.end() :]
+        if tensor.layout == torch.strided and not tensor.is_meta:
+            held = tensor.untyped_storage().nbytes()
+            if tensor.nbytes > 8 * held + _REPEATED:
+                raise ValueError(
+                    f"{source} holds {name} of {tensor.nbytes:,} bytes in {held:,} bytes of numbers: {REMEDY}"
+                )
         if bare in plain:
             raise ValueError(f"{source} holds {bare} twice, once as {name}: keep one of them")
         plain[bare] = tensor
@@ -191,7 +198,7 @@ def build_module(
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in state.values()
     }
     needed = sum(tensor.nbytes for tensor in sketch.state_dict().values())
-    if needed > 8 * sum(held.values()) + (1 << 30):
+    if needed > 8 * sum(held.values()) + _REPEATED:
         raise ValueError(
             f"{source} has sizes of {needed:,} bytes for {sum(held.values()):,} bytes of numbers: {REMEDY}"
         )

@@ -189,7 +189,9 @@ def test_a_file_where_the_folder_should_be(run, tmp_path, capsys):
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "a\\b", "a\nb", "a\x7f"])
 def test_names_that_are_no_names(run, tmp_path, capsys, name):
     sentence = refused(capsys, "--exp-path", run[0], "--vae-name", name, "--save-dir", tmp_path / "s" / "t")
-    assert "give a name without folders" in sentence and not (tmp_path / "s").exists()
+    assert ("give a name without folders" in sentence or "without a letter" in sentence) and not (
+        tmp_path / "s"
+    ).exists()
 
 
 @pytest.mark.parametrize(
@@ -293,7 +295,7 @@ def test_what_is_of_no_export_is_not_replaced(run, tmp_path, capsys):
     arguments = ("--exp-path", run[0], "--vae-name", "mine", "--save-dir", tmp_path, "--overwrite")
     assert "README.md is of no export: choose another --vae-name" in refused(capsys, *arguments)
     assert contents(tmp_path / "mine") == {"README.md": b"# my project"}
-    assert "--save-dir is empty" in refused(capsys, "--exp-path", run[0], "--save-dir", "")
+    assert "--save-dir is ''" in refused(capsys, "--exp-path", run[0], "--save-dir", "")
 
 
 def test_what_cannot_be_read_is_noticed_before_anything_is_removed(run, tmp_path, monkeypatch):

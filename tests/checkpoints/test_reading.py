@@ -345,3 +345,30 @@ def test_the_whole_files_are_whole(tmp_path):
     for kind, content in WHOLE.items():
         (tmp_path / f"v{kind}").write_bytes(content)
         assert load_vae(Path(tmp_path / f"v{kind}"), config=SMALL).config == SMALL
+
+
+# ---------------------------------------------------------------- small files that ask for much memory
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_bytearray_of_any_size_is_not_made(tmp_path, zipped):
+    class Asks:
+        def __reduce__(self):
+            return bytearray, (1 << 20,)
+
+    path = tmp_path / "v.pt"
+    torch.save({"a": Asks()}, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(ValueError, match=r"v\.pt wants to run __builtin__\.bytearray"):
+        load_vae(path)
+
+
+def test_tensors_that_repeat_a_number_into_gigabytes_are_refused(tmp_path):
+    wide = torch.ones(1).expand(1, 1 << 34, 1, 1)
+    torch.save({"latents_scale": wide, "latents_bias": wide}, tmp_path / "s.pt")
+    with pytest.raises(ValueError, match=r"s\.pt holds latents_scale of 68,719,476,736 bytes in 4 bytes"):
+        load_latent_stats(tmp_path / "s.pt")
+    with torch.device("meta"):
+        large = AutoencoderKL.from_preset("f8d4").state_dict()
+    torch.save({name: torch.zeros(1).expand(x.shape) for name, x in large.items()}, tmp_path / "v.pt")
+    with pytest.raises(ValueError, match=r"v\.pt has sizes of 334,615,452 bytes for"):
+        load_vae(tmp_path / "v.pt")

@@ -506,3 +506,11 @@ def test_pixels_and_unit_range_are_inverse():
     assert to_uint8(torch.tensor([-3.0, 3.0])).tolist() == [0, 255]
     with pytest.raises(ValueError, match=r"float32.*uint8"):
         to_unit_range(x)
+
+
+@pytest.mark.parametrize(("shape", "dtype"), [((1 << 32,), "u1"), ((1,), "S2000000000")])
+def test_chunks_that_were_never_written_take_no_memory(tmp_path, shape, dtype):
+    with h5py.File(tmp_path / "images.h5", "w") as file:
+        file.create_dataset("dataset.json", shape=shape, dtype=dtype, chunks=(min(shape[0], 1 << 20),))
+    with pytest.raises(ValueError, match="instead of bytes"):
+        open_dataset(tmp_path)

@@ -382,3 +382,20 @@ def test_any_bytes_are_labels_or_one_sentence(data):
         assert parse_labels(data, "the file") == []
     except ValueError as error:
         assert str(error).startswith("the file ") and "\n" not in str(error)
+
+
+@pytest.mark.parametrize(("train", "val"), [("train2017", "val2017"), ("Train_256x256", "test-64px")])
+def test_splits_with_a_size_or_a_year_are_no_classes(tmp_path, train, val):
+    touch(tmp_path, f"{train}/a/1.png", f"{train}/b/1.png", f"{val}/a/1.png")
+    found = list_images(tmp_path)
+    assert found.root == tmp_path / train and found.class_names == ["a", "b"]
+    touch(tmp_path / "classes", "test1/1.png", "test2/1.png")
+    assert list_images(tmp_path / "classes").class_names == ["test1", "test2"]
+
+
+@pytest.mark.parametrize("name", ["../b.png", "/etc/b.png", "a/../../b.png", "..\\b.png"])
+def test_a_list_leads_to_no_file_outside_of_its_folder(tmp_path, name):
+    touch(tmp_path, "in/a.png", "b.png")
+    (tmp_path / "in" / "dataset.json").write_text(json.dumps({"labels": [["a.png", 0], [name, 1]]}))
+    with pytest.raises(ValueError, match="leads out of its folder"):
+        list_images(tmp_path / "in")

@@ -549,3 +549,29 @@ def test_latents_are_found_beside_an_image_file(images, tmp_path):
             enc_type="none",
         )
         assert len(open_data(config)) == COUNT
+
+
+def test_a_dry_run_tells_of_files_in_the_way(images, tmp_path, capsys):
+    (tmp_path / "l-latents-stats.pt").write_text("mine")
+    flags = ("--data-dir", images, "--output-dir", tmp_path, "--vae-latents-name", "l", "--dry-run")
+    assert main(["cache-latents", "--vae-ckpt", "tiny", "--device", "cpu", *map(str, flags)]) == 2
+    assert "l-latents-stats.pt exists and is not of this run" in capsys.readouterr().err
+
+
+def test_equal_statistics_make_equal_files(tmp_path, monkeypatch):
+    stats = LatentStats(torch.zeros(4), torch.ones(4))
+    for pid in (1, 22):  # the temporary name has it
+        monkeypatch.setattr(os, "getpid", lambda pid=pid: pid)
+        latents.save_stats(tmp_path / f"{pid}.pt", stats)
+    assert (tmp_path / "1.pt").read_bytes() == (tmp_path / "22.pt").read_bytes()
+
+
+@pytest.mark.parametrize("shape", [(2, 10**6, 10**7), (2, 0, 0)])
+def test_a_header_that_asks_for_more_memory_than_there_is(tmp_path, shape):
+    data = io.BytesIO()
+    np.lib.format.write_array_header_1_0(data, {"descr": "<f4", "fortran_order": False, "shape": shape})
+    with h5py.File(tmp_path / "l.h5", "w") as file:
+        add_bytes(file, "00000/a.npy", data.getvalue() + b"1")
+        add_bytes(file, "dataset.json", labels_json([("00000/a.npy", 0)]))
+    with pytest.raises(ValueError, match="cache the latents again"):
+        CachedLatentsDataset(tmp_path / "l.h5")

@@ -570,3 +570,22 @@ def test_the_official_command_is_understood(images, tmp_path, monkeypatch, capsy
     )
     assert f"{COUNT} images in 3 classes" in captured.err  # and the bar
     assert (tmp_path / "data" / "images_h5.json").exists()
+
+
+@pytest.mark.parametrize("dry", [True, False])
+def test_what_is_in_the_way_is_told_before_the_work_and_by_a_dry_run(images, tmp_path, dry):
+    def refused(match, **options):
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(ValueError, match=match):
+            preprocess(images, tmp_path, resolution=16, workers=1, dry_run=dry, **options)
+        assert sorted(tmp_path.rglob("*")) == before
+
+    for name in ("images_h5.json", REPORT):
+        (tmp_path / name).write_text("mine")
+        refused(f"{name} exists and is not of this run")
+        (tmp_path / name).unlink()
+    (tmp_path / "images.h5").symlink_to(tmp_path / "away")  # on a disk that is not there now
+    refused("is a link to .*away, which is not there")
+    (tmp_path / "images.h5").unlink()
+    (tmp_path / "images.h5").mkdir()
+    refused("is a folder", overwrite=True)

@@ -5,7 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from repae_lite.networks.latent_stats import LatentStats
-from repae_lite.networks.sit import SIT_PRESETS, SiT, SiTConfig, sincos_position_embedding
+from repae_lite.networks.sit import SIT_PRESETS, SiT, SiTConfig, check_label_count, sincos_position_embedding
 
 
 @pytest.fixture()
@@ -226,3 +226,15 @@ def test_the_convolutional_projector_sees_a_token_and_its_neighbours():
     torch.testing.assert_close(out[0, 5], expected, rtol=1e-4, atol=1e-5)
     _, projected = sit(torch.randn(2, 4, 8, 8), torch.rand(2), torch.arange(2), project=True)
     assert projected[0].shape == (2, 16, 128) and projected[0].requires_grad
+
+
+@pytest.mark.parametrize(
+    ("labels", "count", "words"),
+    [
+        ([0, 1], 2, "labels are a list: give a tensor"),
+        (torch.zeros(0).long(), 0, "the batch is empty: give at"),
+    ],
+)
+def test_labels_are_a_tensor_that_holds_some(labels, count, words):
+    with pytest.raises(ValueError, match=f"^{words}"):
+        check_label_count(labels, count, "sample")

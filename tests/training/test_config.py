@@ -118,11 +118,14 @@ RANGES = {  # values at the edges, of every option that has a range
     "micro_batches logging_steps sample_images eval_samples checkpointing_steps keep_last "
     "divergence_patience "
     "divergence_falls": {INSIDE: (1, 10**9), OUTSIDE: (0, -1)},
-    "learning_rate vae_learning_rate disc_learning_rate adam_epsilon max_grad_norm": {
+    "learning_rate vae_learning_rate disc_learning_rate": {
         INSIDE: (1e-30, 1e30),
-        OUTSIDE: (0.0, -1e-30, math.inf, math.nan),
+        OUTSIDE: (0.0, -1e-30, 1e31, math.inf, math.nan),
     },
-    "seed num_workers lr_warmup_steps sampling_steps eval_every milestone_steps resume_step": {
+    "adam_epsilon max_grad_norm": {INSIDE: (1e-30, 1e30), OUTSIDE: (0.0, -1e-30, math.inf, math.nan)},
+    "seed": {INSIDE: (0, 2**64 - 1), OUTSIDE: (-1, 2**64)},
+    "num_workers": {INSIDE: (0, 1024), OUTSIDE: (-1, 1025)},
+    "lr_warmup_steps sampling_steps eval_every milestone_steps resume_step": {
         INSIDE: (0, 10**9),
         OUTSIDE: (-1,),
     },

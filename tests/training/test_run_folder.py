@@ -338,6 +338,33 @@ def test_a_damaged_file_of_a_run_is_not_to_be_got_again(folder):
         assert "again" not in str(error.value)
 
 
+def test_what_stands_in_the_place_of_a_checkpoint_is_set_aside(folder, caplog):
+    places = [folder.checkpoints_path / name for name in ("0000005", "0000005.pt", ".mine.partial")]
+    for place in places:
+        place.mkdir(parents=True)
+        (place / "notes.txt").write_text("mine")
+    save(folder, 5, kind="both")
+    folder.remove_leftovers()
+    kept = sorted(path.parent.name for path in folder.checkpoints_path.glob("*/notes.txt"))
+    assert kept == [".mine.partial", "0000005-1", "0000005-1.pt"] and "kept as 0000005-1" in caplog.text
+    assert read_checkpoint(folder.checkpoints()[5]).step == 5 and places[1].is_file()
+
+
+def test_the_way_out_names_the_fault_of_any_folder(tmp_path):
+    path = tmp_path / "again" / "checkpoints" / "0000005"
+    with pytest.raises(ValueError, match="another name; no earlier one"), with_way_out(path, own=True):
+        raise ValueError(f"{path} is the checkpoint of step 4 under another name")
+
+
+def test_a_part_of_a_checkpoint_is_not_one(folder, tmp_path):
+    save(folder, 5)
+    new = RunFolder(tmp_path / "new")
+    assert find_checkpoint(str(folder.checkpoints_path), new) == folder.checkpoints()[5]
+    for part in ("resume.pt", "discriminator.safetensors"):
+        with pytest.raises(ValueError, match="only a part of a checkpoint: give its folder"):
+            find_checkpoint(str(folder.checkpoints()[5] / part), new)
+
+
 def test_finding_a_checkpoint(folder, tmp_path):
     assert find_checkpoint("latest", folder) is None
     save(folder, 5)
@@ -454,6 +481,17 @@ def test_an_odd_line_drops_nothing_after_it(folder, caplog, odd):
     folder.cut_metrics(2)
     assert folder.metrics_path.read_bytes() == b"\n".join([*lines[:3], b""])
     assert ("1 lines that are no measurements: they stay" in caplog.text) == (b"99" not in odd)
+    assert not list(folder.path.glob("metrics-*"))
+
+
+@pytest.mark.parametrize("text", ['{\n "step": 1\n}\n{\n "step": 2\n}', '{"step": 1}\n# a note\n'])
+def test_lines_that_are_cut_off_unread_are_kept(folder, caplog, text):
+    folder.path.mkdir()
+    folder.metrics_path.write_text(text)
+    folder.cut_metrics(2)
+    assert (folder.path / "metrics-1.jsonl").read_text() == text and "kept as metrics-1.jsonl" in caplog.text
+    folder.cut_metrics(2)
+    assert not (folder.path / "metrics-2.jsonl").exists()
 
 
 def test_a_full_disk_is_said_of_the_metrics_too(folder, monkeypatch):

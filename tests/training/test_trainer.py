@@ -209,7 +209,12 @@ def test_a_checkpoint_elsewhere_is_no_way_into_a_folder_that_holds_a_run(whole, 
 def test_options_of_a_start_that_left_nothing_are_not_kept(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "args.json").write_text('{"batch_size": 64}')
+    for name in ("samples", "divergence"):
+        (tmp_path / "run" / name).mkdir()
+        (tmp_path / "run" / name / "0000002.png").write_text("mine")
     folder = run(tmp_path, max_train_steps=2)
+    for name in ("samples-1", "divergence-1"):
+        assert (folder.path / name / "0000002.png").read_text() == "mine"
     assert json.loads((folder.path / "args.json").read_text())["batch_size"] == 4
 
 
@@ -402,8 +407,8 @@ sys.exit(main.main(sys.argv[4:]))
     [
         ("training", "all_updates", 4, [2]),  # between two checkpoints
         ("run_folder", "save_sit", 4, [2]),  # in the second checkpoint, after some of its files
-        ("run_folder", "sync", 3, [2]),  # when it is whole but has not its name
-        ("run_folder", "sync", 4, [2, 4]),  # just after it got its name
+        ("run_folder", "sync", 5, [2]),  # when it is whole but has not its name
+        ("run_folder", "sync", 6, [2, 4]),  # just after it got its name
     ],
 )
 def test_a_killed_run_goes_on_to_the_bit(whole, tmp_path, module, name, count, left):

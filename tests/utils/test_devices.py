@@ -23,9 +23,11 @@ def test_a_gpu_is_taken_if_there_is_one(monkeypatch, gpu):
     assert choose_device("cpu") == "cpu"
 
 
-@pytest.mark.parametrize("name", ["nonsense", "cpu:x", "cuda:99"])
+@pytest.mark.parametrize("name", ["nonsense", "cpu:x", "cuda:99", "hpu"])
 def test_a_device_that_is_not_there_is_one_sentence(name):
-    with pytest.raises(ValueError, match=rf"^there is no device '{name}' \(.*\): give cpu, cuda or cuda:N$"):
+    with pytest.raises(
+        ValueError, match=rf"^there is no device '{name}' \(.*\): give cpu, cuda, cuda:N or mps$"
+    ):
         choose_device(name)
 
 
@@ -116,8 +118,30 @@ def test_a_usable_card_is_taken(card):
 def test_a_card_that_does_not_open_says_what_torch_says(card):
     card(memory=RuntimeError("CUDA error: all CUDA-capable devices are busy or unavailable\nCUDA kernel …"))
     with pytest.raises(
-        ValueError, match=r"cannot open cuda:0 \(CUDA error: all .* unavailable\): see nvidia-smi"
+        ValueError, match=r"cannot open cuda:0 \(CUDA error: all .* unavailable\): see what nvidia-smi"
     ):
+        choose_device("cuda")
+
+
+def test_a_card_that_cannot_even_be_asked_is_told_as_such(card, monkeypatch):
+    def broken(_):
+        raise RuntimeError("CUDA driver initialization failed")
+
+    card()
+    monkeypatch.setattr(torch.cuda, "get_device_name", broken)
+    assert "cannot open cuda:0 (CUDA driver initialization failed): see" in devices.cuda_obstacle(0)
+    assert devices.gpu_name(0) == "a GPU"
+
+
+@pytest.mark.parametrize(("visible", "name"), [(None, "1"), ("3, 5", "5")])
+def test_beside_an_old_card_the_new_one_is_named(card, monkeypatch, visible, name):
+    card("a V100")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i=0: ((7, 0), (9, 0))[i])
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    with pytest.raises(ValueError, match=f"; CUDA_VISIBLE_DEVICES={name} takes a V100 instead; --cpu or"):
         choose_device("cuda")
 
 
@@ -145,7 +169,7 @@ TOO_OLD = "The NVIDIA driver on your system is too old (found version {}). Pleas
             "13.2",
             None,
             "Found no NVIDIA driver on your system.",
-            "(Found no NVIDIA driver on your system.): see",
+            "(Found no NVIDIA driver on your system): see",
         ),
     ],
 )

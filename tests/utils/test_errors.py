@@ -2,6 +2,8 @@
 
 import errno
 import os
+import socket
+import ssl
 
 import numpy as np
 import pytest
@@ -111,6 +113,33 @@ TOLD = {  # an error, and how its sentence begins
     "package": (
         ModuleNotFoundError("No module named 'timm'", name="timm"),
         "No module named 'timm': the inst",
+    ),
+    "no words": (TimeoutError(), "TimeoutError"),
+    "lines": (OSError(28, "write failed\n, errno", "x"), "x: write failed , errno: make room there"),
+    "certificate": (
+        ssl.SSLCertVerificationError(1, "certificate verify failed"),
+        "certificate verify failed: check this machine's clock, its certificates and its proxy",
+    ),
+    "host": (
+        socket.gaierror(-2, "Name or service not known"),
+        "Name or service not known: check the network",
+    ),
+    "shared files": (
+        RuntimeError("unable to open shared memory object </torch_1_2>: Too many open files (24)"),
+        "unable to open shared memory object </torch_1_2>: Too many open files (24): raise the limit of open",
+    ),
+    "threads": (RuntimeError("can't start new thread"), "can't start new thread: a limit of the system"),
+    "port": (
+        torch.distributed.DistNetworkError("failed to listen, name: EADDRINUSE"),
+        "the processes cannot meet (failed to listen, name: EADDRINUSE): choose another port",
+    ),
+    "library file": (
+        ImportError("libcudnn.so.9: cannot open"),
+        "libcudnn.so.9: cannot open: the installation",
+    ),
+    "mps lacks": (
+        NotImplementedError("No x for MPS. Set `PYTORCH_ENABLE_MPS_FALLBACK=1`"),
+        "No x for MPS: PYTORCH_ENABLE_MPS_FALLBACK=1 has the CPU do it, or compute on the CPU",
     ),
     "old GPU": (RuntimeError(f"{OLD}\nCUDA kernel errors might be"), f"{OLD}: see what `repae check` says"),
 }
@@ -253,6 +282,11 @@ CACHE = "cache-latents --vae-ckpt tiny --vae-latents-name x --device cpu --pproc
             "try a smaller --batch-size than 4 (another recipe)",
         ),
         (
+            [*TRAIN, "--max-train-steps", "1", "--sampling-steps", "1", "--sample-images", "9"],
+            "repae_lite.training.trainer.sample_images",
+            "it was a sample grid, so give fewer --sample-images than 9, or --sampling-steps 0 for none",
+        ),
+        (
             [*TRAIN, "--num-classes", "100"],
             "repae_lite.training.build._new_sit",
             "the networks and their optimisers alone do not fit, so take a smaller --model or --vae, or "
@@ -284,3 +318,15 @@ def test_every_command_takes_debug(capsys):
         with pytest.raises(SystemExit):
             main([command, "--help"])
         assert "--debug" in capsys.readouterr().out
+
+
+def test_names_that_files_hold_stay_on_one_line_and_steer_no_terminal(tmp_path, capsys):
+    name = "a\nb\x1b[31m\udce9\u2028é 猫"
+    assert sentence(FileNotFoundError(errno.ENOENT, "No such file", name)).startswith(
+        r"a\nb\x1b[31m\udce9\u2028é 猫: No such file"
+    )
+    torch.save({"w\n\x1b[2J": torch.zeros(1)}, tmp_path / "v.pt")
+    flags = ("--vae-latents-name", "l", "--data-dir", str(tmp_path))
+    assert main(["cache-latents", "--vae-ckpt", str(tmp_path / "v.pt"), *flags]) == 2
+    said = capsys.readouterr().err
+    assert "\x1b" not in said and len(said.splitlines()) == 1

@@ -1,7 +1,10 @@
 """Files are whole or not there; weights load completely or not at all."""
 
+import errno
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from repae_lite.commands.main import main
 from repae_lite.networks.latent_stats import LatentStats
 from repae_lite.networks.vae import AutoencoderKL
 from repae_lite.utils.files import atomic_path, data_small_dir, read_json
+from repae_lite.utils.locks import check_writable
 from repae_lite.utils.state_dicts import load_weights, read_weights, save_weights
 
 
@@ -137,3 +141,12 @@ def test_any_bytes_are_a_json_object_or_one_sentence(tmp_path_factory, content):
         assert isinstance(read_json(path), dict)
     except ValueError as error:
         assert str(path) in str(error)
+
+
+def test_a_disk_that_removes_nothing_can_be_written(tmp_path, monkeypatch, caplog):
+    def refuse(path, *_, **__):
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), str(path))
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    check_writable(tmp_path)
+    assert "cannot be removed (Operation not permitted)" in caplog.text
