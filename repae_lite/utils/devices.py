@@ -31,7 +31,10 @@ from torch import Tensor
 from repae_lite.utils.processes import join, started_together
 
 # Their CUDA 12.6 builds have code for Maxwell to Hopper; torch 2.15 has no such build.
-OLD_CARDS = 'pip install --force-reinstall "torch<2.15" torchvision --index-url https://download.pytorch.org/whl/cu126'
+OLD_CARDS = (
+    "the build of torch 2.14 or older for CUDA 12.6, whose pip command is at "
+    "https://pytorch.org/get-started/previous-versions/"
+)
 CHOOSE = "choose a build at https://pytorch.org/get-started/locally/"
 HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 # What torch raises for a device that it cannot use; AssertionError without CUDA compiled in.
@@ -170,7 +173,7 @@ def _no_code(index: int) -> str | None:
     if not older:
         remedy = "pip install --upgrade torch torchvision brings a newer torch, which may have it"
     elif (5, 0) <= capability <= (9, 0) and platform.machine().lower() in ("x86_64", "amd64"):
-        remedy = f"install one that has it: {OLD_CARDS}"
+        remedy = f"install {OLD_CARDS}"
     else:
         remedy = CHOOSE
     return (
@@ -217,7 +220,7 @@ def unusable_gpu() -> str | None:
         words = _words(error)
     version = re.search(r"too old \(found version (\d+)\)", words)
     if version and 12_000 <= int(version[1]):  # CUDA 12.x programs run on any driver of 12.0 or newer
-        remedy = f"update the driver, or install a torch for it: {OLD_CARDS}"
+        remedy = f"update the driver, or install {OLD_CARDS}"
     elif version:
         remedy = f"update the driver, or {CHOOSE}"
     else:

@@ -101,13 +101,13 @@ def test_a_card_without_code_is_refused_with_the_build_that_has_it(card, monkeyp
             refused()
         said = str(refusal.value)
         assert "(compute capability 7.0): it was built for sm_75 and newer (sm_75, sm_80, " in said
-        assert "pip install" in said and "whl/cu126" in said and "--device cpu" in said
+        assert "for CUDA 12.6, whose pip command is at https://pytorch.org" in said and "--device cpu" in said
     assert choose_device("cpu") == "cpu"
     card("a new one", (13, 0))
     assert "pip install --upgrade torch" in devices.cuda_obstacle(0)
     card("an old one", (3, 5))
     assert "pytorch.org/get-started" in devices.cuda_obstacle(0)
-    assert "cu126" not in devices.cuda_obstacle(0)
+    assert "CUDA 12.6" not in devices.cuda_obstacle(0)
 
 
 def test_a_usable_card_is_taken(card):
@@ -163,7 +163,7 @@ TOO_OLD = "The NVIDIA driver on your system is too old (found version {}). Pleas
         (None, None, "", "was built without CUDA and cannot use a Tesla T4: choose a build at "),
         ("13.2", "", "", "CUDA_VISIBLE_DEVICES is '', which hides a Tesla T4 from torch: unset it"),
         ("13.2", "7", "", "CUDA_VISIBLE_DEVICES is '7', which hides"),
-        ("13.2", None, TOO_OLD.format(12040), "cu126"),
+        ("13.2", None, TOO_OLD.format(12040), "for CUDA 12.6"),
         ("13.2", None, TOO_OLD.format(11040), "update the driver, or choose a build"),
         (
             "13.2",
