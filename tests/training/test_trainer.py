@@ -291,7 +291,8 @@ class Closed(io.StringIO):
     def write(self, text):
         raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
 
-    flush = write
+    def flush(self):
+        self.write("")
 
 
 def test_a_closed_pipe_does_not_end_a_run(tmp_path, monkeypatch):
@@ -407,8 +408,8 @@ sys.exit(main.main(sys.argv[4:]))
     [
         ("training", "all_updates", 4, [2]),  # between two checkpoints
         ("run_folder", "save_sit", 4, [2]),  # in the second checkpoint, after some of its files
-        ("run_folder", "sync", 3, [2]),  # when it is whole but has not its name
-        ("run_folder", "sync", 4, [2, 4]),  # just after it got its name
+        ("run_folder", "sync", 5, [2]),  # when it is whole but has not its name
+        ("run_folder", "sync", 6, [2, 4]),  # just after it got its name
     ],
 )
 def test_a_killed_run_goes_on_to_the_bit(whole, tmp_path, module, name, count, left):
