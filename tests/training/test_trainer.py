@@ -291,7 +291,8 @@ class Closed(io.StringIO):
     def write(self, text=""):
         raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
 
-    flush = write
+    def flush(self):
+        self.write("")
 
 
 def test_a_closed_pipe_does_not_end_a_run(tmp_path, monkeypatch):
