@@ -27,6 +27,7 @@ from repae_lite.data.latents import cache_latents
 from repae_lite.networks.discriminator import PatchDiscriminator
 from repae_lite.training import run_folder, run_log
 from repae_lite.training import trainer as training
+from repae_lite.training.config import TrainConfig
 from repae_lite.training.parallel import ParallelMechanics
 from repae_lite.training.run_folder import RunFolder
 from repae_lite.utils.locks import locked
@@ -642,6 +643,7 @@ def test_each_collapse_halts(tmp_path, monkeypatch, changes, patch, message):
 def test_a_falling_loss_scale_halts(tmp_path, monkeypatch):
     scales = iter([2.0**-i for i in range(9)])
     monkeypatch.setattr(ParallelMechanics, "scales", lambda self: {"sit": next(scales)})
+    monkeypatch.setattr(TrainConfig, "check_precision", lambda *_: None)  # as if this were fp16
     with pytest.raises(SystemExit) as stop:
         run(tmp_path, divergence_falls=2)
     assert stop.value.code == 3
