@@ -230,7 +230,7 @@ def _system(error: BaseException, words: str) -> str | None:
         return None
     if error.errno is None or not error.strerror:
         return f"{type(error).__name__}: {_flat(words)}" if words else type(error).__name__
-    paths = " → ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+    paths = " → ".join(printable(str(name)) for name in (error.filename, error.filename2) if name is not None)
     remedy = REMEDY.get(error.errno, "")
     return f"{paths}{': ' * bool(paths)}{error.strerror}{': ' * bool(remedy)}{remedy}"
 
