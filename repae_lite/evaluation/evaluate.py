@@ -182,7 +182,7 @@ class RunJudge:
         device: that computes.
 
     Raises:
-        FileNotFoundError, ModuleNotFoundError, ValueError: see `load_judge` and `load_reference`.
+        FileNotFoundError, ValueError: see `load_judge` and `load_reference`.
     """
 
     def __init__(self, protocol: Protocol, reference: str | Path | None, device: torch.device):

@@ -43,7 +43,7 @@ class InceptionFeatures(nn.Module):
 
     Raises:
         FileNotFoundError, ValueError: see `read_pickle` and `fill_module`.
-        ModuleNotFoundError: torch-fidelity is not installed.
+        ValueError: torch-fidelity is not installed.
     """
 
     name, side, square = "inception-v3-tf", None, True
@@ -104,16 +104,14 @@ def load_judge(name: str, weights: str | Path | None = None) -> nn.Module:
     Raises:
         ValueError: an unknown name.
         FileNotFoundError: Inception's weights are not here; which file, from where, and where it goes.
-        ModuleNotFoundError: torch-fidelity is not installed.
+        ValueError: torch-fidelity is not installed.
     """
     if name == "tiny":
         return TinyFeatures().eval()
     if name not in ("inception", "inception-random"):
         raise ValueError(f"unknown judge {name!r}: choose inception or tiny")
     if importlib.util.find_spec("torch_fidelity") is None:
-        raise ModuleNotFoundError(
-            "Inception's features need the package torch-fidelity: pip install torch-fidelity"
-        )
+        raise ValueError("Inception's features need the package torch-fidelity: pip install torch-fidelity")
     if name == "inception-random":
         return InceptionFeatures(None).eval()
     path = Path(weights or Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE)

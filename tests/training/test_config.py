@@ -164,7 +164,7 @@ TINY = {  # the embedded scale, as chapter 05 trains it
     "data_dir": "embedded", "resolution": 32, "num_workers": 0, "vae_ckpt": "tiny", "loss_cfg_path": "tiny",
     "perceptual": "tiny", "model": "tiny", "enc_type": "tiny", "max_train_steps": 400, "batch_size": 32,
     "learning_rate": 1e-3, "vae_learning_rate": 2e-4, "lr_warmup_steps": 50, "ema_decay": 0.98,
-    "logging_steps": 1, "sampling_steps": 200, "checkpointing_steps": 100,
+    "logging_steps": 1, "sampling_steps": 200, "eval_protocol": "tiny", "checkpointing_steps": 100,
 }  # fmt: skip
 
 
@@ -346,7 +346,8 @@ def test_resuming_compares_what_the_numbers_depend_on():
 FREE = """exp_name output_dir data_dir num_workers vae_ckpt disc_pretrained_ckpt max_train_steps epochs
 gradient_checkpointing micro_batches report_to logging_dir wandb_history_path logging_steps sampling_steps
 sample_images checkpointing_steps keep_last milestone_steps checkpoint_format resume resume_step
-continue_train_exp_dir on_divergence divergence_patience divergence_falls divergence_variance""".split()
+continue_train_exp_dir on_divergence divergence_patience divergence_falls divergence_variance eval_every
+eval_protocol eval_samples eval_reference""".split()
 
 
 @pytest.mark.parametrize("command", COMMANDS)
