@@ -339,7 +339,7 @@ class TrainConfig:
     cpu: bool = _option(False, "use no GPU", "machine")
     compile: bool = _option(
         False,
-        "torch.compile for SiT blocks and VAE; left out, with a sentence, where it does not work",
+        "torch.compile for SiT blocks and VAE; left out, with a sentence, where a short trial of it fails",
         "machine",
     )
     gradient_checkpointing: bool = _option(

@@ -365,7 +365,7 @@ def find_checkpoint(source: str, folder: RunFolder) -> Path | None:
     own = folder.checkpoints()
     if source == "latest":
         return own[max(own)] if own else None
-    if source.isdecimal():
+    if source.isdecimal() and len(source) < 20:  # more digits are no number to Python
         step = int(source)
         if step not in own:
             raise ValueError(
