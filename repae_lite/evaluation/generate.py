@@ -20,7 +20,7 @@ from repae_lite.method.sampling import Guidance, sample_ode, sample_sde
 from repae_lite.networks.sit import SiT
 from repae_lite.networks.vae import AutoencoderKL
 from repae_lite.utils.pixels import ROUNDINGS, to_uint8
-from repae_lite.utils.processes import process_count, process_rank, wait_for_all
+from repae_lite.utils.processes import process_count, process_rank, together, wait_for_all
 from repae_lite.utils.progress import progress_bar
 from repae_lite.utils.seeding import generator
 
@@ -205,9 +205,9 @@ def generate(
     side = sit.config.input_size * vae.config.downsampling
     labels = sampling.all_labels(sit.config.num_classes)
     samples = SampleFolder(folder, count=sampling.count, side=side, batch=batch, png=png)
-    if process_rank() == 0:
-        samples.open(manifest_of(sampling, batch=batch, about=about or {}))
-    wait_for_all()
+    with together():
+        if process_rank() == 0:
+            samples.open(manifest_of(sampling, batch=batch, about=about or {}))
     missing = samples.missing()
     wait_for_all()
     mine = missing[process_rank() :: process_count()]

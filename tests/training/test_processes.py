@@ -97,6 +97,22 @@ def test_two_processes_cache_the_latents_of_one(tmp_path):
         assert_close(stats[0][key], stats[1][key])
 
 
+def test_two_processes_draw_the_images_of_one(tmp_path):
+    train(config_in(tmp_path, "run", max_train_steps=1))
+    words = "generate --device=cpu --num-fid-samples=21 --pproc-batch-size=4 --mode=sde --num-steps=3".split()
+    words += [f"--exp-path={tmp_path / 'run'}"]
+    for name, start in (("one", [sys.executable]), ("two", LAUNCH)):
+        done = subprocess.run(
+            [*start, "-m", "repae_lite", *words, f"--sample-dir={tmp_path / name}"],
+            cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.count("21 images of 32 × 32 pixels") == 1
+    one, two = (next((tmp_path / name).glob("*.npz")) for name in ("one", "two"))
+    with np.load(one) as first, np.load(two) as second:
+        assert np.array_equal(first["arr_0"], second["arr_0"])
+
+
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory) -> tuple[RunFolder, RunFolder]:
     """The same run by one process and by two."""
