@@ -9,26 +9,14 @@ import argparse
 import os
 from pathlib import Path
 
+from repae_lite.commands.shared_flags import DEVICE, VAE
+
 EPILOG = """Space: 8 bytes per latent value, 42 GB for ImageNet at 256 pixels and f8d4, 84 GB at f16d32. Under
 accelerate launch or torchrun the processes share the work. NAME.h5 keeps the VAE's fingerprint, so that
 train-ldm can refuse another VAE's latents."""
 FLAGS = {
     "what is encoded": {
-        "--vae-ckpt-path --vae-ckpt": {
-            "required": True,
-            "metavar": "SOURCE",
-            "help": "the VAE: an official .pt or our .safetensors; a run folder or a checkpoint in it; a "
-            "folder of a released set or of diffusers; or a Hub id, as in REPA-E/e2e-vavae",
-        },
-        "--vae-arch": {
-            "choices": ("f8d4", "f16d32", "tiny"),
-            "help": "its size (default: what the file tells)",
-        },
-        "--train-steps": {
-            "type": int,
-            "metavar": "N",
-            "help": "of a run folder the checkpoint at this step (default: the last)",
-        },
+        **VAE,
         "--data-dir": {
             "default": "data",
             "metavar": "FOLDER",
@@ -72,10 +60,7 @@ FLAGS = {
             "metavar": "N",
             "help": "processes that read (default: 0 on a CPU, up to 8 otherwise)",
         },
-        "--device": {
-            "metavar": "NAME",
-            "help": "cpu, cuda, cuda:1, mps (default: cuda if there is one, else mps, else cpu)",
-        },
+        **DEVICE,
     },
 }
 

@@ -10,6 +10,8 @@ import argparse
 import json
 from pathlib import Path
 
+from repae_lite.commands.shared_flags import DEVICE
+
 EPILOG = """Definitions are those of ADM's evaluator: pool_3 for FID, the first seven channels of mixed_6/conv
 for sFID, the classifier without its bias in consecutive chunks of 5,000 for the Inception Score, three
 neighbours for precision and recall. Inception's weights are TensorFlow's, as ported by torch-fidelity."""
@@ -41,7 +43,7 @@ FLAGS = {
             "metavar": "FOLDER",
             "help": "keep features here, by the content of images and judge (default: nowhere)",
         },
-        "--device": {"metavar": "NAME", "help": "cpu, cuda, cuda:1, mps (default: cuda if there is one)"},
+        **DEVICE,
         "--self-test": {
             "action": "store_true",
             "help": "judge nothing, but print every metric beside an independent computation of it",

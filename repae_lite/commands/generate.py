@@ -10,6 +10,8 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
+from repae_lite.commands.shared_flags import DEVICE
+
 EPILOG = """Labels decide much: with balanced ones the released SiT on E2E-VA-VAE has an FID of 1.69, with
 random ones 1.83 (paper, Table 9 and its first version). Space: 9.8 GB for 50,000 images of 256 pixels, twice
 while the file is finished."""
@@ -123,7 +125,7 @@ FLAGS = {
             "default": True,
             "help": "TF32 for float32 products on NVIDIA GPUs, as officially (default)",
         },
-        "--device": {"metavar": "NAME", "help": "cpu, cuda, cuda:1, mps (default: cuda if there is one)"},
+        **DEVICE,
     },
 }
 

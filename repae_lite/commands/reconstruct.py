@@ -9,27 +9,15 @@ import argparse
 import json
 from pathlib import Path
 
+from repae_lite.commands.shared_flags import DEVICE, VAE
+
 EPILOG = """No number depends on --pproc-batch-size or --num-workers: networks always see 16 images at once,
 in float32, and means are float64. PSNR, SSIM and LPIPS are of 8-bit images. SSIM is scikit-image's, of values
 from 0 to 255 (of values in [-1, 1] it is another number); LPIPS has the VGG-16 trunk (with AlexNet's it is
 another number)."""
 FLAGS = {
     "what is reconstructed": {
-        "--vae-ckpt --vae-ckpt-path": {
-            "required": True,
-            "metavar": "SOURCE",
-            "help": "the VAE: an official .pt or our .safetensors; a run folder or a checkpoint in it; a "
-            "folder of a released set or of diffusers; or a Hub id, as in REPA-E/e2e-vavae",
-        },
-        "--vae-arch": {
-            "choices": ("f8d4", "f16d32", "tiny"),
-            "help": "its size (default: what the file tells)",
-        },
-        "--train-steps": {
-            "type": int,
-            "metavar": "N",
-            "help": "of a run folder the checkpoint at this step (default: the last)",
-        },
+        **VAE,
         "--data-dir": {
             "required": True,
             "metavar": "FOLDER",
@@ -87,7 +75,7 @@ FLAGS = {
             "metavar": "N",
             "help": "processes that read (default: 0 on a CPU, up to 8 otherwise)",
         },
-        "--device": {"metavar": "NAME", "help": "cpu, cuda, cuda:1, mps (default: cuda if there is one)"},
+        **DEVICE,
     },
 }
 
@@ -133,7 +121,7 @@ def run(args: argparse.Namespace) -> None:
     )
     dataset = open_originals(args.data_dir, args.resolution)
     config = VAE_PRESETS[args.vae_arch] if args.vae_arch else None
-    vae = load_vae(args.vae_ckpt, config=config, step=args.train_steps)
+    vae = load_vae(args.vae_ckpt_path, config=config, step=args.train_steps)
     judge, perceptual = load_judge(args.judge, args.inception), load_perceptual(args.judge)
     found = reconstruct(
         vae,
@@ -147,7 +135,8 @@ def run(args: argparse.Namespace) -> None:
         device=device,
         progress=True,
     )
-    result = result_of(found, settings, vae=vae, source=args.vae_ckpt, judge=judge, perceptual=perceptual)
+    source, networks = args.vae_ckpt_path, {"judge": judge, "perceptual": perceptual}
+    result = result_of(found, settings, vae=vae, source=source, **networks)
     result["latents"] = {"images": len(found.latents)} | latent_report(found.latents)
     maps = pca_maps(found.latents)[: found.pairs.shape[1]]
     with writing(output.parent):

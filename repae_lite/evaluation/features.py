@@ -171,14 +171,19 @@ def features_of(
             f"{images.path} holds images of {images.side} pixels, but {judge.name} judges {judge.side}: "
             "choose another protocol"
         )
-    content, contrast = _content(images)
-    path = cache and cache / f"{content[:32]}-{vae_fingerprint(judge)[:16]}.safetensors"
-    if path and path.is_file():
-        return Features(load_file(path), content, images.side, contrast)
+    seen, path = _Content(), None
+    if cache:  # the key must be known first
+        for batch in images.batches(BATCH):
+            seen.add(batch)
+        path = cache / f"{seen.digest.hexdigest()[:32]}-{vae_fingerprint(judge)[:16]}.safetensors"
+        if path.is_file():
+            return Features(load_file(path), seen.digest.hexdigest(), images.side, seen.contrast())
     judge, parts = judge.to(device), {}
     with progress_bar(images.count, 0, show=progress) as bar:
         bar.set_description(label)
         for batch in images.batches(BATCH):
+            if not cache:
+                seen.add(batch)
             pixels = torch.from_numpy(np.array(batch)).permute(0, 3, 1, 2).contiguous()
             for kind, values in judge(pixels.to(device)).items():
                 parts.setdefault(kind, []).append(values.float().cpu())
@@ -187,16 +192,20 @@ def features_of(
     if path:
         with writing(cache), atomic_path(path) as partial:
             save_file(values, partial)
-    return Features(values, content, images.side, contrast)
+    return Features(values, seen.digest.hexdigest(), images.side, seen.contrast())
 
 
-def _content(images: ImageStream) -> tuple[str, float]:
-    """SHA-256 of all pixels, and their standard deviation."""
-    digest, count, total, squares = hashlib.sha256(), 0, 0.0, 0.0
-    for batch in images.batches(BATCH):
-        digest.update(np.ascontiguousarray(batch).tobytes())
-        counts = np.bincount(batch.ravel(), minlength=256)
-        grey = np.arange(256)
-        count, total = count + batch.size, total + float(counts @ grey)
-        squares += float(counts @ grey**2)
-    return digest.hexdigest(), max(0.0, squares / count - (total / count) ** 2) ** 0.5
+class _Content:
+    """SHA-256 of pixels that come batch by batch, and their standard deviation."""
+
+    def __init__(self):
+        self.digest, self.levels = hashlib.sha256(), np.zeros(256, dtype=np.int64)
+
+    def add(self, batch: np.ndarray) -> None:
+        self.digest.update(np.ascontiguousarray(batch).tobytes())
+        self.levels += np.bincount(batch.ravel(), minlength=256)
+
+    def contrast(self) -> float:
+        grey, count = np.arange(256), int(self.levels.sum())
+        mean = float(self.levels @ grey) / count
+        return max(0.0, float(self.levels @ grey**2) / count - mean**2) ** 0.5

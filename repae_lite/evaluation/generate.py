@@ -29,8 +29,8 @@ MODES = ("ode", "sde")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How images are drawn from a SiT: one half of a protocol, the other is how they are judged.
+class Drawing:
+    """How images are drawn from any SiT: one half of a protocol, the other is how they are judged.
 
     Attributes:
         mode: "ode" (probability flow) or "sde" (reverse SDE, Euler-Maruyama).
@@ -39,11 +39,9 @@ class Sampling:
         cfg_scale: strength of classifier-free guidance; 1 is none.
         guidance_low: guidance acts for times from here ...
         guidance_high: ... to here.
-        path_type: the path that the SiT was trained on.
         labels: "random" (uniform, independent), "balanced" (equal counts, shuffled) or "classes=3,7" (these
             in turn).
         count: number of images.
-        seed: of every draw.
         to_uint8: "truncate" cuts 255·x as the official code does, "round" rounds it.
 
     Raises:
@@ -56,10 +54,8 @@ class Sampling:
     cfg_scale: float = 1.0
     guidance_low: float = 0.0
     guidance_high: float = 1.0
-    path_type: str = "linear"
     labels: str = "random"
     count: int = 50_000
-    seed: int = 0
     to_uint8: str = "truncate"
 
     def __post_init__(self):
@@ -85,6 +81,19 @@ class Sampling:
                 f"labels is {self.labels!r}: choose random, balanced or classes=N,N,… (class numbers from 0)"
             )
         return [int(one) for one in given]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling(Drawing):
+    """How the images of one run are drawn.
+
+    Attributes:
+        path_type: the path that the SiT was trained on.
+        seed: of every draw.
+    """
+
+    path_type: str = "linear"
+    seed: int = 0
 
     def all_labels(self, num_classes: int) -> Tensor:
         """The class of every image, (count,) int64.

@@ -11,20 +11,18 @@ import json
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
-from repae_lite.evaluation.generate import Sampling
+from repae_lite.evaluation.generate import Drawing, Sampling
 from repae_lite.utils.configs import checked_config
 from repae_lite.utils.yaml_files import converted, read_yaml
 
 METRICS = ("frechet", "spatial_frechet", "inception_score", "precision", "recall", "kernel_distance")
-MODELS_OWN = ("seed", "path_type")  # of a Sampling: not the protocol's affair
 
 
 @dataclass(frozen=True, kw_only=True)
-class Protocol:
-    """How images are drawn and judged.
+class Protocol(Drawing):
+    """How images are drawn, see `Drawing`, and judged.
 
     Attributes:
-        mode: see `Sampling`, as for the fields up to `to_uint8`.
         judge: the network that features come from, see `repae_lite.evaluation.features.load_judge`.
         metrics: which of `METRICS` are computed.
         reference: SHA-256 of the reference (its first digits are enough); None takes any, and records which.
@@ -34,14 +32,7 @@ class Protocol:
     """
 
     mode: str = "sde"
-    solver: str = "euler"
     steps: int = 250
-    cfg_scale: float = 1.0
-    guidance_low: float = 0.0
-    guidance_high: float = 1.0
-    labels: str = "random"
-    count: int = 50_000
-    to_uint8: str = "truncate"
     judge: str = "inception"
     metrics: tuple[str, ...] = METRICS
     reference: str | None = None
@@ -50,7 +41,7 @@ class Protocol:
     precision: str = "float32 features, float64 statistics"
 
     def __post_init__(self):
-        self.sampling()
+        super().__post_init__()
         unknown = [name for name in self.metrics if name not in METRICS]
         if unknown or not self.metrics:
             raise ValueError(f"metrics are {list(self.metrics)}: choose among {', '.join(METRICS)}")
@@ -86,7 +77,7 @@ class Protocol:
 
 
 _GUIDANCE = ("cfg_scale", "guidance_low", "guidance_high")
-_SAMPLING = tuple(name for name in Sampling.__dataclass_fields__ if name not in MODELS_OWN)
+_SAMPLING = tuple(field.name for field in fields(Drawing))
 _ODE = {"mode": "ode", "steps": 50}
 PROTOCOLS = {
     "adm-sde250-random": Protocol(),
