@@ -1,9 +1,10 @@
 """Presets: options of a training command under a name, each a YAML file in reproduce/presets.
 
-A file names its `command` and gives options as the command line does (`batch-size: 256`). Two more keys are
-for other commands, and training ignores them: `released`, the released sets that the run starts from, which
-`repae download all-for NAME` fetches; and `images`, how many images it is meant for (ImageNet's number
-where it is left out), from which `repae check` computes disk space.
+A file names its `command` and gives options as the command line does (`batch-size: 256`); with `base`, those
+of another preset and its own on top. Other keys are for other commands, and training ignores them:
+`released`, the released sets that the run starts from, which `repae download all-for NAME` fetches;
+`images`, how many images it is meant for (ImageNet's number where it is left out), from which `repae check`
+computes disk space; and what makes it a row, see `repae_lite.commands.rows`.
 """
 
 from dataclasses import dataclass
@@ -14,6 +15,10 @@ from repae_lite.training.config import COMMANDS, OPTIONS, TrainConfig, value_typ
 from repae_lite.utils.yaml_files import converted, read_yaml
 
 IMAGENET = 1_281_167  # training images
+OWN_KEYS = {  # of rows, which are no options
+    "title", "source", "command", "published", "tolerance", "basis", "cost", "differences", "starts_from",
+    "not_built", "tiny", "mid", "released",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -46,8 +51,33 @@ def presets_dir() -> Path:
 
 
 def preset_names() -> list[str]:
-    """Names of all presets."""
-    return sorted(path.stem for path in presets_dir().glob("*.yaml"))
+    """Names of all presets that a training command takes."""
+    names = sorted(path.stem for path in presets_dir().glob("*.yaml"))
+    commands = {f"train-{each}" for each in COMMANDS}
+    return [
+        name for name in names if preset_content(presets_dir() / f"{name}.yaml").get("command") in commands
+    ]
+
+
+def preset_content(path: Path, *, resolve: bool = True) -> dict[str, Any]:
+    """What a preset's file says, names with underscores; with `resolve`, on top of its base's options.
+
+    Raises:
+        ValueError, FileNotFoundError: see `read_yaml`; an option that is set twice; no such base.
+    """
+    content = {}
+    for key, value in read_yaml(path, "preset").items():
+        option = key.lstrip("-").replace("-", "_")
+        if option in content:
+            raise ValueError(f"the preset {path} sets {option} twice, once as {key!r}: take one out")
+        content[option] = value
+    if not resolve or "base" not in content:
+        return content
+    base = presets_dir() / f"{content.pop('base')}.yaml"
+    if not base.is_file() or "base" in (options := preset_content(base, resolve=False)):
+        raise ValueError(f"the preset {path} has the base {base.stem!r}: name a preset that has none itself")
+    kept = {"released", "command"}
+    return {k: v for k, v in options.items() if k in kept or k not in OWN_KEYS | {"exp_name"}} | content
 
 
 def read_preset(name: str, command: str | None = None) -> Preset:
@@ -66,12 +96,9 @@ def read_preset(name: str, command: str | None = None) -> Preset:
     if not path.is_file():
         known = ", ".join(preset_names()) or "none"
         raise FileNotFoundError(f"there is no preset {name!r} ({path}): known are {known}")
-    content = {}
-    for key, value in read_yaml(path, "preset").items():
-        option = key.lstrip("-").replace("-", "_")
-        if option in content:
-            raise ValueError(f"the preset {path} sets {option} twice, once as {key!r}: take one out")
-        content[option] = value
+    content = preset_content(path)
+    if path.parent == presets_dir():
+        content.setdefault("exp_name", path.stem)
     wanted = str(content.pop("command", f"train-{command}")).removeprefix("train-")
     if wanted not in COMMANDS:
         known = ", ".join(f"train-{each}" for each in COMMANDS)
@@ -86,6 +113,7 @@ def read_preset(name: str, command: str | None = None) -> Preset:
             f"released in the preset {path} is {released!r}: give a list of names, as in [sdvae]"
         )
     images = converted(content.pop("images", str(IMAGENET)), int, f"images in the preset {path}")
+    content = {key: value for key, value in content.items() if key not in OWN_KEYS}
     for key, value in content.items():
         if key not in OPTIONS or wanted not in OPTIONS[key].metadata["only"]:
             raise ValueError(

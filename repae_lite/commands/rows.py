@@ -1,0 +1,535 @@
+"""Rows: what it takes to get a published number, a file each in reproduce/presets, and the commands for it.
+
+A row is a preset with more in it: where the number was published, under which protocol, how far another run
+may be from it, what it costs. `Plan` turns a row into stages, one for each notebook reproduce/01 … 06, at one
+of three scales: "full" is the paper's, "mid" one consumer GPU and Imagenette, "tiny" the embedded data and
+two CPU cores. A smaller scale keeps what makes the row different from the others (loss weights, projector,
+path) and takes everything else from the preset of its own name.
+"""
+
+import hashlib
+import json
+import sys
+from dataclasses import asdict, dataclass, field, fields, replace
+from difflib import get_close_matches
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass as checked_dataclass
+
+from repae_lite.commands.presets import OWN_KEYS, Preset, preset_content, presets_dir, read_preset
+from repae_lite.evaluation.protocols import PROTOCOLS
+from repae_lite.training.config import OPTIONS, flag
+from repae_lite.utils.files import data_small_dir, read_json, write_text
+
+SCALES = ("tiny", "mid", "full")
+STAGES = (
+    "01_preprocess",
+    "02_train_repae",
+    "03_cache_latents",
+    "04_train_ldm",
+    "05_generate",
+    "06_evaluate",
+)
+CARRIED = (  # what a row is about: kept at every scale
+    "vae_align_proj_coeff",
+    "vae_diffusion_coeff",
+    "proj_coeff",
+    "projector",
+    "spatial_norm",
+    "path_type",
+    "weighting",
+    "cfg_prob",
+    "bn_momentum",
+    "train_pos_embed",
+)
+DATA = {"tiny": "embedded", "mid": "imagenette"}  # repae download data:NAME
+RESOLUTION = {"tiny": 32, "mid": 128, "full": 256}
+RECONSTRUCTION = "reconstruction"  # in place of a protocol's name: the number is of repae reconstruct
+STRICT = ConfigDict(extra="forbid")
+Scale = Literal["tiny", "mid", "full"]
+
+
+@checked_dataclass(frozen=True, kw_only=True, config=STRICT)
+class Expected:
+    """A number that somebody got.
+
+    Attributes:
+        metrics: as `repae evaluate` or `repae reconstruct` names them.
+        source: table of the paper or README, or "recorded here" with seeds and date.
+        protocol: its name, or "reconstruction"; None where the source does not say it.
+        step: of the checkpoint; None for the last.
+        guidance: scale, low, high.
+        scale: at which it was got.
+        tolerance: by metric, how far another run may be from it, as a share of it; see `Row.tolerance`.
+        note: what a reader should know, as "class-balanced labels".
+    """
+
+    metrics: dict[str, float]
+    source: str
+    protocol: str | None = "adm-sde250-random"
+    step: int | None = None
+    guidance: tuple[float, float, float] = (1.0, 0.0, 1.0)
+    scale: Scale = "full"
+    tolerance: dict[str, float] = field(default_factory=dict)
+    note: str = ""
+
+
+@checked_dataclass(frozen=True, kw_only=True, config=STRICT)
+class Cost:
+    """What a run of the row takes at full scale, training alone.
+
+    Attributes:
+        gpu_hours: of one H100, or "not known".
+        basis: what that was computed from, or why it is not known.
+    """
+
+    gpu_hours: float | Literal["not known"]
+    basis: str
+
+
+@checked_dataclass(frozen=True, kw_only=True, config=STRICT)
+class Row:
+    """A published row.
+
+    Attributes:
+        name: stem of its file.
+        title: in a few words.
+        source: the tables in which it stands.
+        command: "train-repae", "train-ldm", or for released weights "generate" or "reconstruct"; None if it
+            is not built.
+        published: what the paper and others got.
+        tolerance: by metric, how far another run may be from a published value, as a share of it.
+        basis: what the tolerance rests on.
+        cost: of a run.
+        differences: from the official run, as numbered in DIFFERENCES.md.
+        starts_from: the row whose tuned VAE, or whose run, this one starts from; at full scale the released
+            one is downloaded instead.
+        not_built: why this code cannot run it; None if it can.
+        tiny, mid: options at these scales, besides those that every row keeps.
+        vae: architecture of a "reconstruct" row's VAE.
+        released: what `repae download` brings for it.
+    """
+
+    name: str
+    title: str
+    source: str
+    command: Literal["train-repae", "train-ldm", "generate", "reconstruct"] | None = None
+    published: tuple[Expected, ...] = ()
+    tolerance: dict[str, float] = field(default_factory=dict)
+    basis: str = ""
+    cost: Cost | None = None
+    differences: tuple[str, ...] = ()
+    starts_from: str | None = None
+    not_built: str | None = None
+    tiny: dict[str, Any] = field(default_factory=dict)
+    mid: dict[str, Any] = field(default_factory=dict)
+    vae: str | None = None
+    released: tuple[str, ...] = ()
+
+    @cached_property
+    def preset(self) -> Preset | None:
+        """Its training options at full scale; None for rows that do not train."""
+        return read_preset(self.name) if (self.command or "").startswith("train-") else None
+
+    def expected(self, scale: str) -> tuple[Expected, ...]:
+        """What is known of a scale, or a single entry without numbers: draw and judge as that scale does."""
+        known = tuple(entry for entry in self.published if entry.scale == scale)
+        if known or scale == "full":
+            return known
+        protocol = RECONSTRUCTION if self.command == "reconstruct" else scale
+        return (Expected(metrics={}, source="", protocol=protocol, scale=scale),)
+
+
+def row_names() -> list[str]:
+    """Names of all rows: the presets that say where they were published."""
+    return sorted(path.stem for path in presets_dir().glob("*.yaml") if "\ntitle:" in path.read_text("utf-8"))
+
+
+def read_row(name: str) -> Row:
+    """A row by its name.
+
+    Raises:
+        FileNotFoundError: no such row; the nearest names.
+        ValueError: its file is not one of a row.
+    """
+    if name not in row_names():
+        near = get_close_matches(name, row_names(), n=3, cutoff=0.4)
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        raise FileNotFoundError(
+            f"there is no row {name!r}: {hint}`repae reproduce --list` shows all {len(row_names())}"
+        )
+    path = presets_dir() / f"{name}.yaml"
+    content = preset_content(path)
+    known = {f.name for f in fields(Row)}
+    values = {key: value for key, value in content.items() if key in known & OWN_KEYS | {"vae"}}
+    try:
+        return TypeAdapter(Row).validate_python(values | {"name": name})
+    except ValidationError as errors:
+        error = errors.errors()[0]
+        where = ".".join(map(str, error["loc"]))
+        raise ValueError(f"the row {path} has {where} = {error['input']!r}: {error['msg']}") from None
+
+
+# ---------------------------------------------------------------- the commands of a row
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command of `repae`.
+
+    Attributes:
+        words: the command line without "repae".
+        done: exists as soon as the command has finished; it is then not run again. None: it is run every
+            time, and finds out by itself what is left to do.
+        parallel: whether several processes may share it.
+    """
+
+    words: tuple[str, ...]
+    done: Path | None = None
+    parallel: bool = False
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is nothing left to do."""
+        return self.done is not None and self.done.exists()
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What one notebook runs.
+
+    Attributes:
+        name: one of `STAGES`.
+        commands: in their order.
+        run_folder: of the training run that it starts or uses; None without one.
+        preset: what it trains, for `repae check`'s arithmetic; None if it does not train.
+    """
+
+    name: str
+    commands: tuple[Command, ...]
+    run_folder: Path | None = None
+    preset: Preset | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A row at a scale, in a folder.
+
+    Attributes:
+        row: which.
+        scale: "tiny", "mid" or "full".
+        folder: everything that is written lies in it, but for `data`.
+        images: the folder of training images that is preprocessed, at full scale.
+        validation: the folder of images that VAEs reconstruct, at full scale.
+        data: where preprocessed images and latents go (default: FOLDER/data).
+        reference: what samples are compared with, at full scale ADM's file.
+        processes: of the commands that can share their work.
+        steps: training steps instead of the row's, to try it out.
+        samples: images instead of the protocol's, to try it out: the numbers are then of no protocol that has
+            a name.
+        device: "auto", "cpu", "cuda" or "mps".
+    """
+
+    row: Row
+    scale: str
+    folder: Path
+    images: str | None = None
+    validation: str | None = None
+    data: Path | None = None
+    reference: str | None = None
+    processes: int = 1
+    steps: int | None = None
+    samples: int | None = None
+    device: str = "auto"
+
+    def __post_init__(self):
+        if self.scale not in SCALES:
+            raise ValueError(f"unknown scale {self.scale!r}: choose one of {', '.join(SCALES)}")
+        if self.row.not_built:
+            raise ValueError(f"the row {self.row.name} is not built: {self.row.not_built}")
+        if self.scale == "full" and self.samples:
+            raise ValueError("--samples is for trying a row out: it needs --scale tiny or mid")
+        for name in ("processes", "steps", "samples"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"--{name} is {getattr(self, name)}: give at least 1")
+
+    @classmethod
+    def open(cls, name: str, scale: str, folder: str | Path | None = None, **options: Any) -> "Plan":
+        """The plan of a folder, which keeps what its numbers depend on: started anew or gone on with.
+
+        Args:
+            name: of the row.
+            scale: see the class.
+            folder: None for runs/reproduce/NAME-SCALE.
+            options: other attributes; an empty one is left out.
+
+        Raises:
+            ValueError: the folder was begun for something else, or the row's file was edited since.
+            FileNotFoundError: see `read_row`.
+        """
+        given = {key: value for key, value in options.items() if value not in (None, "", 0)}
+        if "data" in given:
+            given["data"] = Path(given["data"])
+        folder = Path(folder or Path("runs") / "reproduce" / f"{name}-{scale}")
+        plan = cls(row=read_row(name), scale=scale, folder=folder, **given)
+        path, record = folder / "plan.json", plan.record()
+        if path.is_file():
+            for key, value in read_json(path).items():
+                if record.get(key) == value:
+                    continue
+                if key == "files":
+                    raise ValueError(
+                        f"the presets of the row {name} are not those that {folder} was begun with: undo the "
+                        "edit, or choose another --folder"
+                    )
+                raise ValueError(
+                    f"{folder} was begun with {key} {value!r}, not {record.get(key)!r}: go on with that, or "
+                    "choose another --folder"
+                )
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            plan.write_protocols()
+            write_text(path, json.dumps(record, indent=1) + "\n")
+        return plan
+
+    def record(self) -> dict:
+        """What its numbers depend on, as JSON values; `files` are the SHA-256 of its presets."""
+        names = [row.name for row in self.lineage] + [self.scale] * (self.scale != "full")
+        files = {}
+        for name in names:
+            while name:
+                path = presets_dir() / f"{name}.yaml"
+                files[name] = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+                name = preset_content(path, resolve=False).get("base")
+        return {
+            "row": self.row.name,
+            "scale": self.scale,
+            "steps": self.steps,
+            "samples": self.samples,
+            "files": files,
+        }
+
+    @property
+    def data_dir(self) -> Path:
+        """Where preprocessed images and latents are."""
+        return self.data or self.folder / "data"
+
+    def options(self, row: Row) -> dict[str, Any]:
+        """The training options of a row at this scale; fields of `TrainConfig`."""
+        if self.scale == "full":
+            own = dict(row.preset.options)
+        else:
+            base = read_preset(self.scale)
+            own = {
+                name: value
+                for name, value in base.options.items()
+                if row.preset.command in OPTIONS[name].metadata["only"]
+            }
+            own |= {name: value for name, value in row.preset.options.items() if name in CARRIED}
+            if row.preset.options.get("enc_type") == "none":
+                own = {k: v for k, v in own.items() if "encoder" not in OPTIONS[k].metadata.get("needs", "")}
+                own["enc_type"] = "none"
+            own |= getattr(row, self.scale)
+        if self.steps:
+            own |= {"max_train_steps": self.steps, "checkpointing_steps": self.steps}
+        return own | {"exp_name": row.name}
+
+    @cached_property
+    def lineage(self) -> tuple[Row, ...]:
+        """The rows whose training this one needs, itself last; at full scale the released files stand in."""
+        rows = [self.row]
+        while self.scale != "full" and rows[0].starts_from:
+            rows.insert(0, read_row(rows[0].starts_from))
+        return tuple(rows)
+
+    @cached_property
+    def stages(self) -> tuple[Stage, ...]:
+        """What has to be done, in order."""
+        found = [self._preprocess()]
+        found += [self._train_repae(row) for row in self.lineage if row.command == "train-repae"]
+        for row in self.lineage:
+            if row.command == "train-ldm":
+                found += [self._cache_latents(row), self._train_ldm(row)]
+        found += [self._generate(), self._evaluate()]
+        return tuple(stage for stage in found if stage.commands)
+
+    def stage(self, name: str) -> Stage:
+        """A stage by its name or number.
+
+        Raises:
+            ValueError: the row has no such stage.
+        """
+        for stage in self.stages:
+            if name in (stage.name, stage.name[:2]):
+                return stage
+        names = ", ".join(stage.name for stage in self.stages)
+        raise ValueError(
+            f"the row {self.row.name} has no stage {name!r} at scale {self.scale}: it has {names}"
+        )
+
+    # ---- one method a stage
+
+    def _preprocess(self) -> Stage:
+        commands, source = [], self.images
+        if self.scale != "full":
+            name = DATA[self.scale]
+            source = source or str(self.folder / "images" / name / "train")
+            words = ("download", f"data:{name}", "--output-dir", str(self.folder / "images"))
+            commands.append(Command(words))
+        commands += [
+            Command(("download", name))
+            for row in self.lineage
+            for name in (row.released if self.scale != "tiny" else ())
+        ]
+        if any(row.preset for row in self.lineage):
+            words = ("preprocess", "--imagenet-path", source or "IMAGES", "--data-dir", str(self.data_dir))
+            words += ("--resolution", str(RESOLUTION[self.scale]))
+            commands.append(Command(words, done=self.data_dir / "images_h5.json"))
+        return Stage(STAGES[0], tuple(commands))
+
+    def _train(self, row: Row, **changes: Any) -> Command:
+        """The training command of a row, complete, whatever was done of it before."""
+        options = self.options(row) | changes
+        shown = {key: value for key, value in options.items() if key not in ("exp_name", "data_dir")}
+        words = [row.command, "--data-dir", str(self.data_dir), "--output-dir", str(self.folder / "exps")]
+        if self.scale == "full":
+            words += ["--preset", row.name]
+            shown = {k: v for k, v in shown.items() if row.preset.options.get(k) != v}
+        for key, value in shown.items():
+            if isinstance(value, bool):
+                words.append(flag(key) if value else flag(key).replace("--", "--no-", 1))
+            else:
+                words += [flag(key), str(value)]
+        if self.device == "cpu":
+            words.append("--cpu")
+        words += ["--exp-name", row.name, "--resume", "latest"]
+        steps = self.total_steps(row)
+        done = self.folder / "exps" / row.name / "checkpoints" / f"{steps:07d}"
+        return Command(tuple(words), done=done, parallel=True)
+
+    def total_steps(self, row: Row) -> int:
+        """How long a row trains at this scale."""
+        return replace(row.preset, options=self.options(row)).config.max_train_steps
+
+    def _train_repae(self, row: Row) -> Stage:
+        run = self.folder / "exps" / row.name
+        export = ("export-vae", "--exp-path", str(run), "--vae-name", row.name)
+        export += ("--save-dir", str(self.folder / "pretrained"))
+        commands = (self._train(row), Command(export, done=self._tuned(row) / f"{row.name}.pt"))
+        return Stage(STAGES[1], commands, run, row.preset)
+
+    def _tuned(self, row: Row) -> Path:
+        """Where the VAE that a row tunes is exported to."""
+        return self.folder / "pretrained" / row.name
+
+    def _vae(self, row: Row) -> tuple[str, str]:
+        """Architecture and weights of the VAE that a row is trained on or reconstructs with."""
+        tuned = [each for each in self.lineage if each.command == "train-repae" and each is not row]
+        options = self.options(row) if row.preset else {}
+        name = "tiny" if self.scale == "tiny" else row.vae or options.get("vae", "f8d4")
+        if tuned:
+            return name, str(self._tuned(tuned[-1]) / f"{tuned[-1].name}.pt")
+        released = str(Path("pretrained") / row.released[0]) if row.released else ""
+        return name, "tiny" if name == "tiny" else options.get("vae_ckpt") or released
+
+    def _cache_latents(self, row: Row) -> Stage:
+        vae, weights = self._vae(row)
+        words = ("cache-latents", "--vae-arch", vae, "--vae-ckpt-path", weights)
+        words += ("--data-dir", str(self.data_dir), "--vae-latents-name", self._latents(row))
+        words += self._device()
+        done = self.data_dir / f"{self._latents(row)}_h5.json"
+        return Stage(STAGES[2], (Command(words, done=done, parallel=True),))
+
+    def _latents(self, row: Row) -> str:
+        """The name of a row's latents; at full scale, rows on the same VAE share them."""
+        return self.options(row).get("vae_latents_name", row.name)
+
+    def _train_ldm(self, row: Row) -> Stage:
+        command = self._train(row, vae_ckpt=self._vae(row)[1], vae_latents_name=self._latents(row))
+        return Stage(STAGES[3], (command,), self.folder / "exps" / row.name, row.preset)
+
+    def _device(self) -> tuple[str, ...]:
+        return () if self.device == "auto" else ("--device", self.device)
+
+    @cached_property
+    def draws(self) -> tuple[tuple[Expected, Path], ...]:
+        """What is drawn: entries of the row, each with its .npz; equal drawings once."""
+        trained = [row for row in self.lineage if row.preset]
+        if self.row.command == "reconstruct" or not (trained or self.row.released):
+            return ()
+        source = (
+            self.folder / "exps" / trained[-1].name if trained else Path("pretrained") / self.row.released[0]
+        )
+        total = self.total_steps(trained[-1]) if trained else None
+        found = {}
+        for entry in self.row.expected(self.scale):
+            step = total if self.steps or entry.step is None else entry.step
+            if entry.protocol in (None, RECONSTRUCTION) or (total and step > total):
+                continue
+            guidance = "-".join(map(str, entry.guidance))
+            name = f"{source.name}_{'last' if step is None else f'{step:07d}'}_cfg{guidance}.npz"
+            path = self.folder / "samples" / entry.protocol / name
+            found.setdefault(path, replace(entry, step=step))
+        return tuple((entry, path) for path, entry in found.items())
+
+    def protocol(self, name: str) -> str:
+        """A protocol's name, or the file of one with `samples` images."""
+        return str(self.folder / f"{name}-{self.samples}.yaml") if self.samples else name
+
+    def _generate(self) -> Stage:
+        trained, commands = [row for row in self.lineage if row.preset], []
+        source = self.folder / "exps" / trained[-1].name if trained else None
+        for entry, path in self.draws:
+            words = ["generate", "--exp-path", str(source or Path("pretrained") / self.row.released[0])]
+            words += [] if entry.step is None else ["--train-steps", str(entry.step)]
+            words += ["--protocol", self.protocol(entry.protocol), "--sample-dir", str(path.parent)]
+            names = ("--cfg-scale", "--guidance-low", "--guidance-high")
+            for name, value in zip(names, entry.guidance, strict=True):
+                words += [name, str(value)]
+            commands.append(Command((*words, *self._device()), done=path, parallel=True))
+        return Stage(STAGES[4], tuple(commands), source)
+
+    def _evaluate(self) -> Stage:
+        commands = []
+        for entry, path in self.draws:
+            result = self.folder / "results" / f"{entry.protocol}_{path.stem}.json"
+            words = ("evaluate", "--samples", str(path), "--protocol", self.protocol(entry.protocol))
+            reference = self.reference or {"full": "REFERENCE", "mid": str(self.data_dir)}.get(self.scale)
+            words += ("--reference", reference) if reference else ()
+            words += (*self._device(), "--output", str(result))
+            commands.append(Command(words, done=result))
+        if any(entry.protocol == RECONSTRUCTION for entry in self.row.expected(self.scale)):
+            vae, weights = self._vae(self.row)
+            result = self.folder / "results" / f"{RECONSTRUCTION}.json"
+            words = ("reconstruct", "--vae-arch", vae, "--vae-ckpt-path", weights, "--data-dir")
+            if self.scale == "tiny":
+                words += (str(data_small_dir() / "eval"), "--judge", "tiny")
+            else:
+                images = self.folder / "images" / DATA.get(self.scale, "") / "val"
+                words += (self.validation or ("VALIDATION" if self.scale == "full" else str(images)),)
+                words += ("--resolution", str(RESOLUTION[self.scale]))
+            words += ("--limit", str(self.samples)) if self.samples else ()
+            commands.append(Command((*words, *self._device(), "--output", str(result)), done=result))
+        return Stage(STAGES[5], tuple(commands), None)
+
+    def write_protocols(self) -> None:
+        """Writes the protocols of `samples` images, if that was asked for."""
+        for name in {entry.protocol for entry, _ in self.draws} if self.samples else ():
+            values = asdict(PROTOCOLS[name]) | {"count": self.samples}
+            lines = [f"{key}: {_yaml(value)}" for key, value in values.items() if value is not None]
+            write_text(Path(self.protocol(name)), "\n".join(lines) + "\n")
+
+
+def _yaml(value: Any) -> str:
+    return f"[{', '.join(map(str, value))}]" if isinstance(value, tuple | list) else str(value)
+
+
+def argv(command: Command, processes: int = 1) -> list[str]:
+    """The whole command line of a command, with a launcher if it is shared by several processes."""
+    if processes > 1 and command.parallel:
+        launcher = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
+        return [sys.executable, "-m", *launcher, "-m", "repae_lite", *command.words]
+    return [sys.executable, "-m", "repae_lite", *command.words]
