@@ -1,9 +1,10 @@
 """Presets: options of a training command under a name, each a YAML file in reproduce/presets.
 
-A file names its `command` and gives options as the command line does (`batch-size: 256`). Two more keys are
-for other commands, and training ignores them: `released`, the released sets that the run starts from, which
-`repae download all-for NAME` fetches; and `images`, how many images it is meant for (ImageNet's number
-where it is left out), from which `repae check` computes disk space.
+A file names its `command` and gives options as the command line does (`batch-size: 256`). Three more keys
+are for other commands, and training ignores them: `released`, the released sets that the run starts from,
+which `repae download all-for NAME` fetches; `images`, how many images it is meant for (ImageNet's number
+where it is left out), from which `repae check` computes disk space; and `published`, numbers that others
+published, which `repae evaluate --preset NAME` prints beside ours, see `read_published`.
 """
 
 from dataclasses import dataclass
@@ -25,12 +26,14 @@ class Preset:
         options: fields of `TrainConfig`.
         released: released sets that it starts from.
         images: how many images it is meant for.
+        published: numbers of others, see `repae_lite.evaluation.results.read_published`.
     """
 
     command: str
     options: dict[str, Any]
     released: tuple[str, ...]
     images: int
+    published: tuple[dict, ...] = ()
 
     @property
     def config(self) -> TrainConfig:
@@ -85,6 +88,11 @@ def read_preset(name: str, command: str | None = None) -> Preset:
         raise ValueError(
             f"released in the preset {path} is {released!r}: give a list of names, as in [sdvae]"
         )
+    published = ()
+    if "published" in content:
+        from repae_lite.evaluation.results import read_published  # imports torch
+
+        published = read_published(content.pop("published"), f"the preset {path}")
     images = converted(content.pop("images", str(IMAGENET)), int, f"images in the preset {path}")
     for key, value in content.items():
         if key not in OPTIONS or wanted not in OPTIONS[key].metadata["only"]:
@@ -92,4 +100,4 @@ def read_preset(name: str, command: str | None = None) -> Preset:
                 f"the preset {path} sets {key!r}, which train-{wanted} does not have: take it out"
             )
         content[key] = converted(value, value_type(OPTIONS[key]), f"{key} in the preset {path}")
-    return Preset(wanted, content, tuple(released), images)
+    return Preset(wanted, content, tuple(released), images, published)
