@@ -122,7 +122,7 @@ class DinoFeatures(nn.Module):
 
     def __init__(self, weights: str | Path = "pretrained"):
         super().__init__()
-        arguments = {"dynamic_img_size": True}  # another size than the 518 pixels that it is built for
+        arguments = {"dynamic_img_size": True}  # takes 224 pixels although it is built for 518
         if weights == "random":
             self.name, arguments = "dinov2-random", arguments | {"depth": 1, "init_values": 1.0}
         network = "dinov2-vit-s" if weights == "random" else self.name
@@ -135,7 +135,7 @@ class DinoFeatures(nn.Module):
         grid = self.network.pos_embed.data[:, 1:].unflatten(1, (37, 37)).permute(0, 3, 1, 2)
         grid = F.interpolate(grid, scale_factor=16.1 / 37, mode="bicubic")  # (1, D, 16, 16)
         tokens = torch.cat([self.network.pos_embed.data[:, :1], grid.flatten(2).mT], dim=1)
-        self.network.pos_embed = nn.Parameter(tokens)
+        self.network.pos_embed, self.network.patch_embed.grid_size = nn.Parameter(tokens), (16, 16)
         for name, values in IMAGENET.items():
             self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
 
