@@ -418,6 +418,7 @@ def test_presets_fill_in_and_explicit_flags_win(tmp_path):
         ("learning-rate: .nan", "--learning-rate is nan"),
         ("learning-rate: -.inf", "--learning-rate is -inf"),
         ("released: sdvae", "released in the preset .* is 'sdvae': give a list of names"),
+        ("published: 4.07", "published in the preset .* is '4.07': give a list of sections"),
         ("a: [", "is not YAML"),
     ],
 )
