@@ -78,6 +78,8 @@ def load_run(
             "weights": "ema" if ema else "raw",
             "sit": vae_fingerprint(sit)[:16],
             "vae": vae_fingerprint(decoder)[:16],
+            "step": number,
+            "enc_type": found.options.get("enc_type"),
         },
     )
 

@@ -14,7 +14,9 @@ from repae_lite.commands.shared_flags import DEVICE
 
 EPILOG = """Definitions are those of ADM's evaluator: pool_3 for FID, the first seven channels of mixed_6/conv
 for sFID, the classifier without its bias in consecutive chunks of 5,000 for the Inception Score, three
-neighbours for precision and recall. Inception's weights are TensorFlow's, as ported by torch-fidelity."""
+neighbours for precision and recall. Inception's weights are TensorFlow's, as ported by torch-fidelity. A
+protocol of one's own may list frechet_dinov2 (FD-DINOv2) as well. REPA's usual teacher is a DINOv2 too: for a
+run aligned with one, FD-DINOv2 is no independent judge, and the result says so."""
 FLAGS = {
     "what is judged": {
         "--samples": {"metavar": "FILE", "help": "an .npz, or a folder of images"},
@@ -33,11 +35,19 @@ FLAGS = {
             "help": "the samples are of another program and do not say how they were drawn: you vouch that "
             "it was by the protocol",
         },
+        "--preset": {
+            "metavar": "NAME",
+            "help": "print what was published for this run, see reproduce/presets, beside the result",
+        },
     },
     "how it runs": {
         "--inception": {
             "metavar": "FILE",
             "help": "Inception's weights (default: in torch's cache, where torch-fidelity puts them)",
+        },
+        "--dinov2": {
+            "metavar": "FILE",
+            "help": "weights of DINOv2 ViT-L/14, for frechet_dinov2 (default: timm downloads them once)",
         },
         "--feature-cache": {
             "metavar": "FOLDER",
@@ -57,9 +67,10 @@ FLAGS = {
 
 def run(args: argparse.Namespace) -> None:
     """Judges, prints the numbers with their protocol, and writes the result."""
+    from repae_lite.commands.rows import read_row
     from repae_lite.data.samples import ImageStream
-    from repae_lite.evaluation.evaluate import evaluate, load_reference, result_of
-    from repae_lite.evaluation.features import features_of, load_judge
+    from repae_lite.evaluation.evaluate import evaluate, load_judges, load_reference, result_of
+    from repae_lite.evaluation.features import features_of
     from repae_lite.evaluation.protocols import load_protocol
     from repae_lite.evaluation.results import table
     from repae_lite.utils.devices import choose_device
@@ -79,7 +90,8 @@ def run(args: argparse.Namespace) -> None:
         protocol = protocol.with_sampling(drawn["sampling"])
     if args.reference is None and protocol.judge != "tiny":
         raise ValueError("the protocol needs a reference: give --reference FILE")
-    judge = load_judge(protocol.judge, args.inception)
+    row = read_row(args.preset) if args.preset else None
+    judge = load_judges(protocol, inception=args.inception, dinov2=args.dinov2)
     options = {
         "device": choose_device(args.device),
         "cache": Path(args.feature_cache) if args.feature_cache else None,
@@ -88,6 +100,7 @@ def run(args: argparse.Namespace) -> None:
     source = args.reference or data_small_dir() / "eval" / "images.h5"
     reference = load_reference(source, judge, **options)
     features = features_of(ImageStream(samples), judge, label="samples", **options)
+    teacher = (drawn or {}).get("enc_type") or (row and row.preset and row.preset.options.get("enc_type"))
     result = result_of(
         evaluate(features, reference, protocol),
         protocol,
@@ -96,10 +109,11 @@ def run(args: argparse.Namespace) -> None:
         reference=reference,
         judge=judge,
         manifest=drawn,
+        teacher=teacher,
     )
     output = Path(args.output or samples.with_name(f"{samples.stem}-{Path(args.protocol).stem}.json"))
     write_text(output, json.dumps(result, indent=1) + "\n")
-    print(table({samples.stem: result}))
+    print(table({samples.stem: result}, row.expected("full") if row else ()))
     print(f"written to {output}")
 
 

@@ -21,6 +21,7 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 
 from repae_lite.commands.presets import OWN_KEYS, Preset, preset_content, presets_dir, read_preset
 from repae_lite.evaluation.protocols import PROTOCOLS
+from repae_lite.evaluation.results import Expected
 from repae_lite.training.config import OPTIONS, flag
 from repae_lite.utils.files import data_small_dir, read_json, write_text
 
@@ -49,32 +50,6 @@ DATA = {"tiny": "embedded", "mid": "imagenette"}  # repae download data:NAME
 RESOLUTION = {"tiny": 32, "mid": 128, "full": 256}
 RECONSTRUCTION = "reconstruction"  # in place of a protocol's name: the number is of repae reconstruct
 STRICT = ConfigDict(extra="forbid")
-Scale = Literal["tiny", "mid", "full"]
-
-
-@checked_dataclass(frozen=True, kw_only=True, config=STRICT)
-class Expected:
-    """A number that somebody got.
-
-    Attributes:
-        metrics: as `repae evaluate` or `repae reconstruct` names them.
-        source: table of the paper or README, or "recorded here" with seeds and date.
-        protocol: its name, or "reconstruction"; None where the source does not say it.
-        step: of the checkpoint; None for the last.
-        guidance: scale, low, high.
-        scale: at which it was got.
-        tolerance: by metric, how far another run may be from it, as a share of it; see `Row.tolerance`.
-        note: what a reader should know, as "class-balanced labels".
-    """
-
-    metrics: dict[str, float]
-    source: str
-    protocol: str | None = "adm-sde250-random"
-    step: int | None = None
-    guidance: tuple[float, float, float] = (1.0, 0.0, 1.0)
-    scale: Scale = "full"
-    tolerance: dict[str, float] = field(default_factory=dict)
-    note: str = ""
 
 
 @checked_dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -1,24 +1,27 @@
 """What images are judged by: networks that turn them into features, and features kept on disk.
 
 `InceptionFeatures` is the Inception of ADM's evaluator, ported from TensorFlow by torch-fidelity (extra
-`eval`), resizing included. `TinyFeatures` is the embedded scale's evaluation network. A judge is never the
-teacher of what it judges.
+`eval`), resizing included. `TinyFeatures` is the embedded scale's evaluation network. Neither is the teacher
+of what it judges. `DinoFeatures`, for FD-DINOv2 beside them, is of the family of REPA's usual teacher.
 """
 
 import hashlib
 import importlib.util
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from repae_lite.data.latents import vae_fingerprint
 from repae_lite.data.samples import ImageStream
 from repae_lite.evaluation.evaluation_net import EvaluationNet
+from repae_lite.networks.encoder_table import IMAGENET, find_spec
+from repae_lite.networks.encoders import build_network
 from repae_lite.utils.files import atomic_path, data_small_dir
 from repae_lite.utils.locks import writing
 from repae_lite.utils.pickles import read_pickle
@@ -28,6 +31,7 @@ from repae_lite.utils.state_dicts import fill_module, load_weights
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"  # torch-fidelity's name in torch's cache
 INCEPTION_SOURCE = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
+DINO_SOURCE = "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth"
 SPATIAL_CHANNELS = 7  # of mixed_6/conv, which sFID compares
 BATCH = 64  # images at once; a constant, so that no number depends on a setting
 
@@ -92,6 +96,83 @@ class TinyFeatures(nn.Module):
         """Features of images (B, 3, 32, 32) uint8, each (B, D) float32."""
         pooled = self.network.features(to_unit_range(images))
         return {"pooled": pooled, "probabilities": self.network.head(pooled).softmax(dim=1)}
+
+
+class DinoFeatures(nn.Module):
+    """The features of FD-DINOv2: `pooled` (1024), the class token of DINOv2 ViT-L/14 after its last norm.
+
+    Not independent of a SiT that was aligned with a DINOv2, as REPA's and REPA-E's are: the evaluation
+    network is then a relative of the teacher, and pleasing the one may please the other.
+
+    Source: Stein et al. 2023 (arXiv 2306.04675) with the defaults of their code, layer6ai-labs/dgm-eval:
+    images resized to 224 pixels by Pillow's bicubic filter, ImageNet's mean and standard deviation, and the
+    position embedding resampled as Meta's code does (bicubic, not low-passed, by the factor 16.1 / 37). The
+    network is timm's; its numbers with the published weights have not been compared with dgm-eval's.
+
+    Args:
+        weights: "pretrained" (timm downloads them once), a file in timm's layout or Meta's, or "random": a
+            small network of random weights, for tests of the code alone.
+
+    Raises:
+        ConnectionError: the weights are neither cached nor can they be downloaded; where to get them.
+        FileNotFoundError, ValueError, OSError: see `build_network`.
+    """
+
+    name, side, resolution = "dinov2-vit-l", None, 224
+
+    def __init__(self, weights: str | Path = "pretrained"):
+        super().__init__()
+        arguments = {"dynamic_img_size": True}  # takes 224 pixels although it is built for 518
+        if weights == "random":
+            self.name, arguments = "dinov2-random", arguments | {"depth": 1, "init_values": 1.0}
+        network = "dinov2-vit-s" if weights == "random" else self.name
+        try:
+            # 16 pixels to a token in the project's count: 592 are the 37 x 37 tokens of the weights.
+            spec = replace(find_spec(network), timm_args=arguments)
+            self.network = build_network(network, spec, 592, weights).vit
+        except ConnectionError as error:
+            raise ConnectionError(f"{error} (repae evaluate: --dinov2 FILE, as from {DINO_SOURCE})") from None
+        grid = self.network.pos_embed.data[:, 1:].unflatten(1, (37, 37)).permute(0, 3, 1, 2)
+        grid = F.interpolate(grid, scale_factor=16.1 / 37, mode="bicubic")  # (1, D, 16, 16)
+        tokens = torch.cat([self.network.pos_embed.data[:, :1], grid.flatten(2).mT], dim=1)
+        self.network.pos_embed, self.network.patch_embed.grid_size = nn.Parameter(tokens), (16, 16)
+        for name, values in IMAGENET.items():
+            self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Features of images (B, 3, H, W) uint8, (B, D) float32."""
+        x = resized_as_pillow(images, self.resolution) / 255
+        return {"pooled": self.network.forward_features((x - self.mean) / self.std)[:, 0]}
+
+
+def resized_as_pillow(images: Tensor, side: int) -> Tensor:
+    """Images (B, 3, H, W) uint8 by Pillow's bicubic filter, to whole grey levels after either direction.
+
+    Returns:
+        (B, 3, side, side) float32, 0 to 255; one level off in about one of 10³ values of white noise.
+    """
+    x = images.float()
+    for size in ((x.shape[2], side), (side, side)):
+        x = F.interpolate(x, size, mode="bicubic", antialias=True).round().clamp(0, 255)
+    return x
+
+
+class JudgeWithDino(nn.Module):
+    """A judge with DINOv2 beside it, whose features are the kind `dinov2`.
+
+    Args:
+        judge: see `load_judge`; name and size of images are its.
+        dino: the other network.
+    """
+
+    def __init__(self, judge: nn.Module, dino: DinoFeatures):
+        super().__init__()
+        self.judge, self.dino, self.name, self.side = judge, dino, judge.name, judge.side
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Features of images (B, 3, H, W) uint8, each (B, D) float32."""
+        return self.judge(images) | {"dinov2": self.dino(images)["pooled"]}
 
 
 def load_judge(name: str, weights: str | Path | None = None) -> nn.Module:

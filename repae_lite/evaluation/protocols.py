@@ -16,6 +16,7 @@ from repae_lite.utils.configs import checked_config
 from repae_lite.utils.yaml_files import converted, read_yaml
 
 METRICS = ("frechet", "spatial_frechet", "inception_score", "precision", "recall", "kernel_distance")
+DINO = "frechet_dinov2"  # on request only: it needs a network of its own, see `DinoFeatures`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +25,7 @@ class Protocol(Drawing):
 
     Attributes:
         judge: the network that features come from, see `repae_lite.evaluation.features.load_judge`.
-        metrics: which of `METRICS` are computed.
+        metrics: which of `METRICS` are computed, and perhaps `DINO`.
         reference: SHA-256 of the reference (its first digits are enough); None takes any, and records which.
         neighbours: of precision and recall.
         chunk: images of a chunk of the Inception Score.
@@ -42,9 +43,9 @@ class Protocol(Drawing):
 
     def __post_init__(self):
         super().__post_init__()
-        unknown = [name for name in self.metrics if name not in METRICS]
+        unknown = [name for name in self.metrics if name not in (*METRICS, DINO)]
         if unknown or not self.metrics:
-            raise ValueError(f"metrics are {list(self.metrics)}: choose among {', '.join(METRICS)}")
+            raise ValueError(f"metrics are {list(self.metrics)}: choose among {', '.join((*METRICS, DINO))}")
 
     def sampling(self, seed: int = 0, path_type: str = "linear") -> Sampling:
         """The half that `repae generate` needs."""
@@ -59,12 +60,12 @@ class Protocol(Drawing):
         """
         for name in _SAMPLING:
             drawn, wanted = sampling.get(name), getattr(self, name)
-            if name not in _GUIDANCE and drawn != wanted:
+            if name not in GUIDANCE and drawn != wanted:
                 raise ValueError(
                     f"the samples have {name} {drawn!r}, and the protocol {wanted!r}: draw them by that "
                     "protocol, or judge them by their own"
                 )
-        return replace(self, **{name: sampling[name] for name in _GUIDANCE})
+        return replace(self, **{name: sampling[name] for name in GUIDANCE})
 
     def record(self, **found: object) -> dict:
         """The protocol as JSON values with its hash.
@@ -76,7 +77,7 @@ class Protocol(Drawing):
         return values | {"hash": hash_of(values)}
 
 
-_GUIDANCE = ("cfg_scale", "guidance_low", "guidance_high")
+GUIDANCE = ("cfg_scale", "guidance_low", "guidance_high")
 _SAMPLING = tuple(field.name for field in fields(Drawing))
 _ODE = {"mode": "ode", "steps": 50}
 PROTOCOLS = {
