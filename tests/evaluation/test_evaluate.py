@@ -371,8 +371,8 @@ def test_names_keep_their_dots_and_results_of_one_name_both_stand(
         for i, image in enumerate(images):
             Image.fromarray(image).save(tmp_path / number / f"{i:02d}.png")
         words = ["evaluate", "--foreign", "--samples", str(tmp_path / number), "--reference", str(reference)]
-        assert main([*words, "--protocol", str(protocol)]) == 0
-    one, two = (tmp_path / f"{number}-{protocol.stem}.json" for number in ("0.65", "0.7"))
+        assert main([*words, "--protocol", protocol]) == 0
+    one, two = (tmp_path / f"{number}-forty.json" for number in ("0.65", "0.7"))
     other = tmp_path / "0.65" / one.name
     other.write_bytes(two.read_bytes())
     capsys.readouterr()
