@@ -23,4 +23,6 @@ def run(args: argparse.Namespace) -> None:
         if other["protocol"]["hash"] != one["protocol"]["hash"]:
             found = "; ".join(differences(one["protocol"], other["protocol"])) or "the protocols' hashes"
             raise ValueError(f"{first} and {name} have different protocols and cannot be compared: {found}")
-    print(table({Path(name).stem: result for name, result in results.items()}))
+    stems = {name: Path(name).stem for name in results}
+    unique = len(set(stems.values())) == len(stems)
+    print(table({stems[name] if unique else name: result for name, result in results.items()}))

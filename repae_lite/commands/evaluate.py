@@ -111,9 +111,10 @@ def run(args: argparse.Namespace) -> None:
         manifest=drawn,
         teacher=teacher,
     )
-    output = Path(args.output or samples.with_name(f"{samples.stem}-{Path(args.protocol).stem}.json"))
+    title = samples.stem if samples.suffix == ".npz" else samples.name  # of a folder, dots are no suffix
+    output = Path(args.output or samples.with_name(f"{title}-{Path(args.protocol).stem}.json"))
     write_text(output, json.dumps(result, indent=1) + "\n")
-    print(table({samples.stem: result}, row.expected("full") if row else ()))
+    print(table({title: result}, row.expected("full") if row else ()))
     print(f"written to {output}")
 
 

@@ -176,7 +176,10 @@ def run(args: argparse.Namespace) -> None:
     manifest = manifest_of(sampling, batch=args.pproc_batch_size, about=about)
     if path.exists():
         check_same(read_json(path.with_suffix(".json")), manifest, path)
-        print(f"{path} is there already, made with the same settings") if first else None
+        if args.png and not path.with_suffix("").is_dir():
+            raise ValueError(f"{path} is finished, without PNG files: remove it, or leave out --png")
+        if first:
+            print(f"{path} is there already, made with the same settings")
         return
     samples = generate(
         found.sit.to(device),

@@ -50,12 +50,17 @@ class SampleFolder:
         """Makes the folder, or checks that it was begun with the same manifest; for the first process.
 
         Raises:
-            ValueError: it was made with other settings; which, and their values.
+            ValueError: it was made with other settings; which, and their values. Or it is finished.
             OSError: it cannot be written, or the disk is too small.
         """
         path = self.folder / MANIFEST
         if path.is_file():
             check_same(read_json(path), manifest, self.folder)
+            if not self.marks.is_file():
+                raise ValueError(
+                    f"{self.folder} holds the finished PNG files of {self.npz.name}, which is gone: put it "
+                    "back, or choose another --sample-dir"
+                )
             return
         if self.folder.is_dir() and any(self.folder.iterdir()):
             raise ValueError(
@@ -83,17 +88,26 @@ class SampleFolder:
             array = np.load(self.array, mmap_mode="r+")
             array[images.start : images.stop] = pixels
             array.flush()
-            for number, image in zip(images, pixels, strict=True) if self.png else ():
-                Image.fromarray(image).save(self.folder / f"{number:06d}.png")
+            self._write_png(images, pixels)
             with open(self.marks, "rb+") as file:
                 file.seek(images.start // self.batch)
                 file.write(b"\1")
                 file.flush()
                 os.fsync(file.fileno())
 
+    def _write_png(self, images: range, pixels: np.ndarray) -> None:
+        for number, image in zip(images, pixels, strict=True) if self.png else ():
+            Image.fromarray(image).save(self.folder / f"{number:06d}.png")
+
     def finish(self, manifest: dict) -> Path:
         """Writes NAME.npz and NAME.json, its manifest, and removes what only served the making."""
         with writing(self.folder.parent):
+            for number in range(self.count) if self.png else ():  # those of batches done without png
+                if not (self.folder / f"{number:06d}.png").is_file():
+                    array = np.load(self.array, mmap_mode="r")
+                    self._write_png(range(number, number + 1), array[number : number + 1])
+            # The manifest first: an .npz without it could neither be judged nor continued.
+            write_text(self.npz.with_suffix(".json"), json.dumps(manifest, indent=1) + "\n")
             with (
                 atomic_path(self.npz) as partial,
                 zipfile.ZipFile(partial, "w") as archive,
@@ -101,7 +115,6 @@ class SampleFolder:
                 open(self.array, "rb") as source,
             ):
                 shutil.copyfileobj(source, target, CHUNK)
-            write_text(self.npz.with_suffix(".json"), json.dumps(manifest, indent=1) + "\n")
             if self.png:
                 self.array.unlink()
                 self.marks.unlink()

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from repae_lite.data.samples import SampleFolder
 from repae_lite.method.sampling import Guidance, sample_ode, sample_sde
-from repae_lite.networks.sit import SiT
+from repae_lite.networks.sit import SiT, SiTConfig
 from repae_lite.networks.vae import AutoencoderKL
 from repae_lite.utils.pixels import ROUNDINGS, to_uint8
 from repae_lite.utils.processes import process_count, process_rank, together, wait_for_all
@@ -64,6 +64,9 @@ class Drawing:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: choose {' or '.join(known)}")
         if self.solver == "heun" and self.mode == "sde":
             raise ValueError("heun solves the ODE: choose mode ode, or the solver euler")
+        least = 2 if self.mode == "sde" else 1
+        if self.steps < least:
+            raise ValueError(f"steps is {self.steps}: mode {self.mode} takes at least {least}")
         if self.count < 1:
             raise ValueError(f"count is {self.count}: ask for at least 1 image")
         self.guidance()
@@ -73,6 +76,25 @@ class Drawing:
     def guidance(self) -> Guidance:
         """The guidance of these settings."""
         return Guidance(self.cfg_scale, self.guidance_low, self.guidance_high)
+
+    def check(self, sit: SiTConfig) -> None:
+        """Refuses, before anything is drawn or written, what this SiT cannot draw.
+
+        Raises:
+            ValueError: a count that cannot be balanced, classes that the SiT does not have, or guidance
+                without a null class.
+        """
+        self.guidance().check(sit)
+        if self.labels == "balanced" and self.count % sit.num_classes:
+            raise ValueError(
+                f"{self.count} images cannot be shared equally by {sit.num_classes} classes: ask for "
+                f"{max(1, round(self.count / sit.num_classes)) * sit.num_classes}"
+            )
+        if self.labels not in ("random", "balanced") and max(self._classes()) >= sit.num_classes:
+            raise ValueError(
+                f"labels is {self.labels!r}, but the SiT has the classes 0 to {sit.num_classes - 1}: choose "
+                "among them"
+            )
 
     def _classes(self) -> list[int]:
         given = self.labels.removeprefix("classes=").split(",")
@@ -96,30 +118,16 @@ class Sampling(Drawing):
     seed: int = 0
 
     def all_labels(self, num_classes: int) -> Tensor:
-        """The class of every image, (count,) int64.
-
-        Raises:
-            ValueError: a count that cannot be balanced, or classes that the SiT does not have.
-        """
+        """The class of every image, (count,) int64; `check` says whether the settings suit the SiT."""
         if self.labels == "random":
             return torch.tensor([
                 int(torch.randint(num_classes, (), generator=generator("label", self.seed, i)))
                 for i in range(self.count)
             ])  # fmt: skip
         if self.labels == "balanced":
-            if self.count % num_classes:
-                raise ValueError(
-                    f"{self.count} images cannot be shared equally by {num_classes} classes: ask for "
-                    f"{max(1, round(self.count / num_classes)) * num_classes}"
-                )
             order = torch.randperm(self.count, generator=generator("labels", self.seed))
             return torch.arange(num_classes).repeat_interleave(self.count // num_classes)[order]
         classes = torch.tensor(self._classes())
-        if int(classes.max()) >= num_classes:
-            raise ValueError(
-                f"labels is {self.labels!r}, but the SiT has the classes 0 to {num_classes - 1}: choose "
-                "among them"
-            )
         return classes.repeat(math.ceil(self.count / len(classes)))[: self.count]
 
 
@@ -209,14 +217,15 @@ def generate(
         The folder, all batches of this process done; `finish` makes the .npz when those of all are.
 
     Raises:
-        ValueError, OSError: see `SampleFolder.open` and `Sampling.all_labels`.
+        ValueError, OSError: see `Drawing.check` and `SampleFolder.open`.
     """
+    sampling.check(sit.config)
     side = sit.config.input_size * vae.config.downsampling
-    labels = sampling.all_labels(sit.config.num_classes)
     samples = SampleFolder(folder, count=sampling.count, side=side, batch=batch, png=png)
     with together():
         if process_rank() == 0:
             samples.open(manifest_of(sampling, batch=batch, about=about or {}))
+    labels = sampling.all_labels(sit.config.num_classes)  # of a number that the disk has room for
     missing = samples.missing()
     wait_for_all()
     mine = missing[process_rank() :: process_count()]

@@ -17,6 +17,7 @@ from repae_lite.utils.yaml_files import converted, read_yaml
 
 METRICS = ("frechet", "spatial_frechet", "inception_score", "precision", "recall", "kernel_distance")
 DINO = "frechet_dinov2"  # on request only: it needs a network of its own, see `DinoFeatures`
+PRECISION = "float32 features, float64 statistics"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,13 +40,21 @@ class Protocol(Drawing):
     reference: str | None = None
     neighbours: int = 3
     chunk: int = 5000
-    precision: str = "float32 features, float64 statistics"
+    precision: str = PRECISION
 
     def __post_init__(self):
         super().__post_init__()
         unknown = [name for name in self.metrics if name not in (*METRICS, DINO)]
         if unknown or not self.metrics:
             raise ValueError(f"metrics are {list(self.metrics)}: choose among {', '.join((*METRICS, DINO))}")
+        for name in ("neighbours", "chunk"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: give at least 1")
+        least = 1 + (self.neighbours if {"precision", "recall"} & set(self.metrics) else 1)
+        if self.count < least:
+            raise ValueError(f"count is {self.count}: its metrics need at least {least} images")
+        if self.precision != PRECISION:
+            raise ValueError(f"precision is {self.precision!r}: the only one is {PRECISION!r}")
 
     def sampling(self, seed: int = 0, path_type: str = "linear") -> Sampling:
         """The half that `repae generate` needs."""

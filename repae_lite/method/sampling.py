@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from repae_lite.method.interpolant import Interpolant, get_interpolant, score_from_velocity
-from repae_lite.networks.sit import SiT, check_label_count
+from repae_lite.networks.sit import SiT, SiTConfig, check_label_count
 from repae_lite.networks.vae import AutoencoderKL
 from repae_lite.utils.devices import widest_float
 from repae_lite.utils.pixels import to_uint8
@@ -45,6 +45,18 @@ class Guidance:
             raise ValueError(
                 f"guidance interval [{self.low}, {self.high}] is not inside [0, 1] in order: set 0 <= low <= "
                 "high <= 1"
+            )
+
+    def check(self, sit: SiTConfig) -> None:
+        """Refuses guidance of a SiT that was trained without the null class.
+
+        Raises:
+            ValueError: see above.
+        """
+        if self.scale > 1 and not sit.label_dropout:
+            raise ValueError(
+                f"guidance scale {self.scale} needs the null class, which this SiT never saw (its "
+                "label_dropout is 0): sample without guidance, or train with --cfg-prob 0.1"
             )
 
     def active(self, t: float) -> bool:
@@ -193,11 +205,7 @@ def _check(sit: SiT, eps: Tensor, labels: Tensor, steps: int, guidance: Guidance
     if steps < minimum:
         raise ValueError(f"{steps} sampling steps are too few: use at least {minimum}")
     sit.check_labels(labels)
-    if guidance.scale > 1 and not sit.config.label_dropout:
-        raise ValueError(
-            f"guidance scale {guidance.scale} needs the null class, which this SiT never saw (its "
-            "label_dropout is 0): sample without guidance, or train with --cfg-prob 0.1"
-        )
+    guidance.check(sit.config)
 
 
 def _times(last: float, count: int) -> list[float]:

@@ -200,6 +200,8 @@ class Trainer:
         )
         self.rollbacks = 0
         self.judge = run_judge(config, self.device)
+        if self.judge:
+            self.judge.protocol.check(self.state.sit.config)
         if config.compile:
             _compile(self.state, self.device)
 

@@ -343,6 +343,44 @@ def test_published_values_of_admnet(tmp_path):
         assert abs(found[metric] - published) <= max(2 * abs(published - port), 1e-3 * published), metric
 
 
+def test_a_run_that_could_not_be_judged_does_not_start(tmp_path):
+    changes = {"eval_every": 3, "eval_samples": 55, "eval_protocol": "tiny"}
+    with pytest.raises(ValueError, match="55 images cannot be shared equally by 10 classes"):
+        run(tmp_path, "judged", **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"count": 3}, "need at least 4 images"),
+        ({"count": 1, "metrics": ("frechet",)}, "need at least 2 images"),
+        ({"chunk": 0}, "chunk is 0"),
+        ({"precision": "float16"}, "precision is 'float16': the only one"),
+    ],
+)
+def test_protocols_without_sense_are_refused(changes, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        Protocol(**changes)
+
+
+def test_names_keep_their_dots_and_results_of_one_name_both_stand(
+    tmp_path, images, protocol, reference, capsys
+):
+    for number in ("0.65", "0.7"):  # as in run_0000400_cfg2.2-0.0-0.65, a folder
+        (tmp_path / number).mkdir()
+        for i, image in enumerate(images):
+            Image.fromarray(image).save(tmp_path / number / f"{i:02d}.png")
+        words = ["evaluate", "--foreign", "--samples", str(tmp_path / number), "--reference", str(reference)]
+        assert main([*words, "--protocol", protocol]) == 0
+    one, two = (tmp_path / f"{number}-forty.json" for number in ("0.65", "0.7"))
+    other = tmp_path / "0.65" / one.name
+    other.write_bytes(two.read_bytes())
+    capsys.readouterr()
+    assert main(["compare", str(one), str(other)]) == 0
+    shown = capsys.readouterr().out
+    assert str(one) in shown and str(other) in shown
+
+
 def test_a_run_is_judged_while_it_trains(tmp_path):
     changes = {"eval_every": 3, "eval_samples": 20, "eval_protocol": "tiny"}
     folder = run(tmp_path, "judged", **changes)

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from repae_lite.commands.main import main
 from repae_lite.data.latents import vae_fingerprint
 from repae_lite.evaluation import generate as module
 from repae_lite.evaluation.generate import SampleDraws, Sampling, draw_images, generate
+from repae_lite.networks.sit import SiTConfig
 from repae_lite.utils.pixels import to_uint8
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,10 +60,13 @@ def test_labels():
     balanced = Sampling(count=500, labels="balanced", seed=3).all_labels(10)
     assert (balanced.bincount() == 50).all() and not torch.equal(balanced, balanced.sort().values)
     assert Sampling(count=5, labels="classes=7,2").all_labels(10).tolist() == [7, 2, 7, 2, 7]
+    sit = SiTConfig(num_classes=10)
     with pytest.raises(ValueError, match="shared equally by 10 classes: ask for 20"):
-        Sampling(count=17, labels="balanced").all_labels(10)
+        Sampling(count=17, labels="balanced").check(sit)
     with pytest.raises(ValueError, match="the SiT has the classes 0 to 9"):
-        Sampling(count=17, labels="classes=10").all_labels(10)
+        Sampling(count=17, labels="classes=10").check(sit)
+    with pytest.raises(ValueError, match="needs the null class"):
+        Sampling(cfg_scale=2.0).check(replace(sit, label_dropout=0.0))
 
 
 @pytest.mark.parametrize(
@@ -74,6 +79,8 @@ def test_labels():
         ({"labels": "equal-ish"}, "labels is 'equal-ish'"),
         ({"labels": "classes="}, "labels is 'classes='"),
         ({"count": 0}, "at least 1 image"),
+        ({"steps": 0}, "steps is 0"),
+        ({"steps": 1, "mode": "sde"}, "takes at least 2"),
         ({"to_uint8": "floor"}, "to_uint8 is 'floor'"),
     ],
 )
@@ -144,11 +151,13 @@ def test_a_stopped_run_goes_on_where_it_was(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "draw_images", stopping)
     with pytest.raises(KeyboardInterrupt):
         generate(found.sit, found.vae, sampling, tmp_path / "cut", batch=8)
-    cut = generate(found.sit, found.vae, sampling, tmp_path / "cut", batch=8)
+    cut = generate(found.sit, found.vae, sampling, tmp_path / "cut", batch=8, png=True)
     assert drawn == [range(8), range(8, 16), range(8, 16), range(16, 20)]
     assert cut.array.read_bytes() == whole.array.read_bytes()
     with pytest.raises(ValueError, match="was made with batch 8 and not 4"):
         generate(found.sit, found.vae, sampling, tmp_path / "cut", batch=4)
+    cut.finish({})
+    assert len(list((tmp_path / "cut").glob("*.png"))) == 20  # of the batches done without, too
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("mine")
     with pytest.raises(ValueError, match=r"holds files and no manifest\.json"):
@@ -203,12 +212,31 @@ def test_kill_9_loses_at_most_a_batch(trained, tmp_path, what):
         (["--pproc-batch-size", "0"], "at least 1"),
         (["--train-steps", "5"], "no checkpoint at step 5"),
         (["--cfg-scale", "0"], "below 1"),
+        (["--num-steps", "1"], "mode sde takes at least 2"),
+        (["--labels", "balanced", "--num-fid-samples", "21"], "ask for 20"),
         (["--protocol", "adm"], "unknown protocol"),
     ],
 )
 def test_refusals(trained, tmp_path, capsys, given, sentence):
     assert main(words(trained, tmp_path / "none", *given)) == 2
     assert sentence in capsys.readouterr().err and not (tmp_path / "none").exists()
+
+
+def test_more_images_than_the_disk_holds_are_refused_at_once(trained, tmp_path, capsys):
+    assert main(words(trained, tmp_path / "none", "--num-fid-samples", str(10**13))) == 2
+    assert "the samples need" in capsys.readouterr().err
+
+
+def test_png_files_are_all_there_or_refused(trained, tmp_path, capsys):
+    assert main(words(trained, tmp_path, "--png")) == 0
+    (npz,) = tmp_path.glob("*.npz")
+    assert len(list(npz.with_suffix("").glob("*.png"))) == 20
+    npz.unlink()
+    assert main(words(trained, tmp_path, "--png")) == 2
+    assert f"holds the finished PNG files of {npz.name}, which is gone" in capsys.readouterr().err
+    assert main(words(trained, tmp_path / "plain")) == 0
+    assert main(words(trained, tmp_path / "plain", "--png")) == 2
+    assert "is finished, without PNG files" in capsys.readouterr().err
 
 
 def test_a_run_on_a_frozen_vae_is_decoded_by_that_vae(tmp_path, capsys):
