@@ -6,10 +6,8 @@ precision and recall in the definitions of ADM's evaluator, and the kernel dista
 
 import hashlib
 import logging
-import platform
 import zipfile
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +15,6 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from repae_lite import __version__
 from repae_lite.data.latents import vae_fingerprint
 from repae_lite.data.samples import ImageStream
 from repae_lite.evaluation.features import BATCH, Features, features_of, load_judge
@@ -31,7 +28,7 @@ from repae_lite.evaluation.metrics import (
     streamed_stats,
 )
 from repae_lite.evaluation.protocols import Protocol
-from repae_lite.evaluation.results import SCHEMA
+from repae_lite.evaluation.results import result
 from repae_lite.networks.sit import SiT
 from repae_lite.networks.vae import AutoencoderKL
 from repae_lite.utils.files import data_small_dir
@@ -226,15 +223,5 @@ def result_of(
         reference=reference.content[:16],
         reference_images=reference.images,
     )
-    return {
-        "schema": SCHEMA,
-        "metrics": metrics,
-        "protocol": {"name": name} | record,
-        "samples": {"content": samples.content[:16], "side": samples.side, "manifest": manifest},
-        "versions": {
-            "repae_lite": __version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
-        "date": datetime.now(UTC).date().isoformat(),
-    }
+    about = {"content": samples.content[:16], "side": samples.side, "manifest": manifest}
+    return result({"metrics": metrics, "protocol": {"name": name} | record, "samples": about})

@@ -32,7 +32,7 @@ from repae_lite.utils.pixels import to_uint8, to_unit_range
 
 # When it was tried on 32-pixel icons, an adversarial term cost 2 dB of PSNR: the embedded scale goes without.
 TINY_VAE_LOSS = VAELossConfig(gan_weight=0.0)
-GENERATED = 250  # images at once
+GENERATED = 250  # images that are drawn and decoded at once
 METHODS = {
     "sit": StepConfig(vae_loss=TINY_VAE_LOSS, proj_coeff=0.0, ema_decay=0.98),  # VAE frozen: SiT steps alone
     "repa": StepConfig(vae_loss=TINY_VAE_LOSS, ema_decay=0.98),  # VAE frozen: SiT steps alone
@@ -228,8 +228,8 @@ class SmallScale:
     ) -> tuple[Tensor, Tensor]:
         """Samples with labels in turn, by Euler steps: uint8 (count, 3, 32, 32) and labels (count,).
 
-        As `repae generate` draws them, but all first noise comes from one generator on the device: that is
-        what the numbers of the notebooks were recorded with, and `GENERATED` at once.
+        As `repae generate` draws them, but with all first noise from one generator on the device and
+        `GENERATED` images at once: the notebooks' numbers were recorded so.
         """
         guidance = guidance or Guidance()
         sampling = Sampling(
