@@ -21,9 +21,9 @@ from repae_lite.networks.discriminator import PatchDiscriminator
 from repae_lite.networks.latent_stats import LatentStats
 from repae_lite.networks.sit import SiT, SiTConfig
 from repae_lite.networks.vae import AutoencoderKL, VAEConfig
+from repae_lite.utils.errors import first_line
 from repae_lite.utils.files import write_text
 from repae_lite.utils.state_dicts import build_module, fill_module, save_state, save_weights
-from repae_lite.utils.weight_files import first_line
 
 # ---------------------------------------------------------------- saving
 

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from repae_lite.data.hdf5 import item_names, missing_names, open_h5, read_bytes, reading
 from repae_lite.data.image_files import center_crop, failure, open_image, read_image
 from repae_lite.data.image_lists import LABELS, list_images, parse_labels, refuse_archive
+from repae_lite.utils.errors import of_a_worker
 from repae_lite.utils.files import data_small_dir
 from repae_lite.utils.processes import process_rank
 
@@ -277,10 +278,9 @@ def read_batches(loader: DataLoader) -> Iterator:
     try:
         yield from iterator
     except (ValueError, OSError) as error:
-        if loader.num_workers == 0:
+        if not (told := of_a_worker(error)):
             raise
-        kind = ValueError if isinstance(error, ValueError) else OSError
-        raise kind(str(error).strip().splitlines()[-1].partition(": ")[2]) from None
+        raise (ValueError if isinstance(error, ValueError) else OSError)(told[0]) from None
     finally:
         if loader.num_workers:
             iterator._shutdown_workers()

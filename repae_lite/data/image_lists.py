@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from repae_lite.data.image_files import SUFFIXES
+from repae_lite.utils.files import SetTwice, once
 
 LABELS = "dataset.json"
 SYSTEM = frozenset(  # names of files and folders that systems make, in lower case; so are those with a dot
@@ -425,10 +426,10 @@ def parse_labels(text: bytes | str, where: object) -> list[tuple[str, int]]:
             images, or a name listed twice, in whatever spelling.
     """
     try:
-        entries = json.loads(text, object_pairs_hook=_unique).get("labels") or []
+        entries = json.loads(text, object_pairs_hook=once).get("labels") or []
         pairs = [(name, label) for name, label in (entries.items() if isinstance(entries, dict) else entries)]
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        reason = f", {error}" if isinstance(error, _Twice) else ""
+        reason = f", it has {error.args[0]!r} twice" if isinstance(error, SetTwice) else ""
         raise ValueError(
             f'{where} cannot be read as {{"labels": [[name, class], …]}}{reason}: write it again'
         ) from None
@@ -458,18 +459,6 @@ def parse_labels(text: bytes | str, where: object) -> list[tuple[str, int]]:
             "one spelling"
         )
     return pairs
-
-
-class _Twice(ValueError):
-    """A key of a JSON object is there twice."""
-
-
-def _unique(pairs: list[tuple]) -> dict:
-    content = dict(pairs)
-    if len(content) != len(pairs):
-        key = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise _Twice(f"it has {key!r} twice")
-    return content
 
 
 def _short(value: object) -> str:

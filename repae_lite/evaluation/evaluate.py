@@ -7,10 +7,8 @@ Fréchet distance of DINOv2's features (FD-DINOv2).
 
 import hashlib
 import logging
-import platform
 import zipfile
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +16,6 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from repae_lite import __version__
 from repae_lite.data.latents import vae_fingerprint
 from repae_lite.data.samples import ImageStream
 from repae_lite.evaluation.features import (
@@ -39,7 +36,7 @@ from repae_lite.evaluation.metrics import (
     streamed_stats,
 )
 from repae_lite.evaluation.protocols import DINO, Protocol
-from repae_lite.evaluation.results import SCHEMA
+from repae_lite.evaluation.results import result
 from repae_lite.networks.sit import SiT
 from repae_lite.networks.vae import AutoencoderKL
 from repae_lite.utils.files import data_small_dir
@@ -284,17 +281,11 @@ def result_of(
         judge = judge.judge
     record = protocol.record(judge_weights=vae_fingerprint(judge)[:16], **found)
     dependent = DINO in metrics and "dinov2" in (teacher or "")
-    return {
-        "schema": SCHEMA,
+    content = {
         "metrics": metrics,
         "protocol": {"name": name} | record,
         **({"note": DEPENDENT.format(teacher=teacher)} if dependent else {}),
         "reference_kind": "training set" if reference.of_training_set else "images",
         "samples": {"content": samples.content[:16], "side": samples.side, "manifest": manifest},
-        "versions": {
-            "repae_lite": __version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
-        "date": datetime.now(UTC).date().isoformat(),
     }
+    return result(content)

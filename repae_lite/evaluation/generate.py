@@ -162,6 +162,9 @@ def draw_images(
     images: range,
     labels: Tensor,
     roundings: Sequence[str] = (),
+    *,
+    eps: Tensor | None = None,
+    decoded: int = DECODED,
 ) -> list[Tensor]:
     """The samples of these numbers.
 
@@ -172,22 +175,24 @@ def draw_images(
         images: numbers of the samples.
         labels: their classes (B,).
         roundings: to uint8, one result each; only that of `sampling` if empty.
+        eps: first noise (B, C, h, w) that was drawn elsewhere; None draws it for these numbers.
+        decoded: latents that the VAE decodes at once; another number rounds float32 sums otherwise.
 
     Returns:
         For each rounding uint8 (B, 3, H, W), on the CPU.
     """
     device, size = sit.pos_embed.device, sit.config.input_size
     draws = SampleDraws(sampling.seed, images, (sit.config.in_channels, size, size))
-    eps, labels = draws.eps().to(device), labels.to(device)
+    eps, labels = (draws.eps() if eps is None else eps).to(device), labels.to(device)
     given = {"steps": sampling.steps, "guidance": sampling.guidance(), "path": sampling.path_type}
     if sampling.mode == "ode":
         sample = sample_ode(sit, eps, labels, solver=sampling.solver, **given)
     else:
         sample = sample_sde(sit, eps, labels, noise=draws.step_noise(), **given)
     z = sit.denormalize(sample)
-    decoded = [vae.decode(chunk) for chunk in z.split(DECODED)]
+    parts = [vae.decode(chunk) for chunk in z.split(decoded)]
     roundings = roundings or (sampling.to_uint8,)
-    return [torch.cat([to_uint8(x, rounding).cpu() for x in decoded]) for rounding in roundings]
+    return [torch.cat([to_uint8(x, rounding).cpu() for x in parts]) for rounding in roundings]
 
 
 def generate(

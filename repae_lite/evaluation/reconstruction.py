@@ -8,12 +8,9 @@ users choose, rFID follows it too: users of another project saw 1.88 to 3.96.
 
 import hashlib
 import logging
-import platform
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -21,12 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from repae_lite import __version__
 from repae_lite.data.datasets import ImageFolderDataset, ImageH5Dataset, open_dataset, read_batches
 from repae_lite.data.latents import vae_fingerprint
 from repae_lite.evaluation.metrics import StreamingStats, frechet_distance, psnr, ssim
 from repae_lite.evaluation.protocols import hash_of
-from repae_lite.evaluation.results import SCHEMA
+from repae_lite.evaluation.results import result
 from repae_lite.method.losses import LPIPSLoss, TinyPerceptualLoss
 from repae_lite.networks.vae import AutoencoderKL
 from repae_lite.utils.pixels import ROUNDINGS, to_uint8, to_unit_range
@@ -329,20 +325,13 @@ def result_of(
         "chunk": CHUNK,
         "precision": "float32 networks, float64 statistics and means",
     }
-    return {
-        "schema": SCHEMA,
+    content = {
         "metrics": found.metrics,
         "unchanged": found.unchanged,
         "protocol": {"name": f"reconstruction-{settings.judge}"} | record | {"hash": hash_of(record)},
         "vae": {"source": source, "weights": vae_fingerprint(vae)[:16]},
-        "versions": {
-            "repae_lite": __version__,
-            "torch": torch.__version__,
-            "lpips": version("lpips"),
-            "python": platform.python_version(),
-        },
-        "date": datetime.now(UTC).date().isoformat(),
     }
+    return result(content, "lpips")
 
 
 def picture(pairs: Tensor, maps: Tensor) -> Tensor:

@@ -1,13 +1,18 @@
 """Results as JSON files: read back, and printed with their protocol beside the numbers."""
 
+import platform
 from collections.abc import Sequence
 from dataclasses import field
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
+import torch
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as checked_dataclass
 
+from repae_lite import __version__
 from repae_lite.evaluation.protocols import DINO, GUIDANCE, PROTOCOLS, hash_of
 from repae_lite.utils.files import read_json
 
@@ -51,6 +56,18 @@ class Expected:
     scale: Literal["tiny", "mid", "full"] = "full"
     tolerance: dict[str, float] = field(default_factory=dict)
     note: str = ""
+
+
+def result(content: dict, *packages: str) -> dict:
+    """A result's JSON values: its content between the schema, and the versions and the date.
+
+    Args:
+        content: "metrics", "protocol" with its hash, and whatever else is to be known.
+        packages: that the numbers depend on besides torch.
+    """
+    versions = {"repae_lite": __version__, "torch": torch.__version__}
+    versions |= {name: version(name) for name in packages} | {"python": platform.python_version()}
+    return {"schema": SCHEMA} | content | {"versions": versions, "date": datetime.now(UTC).date().isoformat()}
 
 
 def read_result(path: Path) -> dict:

@@ -16,9 +16,7 @@ from torch import Tensor
 
 from repae_lite.method.interpolant import Interpolant, get_interpolant, score_from_velocity
 from repae_lite.networks.sit import SiT, SiTConfig, check_label_count
-from repae_lite.networks.vae import AutoencoderKL
 from repae_lite.utils.devices import widest_float
-from repae_lite.utils.pixels import to_uint8
 
 
 @dataclass(frozen=True)
@@ -174,30 +172,6 @@ def sample_sde(
             mean = mean + (2 * t * (t - t_next)) ** 0.5 * draw.to(z_t)
         z_t = mean
     return z_t
-
-
-@torch.no_grad()
-def sample_images(
-    sit: SiT, vae: AutoencoderKL, eps: Tensor, labels: Tensor, *, batch: int = 32, **options
-) -> Tensor:
-    """From noise to pixels: `sample_ode`, SiT's own latent statistics, the decoder.
-
-    Args:
-        sit: velocity model; put it in eval mode.
-        vae: decodes what it is trained on.
-        eps: initial noise (N, C, h, w).
-        labels: classes (N,).
-        batch: images at a time.
-        options: of `sample_ode`.
-
-    Returns:
-        Images uint8 (N, 3, H, W).
-    """
-    images = []
-    for noise, wanted in zip(eps.split(batch), labels.split(batch), strict=True):
-        z = sit.denormalize(sample_ode(sit, noise, wanted, **options))
-        images.append(to_uint8(vae.decode(z)))
-    return torch.cat(images)
 
 
 def _check(sit: SiT, eps: Tensor, labels: Tensor, steps: int, guidance: Guidance, minimum: int) -> None:

@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from repae_lite.networks.encoder_table import ENCODERS, PIXELS_PER_TOKEN, EncoderSpec, find_spec
 from repae_lite.networks.vae import VAE_PRESETS
 from repae_lite.utils.downloads import failed, trouble
+from repae_lite.utils.errors import first_line
 from repae_lite.utils.files import data_small_dir
 from repae_lite.utils.pickles import read_pickle
 from repae_lite.utils.pixels import CLASS_NAMES, to_unit_range
 from repae_lite.utils.state_dicts import fill_module, load_weights, read_weights
-from repae_lite.utils.weight_files import DamagedFile, first_line, is_safetensors
+from repae_lite.utils.weight_files import DamagedFile, is_safetensors
 
 ENCODER_NAMES = ("tiny", *ENCODERS)
 

@@ -17,21 +17,22 @@ from tqdm import tqdm
 from repae_lite.checkpoints.models import load_latent_stats, load_vae
 from repae_lite.data.datasets import load_embedded
 from repae_lite.evaluation.evaluation_net import EvaluationNet
+from repae_lite.evaluation.features import BATCH, TinyFeatures, load_judge
+from repae_lite.evaluation.generate import Sampling, draw_images
 from repae_lite.evaluation.metrics import FeatureStats, feature_stats, frechet_distance, psnr
 from repae_lite.method.losses import TinyPerceptualLoss, VAELossConfig
-from repae_lite.method.sampling import Guidance, sample_images
+from repae_lite.method.sampling import Guidance
 from repae_lite.method.steps import StepConfig, TrainState, latent_step, make_ema, make_optimizer, repae_step
 from repae_lite.networks.encoders import VisionEncoder
 from repae_lite.networks.latent_stats import LatentStats
 from repae_lite.networks.sit import SiT
 from repae_lite.networks.vae import AutoencoderKL
 from repae_lite.utils.devices import choose_device
-from repae_lite.utils.files import data_small_dir
 from repae_lite.utils.pixels import to_uint8, to_unit_range
-from repae_lite.utils.state_dicts import load_weights
 
 # When it was tried on 32-pixel icons, an adversarial term cost 2 dB of PSNR: the embedded scale goes without.
 TINY_VAE_LOSS = VAELossConfig(gan_weight=0.0)
+GENERATED = 250  # images that are drawn and decoded at once
 METHODS = {
     "sit": StepConfig(vae_loss=TINY_VAE_LOSS, proj_coeff=0.0, ema_decay=0.98),  # VAE frozen: SiT steps alone
     "repa": StepConfig(vae_loss=TINY_VAE_LOSS, ema_decay=0.98),  # VAE frozen: SiT steps alone
@@ -53,7 +54,7 @@ class SmallScale:
         eval_labels: Their classes (2000,).
         encoder: The teacher.
         perceptual: The VAE's perceptual distance.
-        evaluator: The judge.
+        judge: The judge, as `repae evaluate` has it in protocol `tiny`.
         reference: Feature statistics of the evaluation images.
     """
 
@@ -64,7 +65,7 @@ class SmallScale:
     eval_labels: Tensor
     encoder: VisionEncoder
     perceptual: TinyPerceptualLoss
-    evaluator: EvaluationNet
+    judge: TinyFeatures
     reference: FeatureStats
 
     @classmethod
@@ -83,7 +84,7 @@ class SmallScale:
             values.to(device) for split in ("train", "eval") for values in load_embedded(split)
         )
         encoder = VisionEncoder.from_name("tiny").to(device)
-        evaluator = load_weights(data_small_dir() / "evaluator.safetensors", EvaluationNet()).to(device)
+        judge = load_judge("tiny").to(device).requires_grad_(False)
         return cls(
             images=images,
             labels=labels,
@@ -92,14 +93,19 @@ class SmallScale:
             eval_labels=eval_labels,
             encoder=encoder,
             perceptual=TinyPerceptualLoss.pretrained().to(device),
-            evaluator=evaluator.requires_grad_(False),
-            reference=feature_stats(_features(evaluator, to_unit_range(eval_images))),
+            judge=judge,
+            reference=feature_stats(_judged(judge, eval_images)["pooled"]),
         )
 
     @property
     def device(self) -> torch.device:
         """Where everything is and runs."""
         return self.images.device
+
+    @property
+    def evaluator(self) -> EvaluationNet:
+        """The judge's network."""
+        return self.judge.network
 
     def generator(self, seed: int) -> torch.Generator:
         """A generator for draws on the device; other devices draw other numbers from the same seed."""
@@ -220,11 +226,29 @@ class SmallScale:
         seed: int = 0,
         guidance: Guidance | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Samples with balanced labels, by Euler steps: uint8 (count, 3, 32, 32) and labels (count,)."""
+        """Samples with labels in turn, by Euler steps: uint8 (count, 3, 32, 32) and labels (count,).
+
+        As `repae generate` draws them, but with all first noise from one generator on the device and
+        `GENERATED` images at once: the notebooks' numbers were recorded so.
+        """
+        guidance = guidance or Guidance()
+        sampling = Sampling(
+            steps=steps,
+            cfg_scale=guidance.scale,
+            guidance_low=guidance.low,
+            guidance_high=guidance.high,
+            count=count,
+            to_uint8="round",
+        )
         labels = torch.arange(count, device=self.device) % sit.config.num_classes
         shape = (count, sit.config.in_channels, sit.config.input_size, sit.config.input_size)
         eps = torch.randn(shape, generator=self.generator(seed), device=self.device)
-        return sample_images(sit, vae, eps, labels, batch=250, steps=steps, guidance=guidance), labels
+        images = []
+        for at in range(0, count, GENERATED):
+            part = slice(at, at + GENERATED)
+            given = {"eps": eps[part], "decoded": GENERATED}
+            images += draw_images(sit, vae, sampling, range(count)[part], labels[part], **given)
+        return torch.cat(images).to(self.device), labels
 
     @torch.no_grad()
     def reconstruct(self, vae: AutoencoderKL) -> Tensor:
@@ -249,9 +273,9 @@ class SmallScale:
             "frechet" to real images; "frechet_to_reconstructions", which leaves out the decoder's faults;
             "class_accuracy" of the samples; "psnr" (dB) and "reconstruction_frechet" of the VAE.
         """
-        features = _features(self.evaluator, to_unit_range(samples))
-        generated, guesses = feature_stats(features), self.evaluator.head(features).argmax(1)
-        rebuilt = feature_stats(_features(self.evaluator, to_unit_range(reconstructions)))
+        judged = _judged(self.judge, samples)
+        generated, guesses = feature_stats(judged["pooled"]), judged["probabilities"].argmax(1)
+        rebuilt = feature_stats(_judged(self.judge, reconstructions)["pooled"])
         return {
             "frechet": frechet_distance(generated, self.reference),
             "frechet_to_reconstructions": frechet_distance(generated, rebuilt),
@@ -287,6 +311,7 @@ def progress(items: Iterable, total: int, label: str) -> Iterator:
     handle.update(HTML(f"{label}: {total} in {time.perf_counter() - start:.0f} s"))
 
 
-@torch.no_grad()
-def _features(evaluator: EvaluationNet, x: Tensor) -> Tensor:
-    return torch.cat([evaluator.features(batch) for batch in x.split(500)])
+def _judged(judge: TinyFeatures, images: Tensor) -> dict[str, Tensor]:
+    """Features of images (N, 3, 32, 32) uint8, by kind."""
+    parts = [judge(batch) for batch in images.split(BATCH)]
+    return {kind: torch.cat([part[kind] for part in parts]) for kind in parts[0]}

@@ -25,8 +25,8 @@ from torch.utils.data import DataLoader
 
 from repae_lite.data.datasets import read_batches
 from repae_lite.data.latents import vae_fingerprint
+from repae_lite.evaluation.generate import Sampling, draw_images
 from repae_lite.method.losses import spatial_norm
-from repae_lite.method.sampling import sample_images
 from repae_lite.method.steps import GRAD_NORMS, Draws, all_updates, as_floats, latent_updates
 from repae_lite.networks.latent_stats import LatentStats
 from repae_lite.training.build import build, latent_stats, open_data, run_judge
@@ -577,9 +577,11 @@ class Trainer:
             else:
                 size, g = state.ema.config, generator("samples", self.config.seed)
                 eps = torch.randn(count, size.in_channels, size.input_size, size.input_size, generator=g)
-                labels = torch.arange(count, device=self.device) % size.num_classes
-                options = {"steps": SAMPLE_STEPS, "path": self.config.path_type}
-                images = sample_images(state.ema, state.vae, eps.to(self.device), labels, **options)
+                labels = torch.arange(count) % size.num_classes
+                sampling = Sampling(
+                    steps=SAMPLE_STEPS, path_type=self.config.path_type, count=count, to_uint8="round"
+                )
+                (images,) = draw_images(state.ema, state.vae, sampling, range(count), labels, eps=eps)
             state.vae.train(training)
             path = self.folder.path / "samples" / f"{state.step:07d}.png"
             try:

@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from repae_lite.utils.errors import first_line
 from repae_lite.utils.processes import join, started_together
 
 # Their CUDA 12.6 builds have code for Maxwell to Hopper; torch 2.15 has no such build.
@@ -102,10 +103,7 @@ def _best() -> str:
 
 def _words(error: Exception) -> str:
     """The first line of torch's own message, without its general advice."""
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    if not lines:
-        return type(error).__name__
-    return re.split(r"\. (?:This could be|Please )", lines[0].strip().rstrip("."))[0]
+    return re.split(r"\. (?:This could be|Please )", first_line(error))[0]
 
 
 # ---------------------------------------------------------------- GPUs that torch sees, and cannot use

@@ -28,7 +28,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from repae_lite.utils.weight_files import first_line
+from repae_lite.utils.errors import first_line
 
 AGAIN = "give the same command again; finished files are kept"
 _LOG_IN = "log in with hf auth login"

@@ -104,7 +104,7 @@ def printable(words: str) -> str:
 
 
 def _sentence(error: BaseException, saves_memory: Callable[[BaseException], str] | None) -> str | None:
-    words, ours = _of_a_worker(error) or (str(error).strip(), raised_by_us(error))
+    words, ours = of_a_worker(error) or (str(error).strip(), raised_by_us(error))
     if ours and isinstance(error, ValueError | OSError):
         found = words
     elif wanted := _memory(error, words):
@@ -152,7 +152,7 @@ def _is_ours(at) -> bool:
     return at.tb_frame.f_globals.get("__name__", "").partition(".")[0] == PACKAGE
 
 
-def _of_a_worker(error: BaseException) -> tuple[str, bool] | None:
+def of_a_worker(error: BaseException) -> tuple[str, bool] | None:
     """The words of an error that another process raised, and whether they are ours; None for any other.
 
     Such an error has only the text of its traceback.
@@ -284,9 +284,10 @@ def _mps(error: BaseException, words: str) -> str | None:
     return None
 
 
-def first_line(words: str) -> str:
-    """The first line, without its full stop."""
-    return (words.splitlines() or [""])[0].strip().rstrip(".")
+def first_line(said: BaseException | str) -> str:
+    """What an error says, in one line without its full stop; its type if it says nothing."""
+    line = next(iter(str(said).strip().splitlines()), "").rstrip(".: ")
+    return line or type(said).__name__ * isinstance(said, BaseException)
 
 
 def _flat(words: str) -> str:

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -111,7 +112,7 @@ def read_json(path: Path) -> dict:
         raise FileNotFoundError(f"{path} does not exist: check the path")
     try:
         content = json.loads(
-            path.read_text(encoding="utf-8-sig"), object_pairs_hook=_once, parse_constant=_not_finite
+            path.read_text(encoding="utf-8-sig"), object_pairs_hook=once, parse_constant=_not_finite
         )
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error}): restore it") from None
@@ -122,12 +123,22 @@ def read_json(path: Path) -> dict:
     return content
 
 
-def _once(pairs: list[tuple[str, object]]) -> dict:
-    """An object whose names are all different."""
+class SetTwice(ValueError):
+    """A name, its only argument, is set twice in an object of JSON."""
+
+    def __str__(self) -> str:
+        return f"{self.args[0]!r} is set twice"
+
+
+def once(pairs: list[tuple[str, object]]) -> dict:
+    """An object whose names are all different, for `json.loads(…, object_pairs_hook=once)`.
+
+    Raises:
+        SetTwice: they are not.
+    """
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is set twice")
+        raise SetTwice(Counter(name for name, _ in pairs).most_common(1)[0][0])
     return found
 
 

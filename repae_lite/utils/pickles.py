@@ -17,7 +17,8 @@ from pathlib import Path
 
 import torch
 
-from repae_lite.utils.weight_files import REMEDY, DamagedFile, first_bytes, first_line, unreadable
+from repae_lite.utils.errors import first_line
+from repae_lite.utils.weight_files import REMEDY, DamagedFile, first_bytes, unreadable
 
 logger = logging.getLogger(__name__)
 

@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from repae_lite.utils.errors import first_line
+
 if TYPE_CHECKING:
     from accelerate import PartialState
 
@@ -144,11 +146,6 @@ def _meet() -> tuple[dist.Store, int, int]:
         f"the {os.environ['WORLD_SIZE']} processes cannot meet at {_address()} ({reason}): check MASTER_ADDR "
         "and MASTER_PORT, and that all of them were started"
     )
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's words, or its kind."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def leave(*, together: bool) -> None:

@@ -13,8 +13,9 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from repae_lite.utils.errors import first_line
 from repae_lite.utils.files import atomic_path
-from repae_lite.utils.weight_files import REMEDY, DamagedFile, first_bytes, first_line, unreadable
+from repae_lite.utils.weight_files import REMEDY, DamagedFile, first_bytes, unreadable
 
 RESTORE = "restore it from the repository (git checkout data_small)"  # for what ships with the project
 

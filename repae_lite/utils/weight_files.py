@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from repae_lite.utils.errors import first_line
+
 REMEDY = "get it again, or take another file"
 
 
@@ -15,11 +17,6 @@ class DamagedFile(ValueError):
     def __init__(self, what: str, remedy: str):
         super().__init__(f"{what}: {remedy}")
         self.what = what
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, in one line; its type if it says nothing."""
-    return next(iter(str(error).strip().splitlines()), "").rstrip(".:") or type(error).__name__
 
 
 def unreadable(path: Path, error: OSError) -> OSError:

@@ -9,15 +9,13 @@ data_small/evidence/differences.json, after each seed; the differences are print
 """
 
 import argparse
-import datetime
 import json
-import platform
-import subprocess
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from record import commit, head
 
 from repae_lite import SmallScale
 from repae_lite.evaluation.statistics import difference_interval
@@ -62,12 +60,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     small = SmallScale.load()
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    record = {
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.machine()}, CPU, 1 thread",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "command": f"python reproduce/benchmarks/differences.py --steps {options.steps}",
+    made_by = commit()
+    record = head(f"python reproduce/benchmarks/differences.py --steps {options.steps}") | {
         "seeds": options.seeds,
         "steps": options.steps,
         "sampler_steps": SAMPLER_STEPS,
@@ -75,7 +69,7 @@ def main() -> None:
     }
     for seed in options.seeds:
         scores = {arm: run(small, arm, seed, options.steps) for arm in ARMS}
-        run_of_seed = {"seed": seed, "steps": options.steps, "scores": scores, "commit": git.stdout.strip()}
+        run_of_seed = {"seed": seed, "steps": options.steps, "scores": scores, "commit": made_by}
         record["runs"].append(run_of_seed)
         write_text(options.out, json.dumps(record, indent=1) + "\n")
     if len(options.seeds) > 1:

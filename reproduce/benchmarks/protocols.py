@@ -10,14 +10,12 @@ after each seed; the paired differences are printed with their 95 % intervals.
 """
 
 import argparse
-import datetime
 import json
-import platform
-import subprocess
 import time
 from pathlib import Path
 
 import torch
+from record import commit, head
 
 from repae_lite import SmallScale
 from repae_lite.evaluation.evaluate import Reference, load_reference
@@ -84,13 +82,8 @@ def main() -> None:
     sit, vae = trained(options.steps)
     judge = load_judge("tiny")
     reference = load_reference(data_small_dir() / "eval" / "images.h5", judge)
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    record = {
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.machine()}, CPU, 1 thread",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "command": f"python reproduce/benchmarks/protocols.py --steps {options.steps}",
-        "commit": git.stdout.strip(),
+    record = head(f"python reproduce/benchmarks/protocols.py --steps {options.steps}") | {
+        "commit": commit(),
         "seeds": options.seeds,
         "steps": options.steps,
         "default": DEFAULT,

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from small_runs import run
+from torch import nn
 
 from repae_lite import load_sit, load_vae
 from repae_lite.checkpoints.run import load_run
@@ -18,7 +19,10 @@ from repae_lite.commands.main import main
 from repae_lite.data.latents import vae_fingerprint
 from repae_lite.evaluation import generate as module
 from repae_lite.evaluation.generate import SampleDraws, Sampling, draw_images, generate
-from repae_lite.networks.sit import SiTConfig
+from repae_lite.method.sampling import Guidance, sample_ode
+from repae_lite.networks.latent_stats import LatentStats
+from repae_lite.networks.sit import SiT, SiTConfig
+from repae_lite.networks.vae import AutoencoderKL
 from repae_lite.utils.pixels import to_uint8
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -120,6 +124,21 @@ def test_the_file_is_adms_and_says_how_it_was_made(trained, tmp_path, capsys):
     assert "is there already" in capsys.readouterr().out
     assert main(words(trained, tmp_path, "--to-uint8", "truncate")) == 2
     assert "was made with to_uint8 'round' and not 'truncate'" in capsys.readouterr().err
+
+
+def test_given_noise_becomes_images_that_are_denormalised_and_decoded_in_batches():
+    torch.manual_seed(0)
+    sit, vae = SiT.from_preset("tiny", depth=2).eval(), AutoencoderKL.from_preset("tiny")
+    nn.init.normal_(sit.final_layer.linear.weight, std=0.1)
+    sit.set_latent_stats(LatentStats(torch.arange(4.0), torch.full((4,), 2.0)))
+    eps, labels = torch.randn(5, 4, 8, 8), torch.arange(5)
+    sampling = Sampling(steps=3, cfg_scale=2.0, count=5, to_uint8="round")
+    (images,) = draw_images(sit, vae, sampling, range(5), labels, eps=eps, decoded=2)
+    z = sample_ode(sit, eps, labels, steps=3, guidance=Guidance(2.0))
+    with torch.no_grad():
+        expected = to_uint8(vae.decode((2 * z + torch.arange(4.0).view(4, 1, 1)).float()))
+    assert images.shape == (5, 3, 32, 32) and images.dtype == torch.uint8
+    assert (images.int() - expected.int()).abs().max() <= 1  # batches round a little differently
 
 
 def test_another_batch_size_changes_one_level_in_ten_thousand_at_most(trained):

@@ -10,12 +10,13 @@ from pretended_mps import MPS, pretended_mps
 
 from repae_lite.checkpoints.models import load_latent_stats, load_vae
 from repae_lite.evaluation.metrics import psnr
+from repae_lite.method.sampling import Guidance, sample_ode
 from repae_lite.method.steps import repae_step
 from repae_lite.networks.latent_stats import LatentStats
 from repae_lite.teaching import small_scale
 from repae_lite.teaching.small_scale import METHODS, SmallScale, learning_rate, progress
 from repae_lite.utils.files import data_small_dir
-from repae_lite.utils.pixels import to_unit_range
+from repae_lite.utils.pixels import to_uint8, to_unit_range
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +153,20 @@ def test_generation_repeats_and_scores_are_sane(small):
     assert faithful["psnr"] == perfect["psnr"] == pytest.approx(log("vae")["curve"][-1]["psnr"], abs=0.5)
     untrained = small.score(first, labels, rebuilt)
     assert untrained["frechet"] > perfect["reconstruction_frechet"]
+
+
+def test_noise_comes_from_one_generator_and_all_numbers_from_batches_of_250(small):
+    torch.manual_seed(0)
+    state = small.new_state("repa")
+    torch.nn.init.normal_(state.ema.final_layer.linear.weight, std=0.1)
+    guidance = Guidance(2.0, 0.2, 0.8)
+    images, labels = small.generate(state.ema, state.vae, 260, steps=2, seed=3, guidance=guidance)
+    eps, expected = torch.randn(260, 4, 8, 8, generator=torch.Generator().manual_seed(3)), []
+    for noise, wanted in zip(eps.split(250), (torch.arange(260) % 10).split(250), strict=True):
+        z = sample_ode(state.ema, noise, wanted, steps=2, guidance=guidance)
+        with torch.no_grad():
+            expected.append(to_uint8(state.vae.decode(state.ema.denormalize(z))))
+    assert torch.equal(images, torch.cat(expected)) and labels.tolist() == [i % 10 for i in range(260)]
 
 
 @pytest.mark.parametrize("method", ["repa", "repa-e"])

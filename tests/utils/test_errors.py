@@ -283,7 +283,7 @@ CACHE = "cache-latents --vae-ckpt tiny --vae-latents-name x --device cpu --pproc
         ),
         (
             [*TRAIN, "--max-train-steps", "1", "--sampling-steps", "1", "--sample-images", "9"],
-            "repae_lite.training.trainer.sample_images",
+            "repae_lite.training.trainer.draw_images",
             "it was a sample grid, so give fewer --sample-images than 9, or --sampling-steps 0 for none",
         ),
         (

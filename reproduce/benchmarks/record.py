@@ -1,0 +1,27 @@
+"""What every record of a benchmark begins with."""
+
+import datetime
+import platform
+import subprocess
+
+import torch
+
+
+def head(command: str) -> dict:
+    """When, where and by what a record was made, as JSON values.
+
+    Args:
+        command: that makes it again.
+    """
+    return {
+        "date": datetime.date.today().isoformat(),
+        "machine": f"{platform.machine()}, CPU, 1 thread",
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "command": command,
+    }
+
+
+def commit() -> str:
+    """The commit of this checkout; empty where there is none."""
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return git.stdout.strip()
