@@ -118,7 +118,7 @@ def guidance(options: argparse.Namespace) -> dict[str, float]:
 
 
 def profile(options: argparse.Namespace) -> dict[str, float]:
-    """Processor time per image of `repae evaluate`: samples as .npz, the reference as a folder of PNG files."""
+    """Processor time per image of `repae evaluate`: samples as .npz, the reference as PNG files."""
     import numpy as np
     from PIL import Image
 
