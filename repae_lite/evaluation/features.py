@@ -259,17 +259,19 @@ def features_of(
         path = cache / f"{seen.digest.hexdigest()[:32]}-{vae_fingerprint(judge)[:16]}.safetensors"
         if path.is_file():
             return Features(load_file(path), seen.digest.hexdigest(), images.side, seen.contrast())
-    judge, parts = judge.to(device), {}
+    judge, values, done = judge.to(device), {}, 0
     with progress_bar(images.count, 0, show=progress) as bar:
         bar.set_description(label)
         for batch in images.batches(BATCH):
             if not cache:
                 seen.add(batch)
             pixels = torch.from_numpy(np.array(batch)).permute(0, 3, 1, 2).contiguous()
-            for kind, values in judge(pixels.to(device)).items():
-                parts.setdefault(kind, []).append(values.float().cpu())
+            for kind, found in judge(pixels.to(device)).items():
+                if kind not in values:  # all at once: joined at the end, they would be there twice
+                    values[kind] = torch.empty(images.count, found.shape[1])
+                values[kind][done : done + len(batch)] = found
+            done += len(batch)
             bar.update(len(batch))
-    values = {kind: torch.cat(found) for kind, found in parts.items()}
     if path:
         with writing(cache), atomic_path(path) as partial:
             save_file(values, partial)

@@ -389,7 +389,7 @@ def precision_recall(
 
     Source: Kynkäänniemi et al. 2019 (arXiv 1904.06991). A point lies inside a set's manifold if its distance
     to any of the set's points is at most that point's distance to its k-th neighbour in the set. Blockwise in
-    float32: memory grows with `block`, not with N * M.
+    float32: beyond the features, memory grows with `block` alone.
 
     Args:
         samples: Features (N, D) of generated images.
@@ -404,7 +404,6 @@ def precision_recall(
         ValueError: Widths differ, a set has no k-th neighbour, or values are not finite.
     """
     _check_pair(samples, reference, neighbours)
-    samples, reference = samples.float(), reference.float()
     radii, reference_radii = (_neighbour_radii(x, neighbours, block) for x in (samples, reference))
     inside = torch.zeros(len(samples), dtype=torch.bool)
     covered = torch.zeros(len(reference), dtype=torch.bool)
@@ -418,10 +417,11 @@ def precision_recall(
 
 def _neighbour_radii(x: Tensor, k: int, block: int) -> Tensor:
     """Squared distance of each point to its k-th neighbour; every pair of blocks is computed once."""
-    nearest = x.new_full((len(x), k), math.inf)
+    nearest = torch.full((len(x), k), math.inf)
 
     def update(rows: slice, distances: Tensor) -> None:
-        nearest[rows] = torch.cat([nearest[rows], distances], dim=1).topk(k, dim=1, largest=False).values
+        closest = distances.topk(min(k, distances.shape[1]), dim=1, largest=False).values
+        nearest[rows] = torch.cat([nearest[rows], closest], dim=1).topk(k, dim=1, largest=False).values
 
     for i in range(0, len(x), block):
         for j in range(i, len(x), block):
@@ -435,7 +435,11 @@ def _neighbour_radii(x: Tensor, k: int, block: int) -> Tensor:
 
 
 def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
-    return (a.square().sum(dim=1)[:, None] + b.square().sum(dim=1) - 2 * (a @ b.T)).clamp(min=0)
+    """In float32, from a point among them: far from zero, squares and products would cancel to noise."""
+    centre = b.mean(dim=0)
+    a, b = (a - centre).float(), (b - centre).float()
+    distances = torch.addmm(b.square().sum(dim=1), a, b.T, alpha=-2)
+    return distances.add_(a.square().sum(dim=1)[:, None]).clamp_(min=0)
 
 
 def _check_pair(a: Tensor, b: Tensor, neighbours: int) -> None:
@@ -445,7 +449,7 @@ def _check_pair(a: Tensor, b: Tensor, neighbours: int) -> None:
             f"features {tuple(a.shape)} and {tuple(b.shape)} cannot be compared: give two sets (N, D) of one "
             f"width, with more than {neighbours} each"
         )
-    if not (a.isfinite().all() and b.isfinite().all()):
+    if not all(part.isfinite().all() for x in (a, b) for part in x.split(256)):  # whole, it would copy them
         raise ValueError(
             "features have NaN or infinity: check the network and the images that they come from"
         )

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from small_runs import run, weights
+from torch.profiler import ProfilerActivity, profile
 
 from repae_lite import load_sit, load_vae
 from repae_lite.commands.main import main
@@ -26,6 +27,7 @@ from repae_lite.evaluation.metrics import (
     streamed_stats,
 )
 from repae_lite.evaluation.protocols import PROTOCOLS, Protocol, load_protocol
+from repae_lite.evaluation.reconstruction import open_originals
 from repae_lite.evaluation.self_test import checks
 from repae_lite.utils.files import data_small_dir
 
@@ -85,6 +87,24 @@ def test_blocks_do_not_change_a_result():
     assert math.isclose(kernel_distance(x, y, block=64), kernel_distance(x, y), rel_tol=1e-9)
 
 
+def test_manifolds_do_not_depend_on_the_origin():
+    x, y = torch.randn(60, 8) + 1e4, 1.2 * torch.randn(50, 8) + 1e4
+    assert precision_recall(x, y) == precision_recall(x.double() - 1e4, y.double() - 1e4)
+
+
+def _statistics(x, y, block):
+    return streamed_stats(x, block=block)
+
+
+@pytest.mark.parametrize("metric", [precision_recall, kernel_distance, _statistics])
+def test_memory_grows_with_the_block_alone(metric):
+    x, y = torch.randn(1200, 128), torch.randn(1000, 128)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        metric(x, y, block=200)
+    largest = max(event.self_cpu_memory_usage for event in recorded.events())  # bytes of one tensor
+    assert 4 * 200 * 128 <= largest < y.nbytes  # neither N × M numbers nor a copy of the features
+
+
 @pytest.mark.parametrize(
     ("call", "sentence"),
     [
@@ -117,6 +137,24 @@ def test_images_are_read_from_npz_folders_and_h5(tmp_path, images):
         np.concatenate(list(stream.batches(7))), np.concatenate([images[::2], images[1::2]])
     )
     assert ImageStream(data_small_dir() / "eval").count == 2000
+
+
+def test_a_folder_without_class_folders_is_read(tmp_path, images, protocol, capsys):
+    folder = tmp_path / "flat"
+    folder.mkdir()
+    for number, image in enumerate(images):
+        Image.fromarray(image).save(folder / f"{number:06d}.png")
+    assert np.array_equal(np.concatenate(list(ImageStream(folder).batches(7))), images)
+    reference = _saved(tmp_path / "same.npz", arr_0=images)
+    words = ["--samples", str(folder), "--reference", str(reference), "--protocol", protocol, "--foreign"]
+    assert main(["evaluate", *words, "--device", "cpu"]) == 0
+    metrics = json.loads((tmp_path / "flat-forty.json").read_text())["metrics"]
+    assert metrics["frechet"] < 1e-6 and metrics["precision"] == metrics["recall"] == 1
+    capsys.readouterr()
+    originals = open_originals(folder, 32)  # what repae reconstruct reads
+    assert np.array_equal(
+        torch.stack([originals[i][0] for i in range(40)]).permute(0, 2, 3, 1).numpy(), images
+    )
 
 
 def _bad_npz(tmp_path, kind, images):
@@ -316,7 +354,10 @@ def test_weights_that_are_not_here_are_asked_for(tmp_path, monkeypatch):
 
 @pytest.mark.network
 def test_published_values_of_admnet(tmp_path):
-    """Needs Inception's weights and two files in ADM_FILES: the samples and reference of ADM's repository."""
+    """Needs Inception's weights, and in ADM_FILES the samples and the reference below.
+
+    ADM's repository, openai/guided-diffusion, links both in evaluations/README.md.
+    """
     import os
     from pathlib import Path
 
