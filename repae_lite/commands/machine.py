@@ -345,7 +345,9 @@ def report(found: dict) -> str:
         if preset["missing"]:
             lines.append(f"    needed first: {'; '.join(preset['missing'])}")
     others = len(set(preset_names()) - found["presets"].keys())
-    lines.append(f"  {others} others: repae check NAME shows one, repae reproduce --list the rows they are for")
+    lines.append(
+        f"  {others} others: repae check NAME shows one, repae reproduce --list the rows they are for"
+    )
     return "\n".join(lines)
 
 

@@ -4,7 +4,7 @@ A row is a preset with more in it: where the number was published, under which p
 may be from it, what it costs. `Plan` turns a row into stages, one for each notebook reproduce/01 … 06, at one
 of three scales: "full" is the paper's, "mid" one consumer GPU and Imagenette, "tiny" the embedded data and
 two CPU cores. A smaller scale keeps what makes the row different from the others (loss weights, projector,
-path) and takes everything else from the preset of its own name.
+path; "mid" also VAE, losses and encoder) and takes everything else from the preset of its own name.
 """
 
 import hashlib
@@ -53,6 +53,7 @@ CARRIED = (  # what a row is about: kept at every scale
     "train_pos_embed",
     "on_divergence",
 )
+CARRIED_TO_MID = ("vae", "vae_ckpt", "disc_pretrained_ckpt", "loss_cfg_path", "enc_type")
 DATA = {"tiny": "embedded", "mid": "imagenette"}  # repae download data:NAME
 RESOLUTION = {"tiny": 32, "mid": 128, "full": 256}
 RECONSTRUCTION = "reconstruction"  # in place of a protocol's name: the number is of repae reconstruct
@@ -351,7 +352,12 @@ class Plan:
                 for name, value in base.options.items()
                 if row.preset.command in OPTIONS[name].metadata["only"]
             }
-            own |= {name: value for name, value in row.preset.options.items() if name in CARRIED}
+            kept, carried = row.preset.options, set(CARRIED)
+            if self.scale == "mid":
+                carried |= set(CARRIED_TO_MID)
+                own = {name: value for name, value in own.items() if name not in CARRIED_TO_MID}
+                own["model"] = f"{own['model'].partition('/')[0]}/{kept['model'].partition('/')[2]}"
+            own |= {name: value for name, value in kept.items() if name in carried}
             if row.preset.options.get("enc_type") == "none":
                 own = {k: v for k, v in own.items() if "encoder" not in OPTIONS[k].metadata.get("needs", "")}
                 own["enc_type"] = "none"
@@ -402,11 +408,8 @@ class Plan:
             source = source or str(self.folder / "images" / name / "train")
             words = ("download", f"data:{name}", "--output-dir", str(self.folder / "images"))
             commands.append(Command(words))
-        commands += [
-            Command(("download", name))
-            for row in self.lineage
-            for name in (row.released if self.scale != "tiny" else ())
-        ]
+        released = self.lineage[0].released if self.scale != "tiny" else ()
+        commands += [Command(("download", name)) for name in released]
         if any(row.preset for row in self.lineage):
             words = ("preprocess", "--imagenet-path", source or "IMAGES", "--data-dir", str(self.data_dir))
             words += ("--resolution", str(self.resolution))
@@ -508,7 +511,9 @@ class Plan:
         for entry, path in self.draws:
             words = ["generate", "--exp-path", str(source or Path("pretrained") / self.row.released[0])]
             words += [] if entry.step is None else ["--train-steps", str(entry.step)]
-            if source is None and len(self.row.released) > 1:  # a run on a frozen VAE, which has none of its own
+            if (
+                source is None and len(self.row.released) > 1
+            ):  # a run on a frozen VAE, which has none of its own
                 words += ["--vae-ckpt", str(Path("pretrained") / self.row.released[1])]
             words += ["--protocol", self.protocol(entry.protocol), "--sample-dir", str(path.parent)]
             names = ("--cfg-scale", "--guidance-low", "--guidance-high")

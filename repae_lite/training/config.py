@@ -132,8 +132,8 @@ class TrainConfig:
     )
     loss_cfg_path: str = _option(
         OFFICIAL_LOSS,
-        f"YAML with the weights of the VAE's losses; {OFFICIAL_LOSS} is built in, and so is {NO_GAN}, without "
-        "the adversarial term",
+        f"YAML with the weights of the VAE's losses; {OFFICIAL_LOSS} is built in, and {NO_GAN}, the same "
+        "without the adversarial term",
         "vae",
         only="repae vae",
         tiny="tiny",  # no adversarial term: it cost 2 dB on 32-pixel icons
