@@ -511,9 +511,7 @@ class Plan:
         for entry, path in self.draws:
             words = ["generate", "--exp-path", str(source or Path("pretrained") / self.row.released[0])]
             words += [] if entry.step is None else ["--train-steps", str(entry.step)]
-            if (
-                source is None and len(self.row.released) > 1
-            ):  # a run on a frozen VAE, which has none of its own
+            if not source and self.row.released[1:]:  # a run on a frozen VAE has none of its own
                 words += ["--vae-ckpt", str(Path("pretrained") / self.row.released[1])]
             words += ["--protocol", self.protocol(entry.protocol), "--sample-dir", str(path.parent)]
             names = ("--cfg-scale", "--guidance-low", "--guidance-high")
