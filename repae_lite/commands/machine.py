@@ -11,6 +11,7 @@ import platform
 import re
 import shlex
 import shutil
+from collections.abc import Sequence
 from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -29,7 +30,7 @@ from repae_lite.networks.discriminator import PatchDiscriminator
 from repae_lite.networks.encoder_table import ENCODERS, EncoderSpec
 from repae_lite.networks.sit import SIT_PRESETS, SiT
 from repae_lite.networks.vae import VAE_PRESETS, AutoencoderKL
-from repae_lite.training.config import TrainConfig
+from repae_lite.training.config import NO_GAN, TrainConfig
 from repae_lite.utils import devices
 from repae_lite.utils.files import data_small_dir
 from repae_lite.utils.state_dicts import read_weights
@@ -42,13 +43,20 @@ GIB = 2**30
 CHECKPOINTS = 3  # that a preset's disk space is reckoned with
 
 
-def survey(folder: str | Path = ".", pretrained: str | Path = "pretrained") -> dict:
+def survey(
+    folder: str | Path = ".", pretrained: str | Path = "pretrained", names: Sequence[str] = ()
+) -> dict:
     """Everything `repae check` tells, as JSON values; sizes in bytes.
 
     Args:
         folder: where runs would be written: its disk is looked at.
         pretrained: where `repae download` puts released sets.
+        names: of the presets that are looked at; those without a base if there are none.
+
+    Raises:
+        ValueError, FileNotFoundError: see `read_preset`.
     """
+    presets = {name: read_preset(name) for name in names or preset_names(based=False)}
     found = {
         "repae_lite": __version__,
         "python": platform.python_version(),
@@ -62,7 +70,6 @@ def survey(folder: str | Path = ".", pretrained: str | Path = "pretrained") -> d
         "embedded": _embedded(),
         "cached": _cached(Path(pretrained)),
     }
-    presets = {name: read_preset(name) for name in preset_names()}
     found["presets"] = {name: needs(preset) | verdict(preset, found) for name, preset in presets.items()}
     return found
 
@@ -224,7 +231,7 @@ def needs(preset: Preset) -> dict:
     config = preset.config
     count, vae = parameters(config), VAE_PRESETS[config.vae]
     side = config.resolution // vae.downsampling
-    tunes_vae, adversarial = config.command != "ldm", config.loss_cfg_path != "tiny"
+    tunes_vae, adversarial = config.command != "ldm", config.loss_cfg_path not in ("tiny", NO_GAN)
     sit = count["sit"] if config.command != "vae" else 0
     trained = sit + tunes_vae * (count["vae"] + adversarial * count["discriminator"])
     frozen = 0 if tunes_vae else count["vae"]
@@ -337,6 +344,10 @@ def report(found: dict) -> str:
         lines.append(f"    not possible here: {against}" if against else "    possible here")
         if preset["missing"]:
             lines.append(f"    needed first: {'; '.join(preset['missing'])}")
+    others = len(set(preset_names()) - found["presets"].keys())
+    lines.append(
+        f"  {others} others: repae check NAME shows one, repae reproduce --list the rows they are for"
+    )
     return "\n".join(lines)
 
 

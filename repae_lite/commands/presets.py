@@ -1,13 +1,15 @@
 """Presets: options of a training command under a name, each a YAML file in reproduce/presets.
 
 A file names its `command` and gives options as the command line does (`batch-size: 256`); with `base`, those
-of another preset and its own on top. Other keys are for other commands, and training ignores them:
+of another preset and its own on top, where an option without a value is left out again. Other keys are for
+other commands, and training ignores them:
 `released`, the released sets that the run starts from, which `repae download all-for NAME` fetches;
 `images`, how many images it is meant for (ImageNet's number where it is left out), from which `repae check`
 computes disk space; and what makes it a row, see `repae_lite.commands.rows`.
 """
 
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,9 @@ from repae_lite.utils.yaml_files import converted, read_yaml
 IMAGENET = 1_281_167  # training images
 OWN_KEYS = {  # of rows, which are no options
     "title", "source", "command", "published", "tolerance", "basis", "cost", "differences", "starts_from",
-    "not_built", "tiny", "mid", "released",
+    "not_built", "tiny", "mid", "released", "note",
 }  # fmt: skip
+SHARED = {"command", "released", "tolerance", "basis", "cost", "differences"}  # that rows have of their base
 
 
 @dataclass(frozen=True)
@@ -50,13 +53,16 @@ def presets_dir() -> Path:
     return installed if installed.is_dir() else package.parent / "reproduce" / "presets"
 
 
-def preset_names() -> list[str]:
-    """Names of all presets that a training command takes."""
-    names = sorted(path.stem for path in presets_dir().glob("*.yaml"))
-    commands = {f"train-{each}" for each in COMMANDS}
-    return [
-        name for name in names if preset_content(presets_dir() / f"{name}.yaml").get("command") in commands
-    ]
+def preset_names(*, based: bool = True) -> list[str]:
+    """Names of all presets that a training command takes; without `based`, of those that have no base."""
+    commands, found = {f"train-{each}" for each in COMMANDS}, []
+    for path in sorted(presets_dir().glob("*.yaml")):
+        content = preset_content(path, resolve=False)
+        if "base" in content and based:
+            content = preset_content(path)
+        if "base" not in content and content.get("command") in commands:
+            found.append(path.stem)
+    return found
 
 
 def preset_content(path: Path, *, resolve: bool = True) -> dict[str, Any]:
@@ -76,8 +82,8 @@ def preset_content(path: Path, *, resolve: bool = True) -> dict[str, Any]:
     base = presets_dir() / f"{content.pop('base')}.yaml"
     if not base.is_file() or "base" in (options := preset_content(base, resolve=False)):
         raise ValueError(f"the preset {path} has the base {base.stem!r}: name a preset that has none itself")
-    kept = {"released", "command"}
-    return {k: v for k, v in options.items() if k in kept or k not in OWN_KEYS | {"exp_name"}} | content
+    kept = {k: v for k, v in options.items() if k in SHARED or k not in OWN_KEYS | {"exp_name"}}
+    return {k: v for k, v in (kept | content).items() if v is not None or k not in kept}
 
 
 def read_preset(name: str, command: str | None = None) -> Preset:
@@ -94,14 +100,22 @@ def read_preset(name: str, command: str | None = None) -> Preset:
     """
     path = Path(name) if Path(name).suffix in (".yaml", ".yml") else presets_dir() / f"{name}.yaml"
     if not path.is_file():
-        known = ", ".join(preset_names()) or "none"
-        raise FileNotFoundError(f"there is no preset {name!r} ({path}): known are {known}")
+        known = preset_names()
+        near = get_close_matches(name, known, n=3) or preset_names(based=False)
+        raise FileNotFoundError(
+            f"there is no preset {name!r} ({path}): known are {', '.join(near) or 'none'}"
+            + f" and {len(known) - len(near)} others (repae reproduce --list)" * (len(known) > len(near))
+        )
     content = preset_content(path)
+    if "not_built" in content:
+        raise ValueError(f"the row {name} is not built: {content['not_built']}")
     if path.parent == presets_dir():
         content.setdefault("exp_name", path.stem)
     wanted = str(content.pop("command", f"train-{command}")).removeprefix("train-")
     if wanted not in COMMANDS:
         known = ", ".join(f"train-{each}" for each in COMMANDS)
+        if "title" in content:
+            raise ValueError(f"the row {name} trains nothing: see repae reproduce {name} --dry-run")
         raise ValueError(
             f"the preset {path} does not say which command it is for: add command: with one of {known}"
         )
@@ -114,10 +128,25 @@ def read_preset(name: str, command: str | None = None) -> Preset:
         )
     images = converted(content.pop("images", str(IMAGENET)), int, f"images in the preset {path}")
     content = {key: value for key, value in content.items() if key not in OWN_KEYS}
+    return Preset(wanted, typed_options(content, wanted, path), tuple(released), images)
+
+
+def typed_options(content: dict[str, Any], command: str, path: Path) -> dict[str, Any]:
+    """Options of a preset's file as `TrainConfig` has them.
+
+    Args:
+        content: names with underscores, values as `read_yaml` gives them.
+        command: "repae", "ldm" or "vae".
+        path: of the file, for errors.
+
+    Raises:
+        ValueError: an option that the command does not have, or a value of another type.
+    """
+    found = {}
     for key, value in content.items():
-        if key not in OPTIONS or wanted not in OPTIONS[key].metadata["only"]:
+        if key not in OPTIONS or command not in OPTIONS[key].metadata["only"]:
             raise ValueError(
-                f"the preset {path} sets {key!r}, which train-{wanted} does not have: take it out"
+                f"the preset {path} sets {key!r}, which train-{command} does not have: take it out"
             )
-        content[key] = converted(value, value_type(OPTIONS[key]), f"{key} in the preset {path}")
-    return Preset(wanted, content, tuple(released), images)
+        found[key] = converted(value, value_type(OPTIONS[key]), f"{key} in the preset {path}")
+    return found

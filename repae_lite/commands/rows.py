@@ -4,7 +4,7 @@ A row is a preset with more in it: where the number was published, under which p
 may be from it, what it costs. `Plan` turns a row into stages, one for each notebook reproduce/01 … 06, at one
 of three scales: "full" is the paper's, "mid" one consumer GPU and Imagenette, "tiny" the embedded data and
 two CPU cores. A smaller scale keeps what makes the row different from the others (loss weights, projector,
-path) and takes everything else from the preset of its own name.
+path; "mid" also VAE, losses and encoder) and takes everything else from the preset of its own name.
 """
 
 import hashlib
@@ -19,10 +19,17 @@ from typing import Any, Literal
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked_dataclass
 
-from repae_lite.commands.presets import OWN_KEYS, Preset, preset_content, presets_dir, read_preset
+from repae_lite.commands.presets import (
+    OWN_KEYS,
+    Preset,
+    preset_content,
+    presets_dir,
+    read_preset,
+    typed_options,
+)
 from repae_lite.evaluation.protocols import PROTOCOLS
 from repae_lite.evaluation.results import Expected
-from repae_lite.training.config import OPTIONS, flag
+from repae_lite.training.config import COMMANDS, OPTIONS, flag
 from repae_lite.utils.files import data_small_dir, read_json, write_text
 
 SCALES = ("tiny", "mid", "full")
@@ -45,7 +52,9 @@ CARRIED = (  # what a row is about: kept at every scale
     "cfg_prob",
     "bn_momentum",
     "train_pos_embed",
+    "on_divergence",
 )
+CARRIED_TO_MID = ("vae", "vae_ckpt", "disc_pretrained_ckpt", "loss_cfg_path", "enc_type")
 DATA = {"tiny": "embedded", "mid": "imagenette"}  # repae download data:NAME
 RESOLUTION = {"tiny": 32, "mid": 128, "full": 256}
 RECONSTRUCTION = "reconstruction"  # in place of a protocol's name: the number is of repae reconstruct
@@ -83,6 +92,7 @@ class Row:
         starts_from: the row whose tuned VAE, or whose run, this one starts from; at full scale the released
             one is downloaded instead.
         not_built: why this code cannot run it; None if it can.
+        note: what else a reader should know.
         tiny, mid: options at these scales, besides those that every row keeps.
         vae: architecture of a "reconstruct" row's VAE.
         released: what `repae download` brings for it.
@@ -99,6 +109,7 @@ class Row:
     differences: tuple[str, ...] = ()
     starts_from: str | None = None
     not_built: str | None = None
+    note: str = ""
     tiny: dict[str, Any] = field(default_factory=dict)
     mid: dict[str, Any] = field(default_factory=dict)
     vae: str | None = None
@@ -110,12 +121,12 @@ class Row:
         return read_preset(self.name) if (self.command or "").startswith("train-") else None
 
     def expected(self, scale: str) -> tuple[Expected, ...]:
-        """What is known of a scale, or a single entry without numbers: draw and judge as that scale does."""
+        """What is known of a scale, or entries without numbers: draw or reconstruct as that scale does."""
         known = tuple(entry for entry in self.published if entry.scale == scale)
         if known or scale == "full":
             return known
-        protocol = RECONSTRUCTION if self.command == "reconstruct" else scale
-        return (Expected(metrics={}, source="", protocol=protocol, scale=scale),)
+        kinds = {RECONSTRUCTION if e.protocol == RECONSTRUCTION else scale for e in self.published} or {scale}
+        return tuple(Expected(metrics={}, source="", protocol=kind, scale=scale) for kind in sorted(kinds))
 
 
 def row_names() -> list[str]:
@@ -140,6 +151,13 @@ def read_row(name: str) -> Row:
     content = preset_content(path)
     known = {f.name for f in fields(Row)}
     values = {key: value for key, value in content.items() if key in known & OWN_KEYS | {"vae"}}
+    training = str(content.get("command")).removeprefix("train-")
+    if training in COMMANDS:
+        for scale in {"tiny", "mid"} & values.keys():
+            options = {key.replace("-", "_"): value for key, value in (values[scale] or {}).items()}
+            values[scale] = typed_options(options, training, path)
+    elif spare := content.keys() - values.keys() - OWN_KEYS:
+        raise ValueError(f"the row {path} trains nothing, but sets {min(spare)!r}: take it out")
     try:
         return TypeAdapter(Row).validate_python(values | {"name": name})
     except ValidationError as errors:
@@ -288,6 +306,12 @@ class Plan:
         }
 
     @property
+    def resolution(self) -> int:
+        """Side of the images, pixels."""
+        options = self.row.preset.options if self.row.preset and self.scale == "full" else {}
+        return options.get("resolution", RESOLUTION[self.scale])
+
+    @property
     def data_dir(self) -> Path:
         """Where preprocessed images and latents are."""
         return self.data or self.folder / "data"
@@ -303,7 +327,12 @@ class Plan:
                 for name, value in base.options.items()
                 if row.preset.command in OPTIONS[name].metadata["only"]
             }
-            own |= {name: value for name, value in row.preset.options.items() if name in CARRIED}
+            kept, carried = row.preset.options, set(CARRIED)
+            if self.scale == "mid":
+                carried |= set(CARRIED_TO_MID)
+                own = {name: value for name, value in own.items() if name not in CARRIED_TO_MID}
+                own["model"] = f"{own['model'].partition('/')[0]}/{kept['model'].partition('/')[2]}"
+            own |= {name: value for name, value in kept.items() if name in carried}
             if row.preset.options.get("enc_type") == "none":
                 own = {k: v for k, v in own.items() if "encoder" not in OPTIONS[k].metadata.get("needs", "")}
                 own["enc_type"] = "none"
@@ -354,14 +383,11 @@ class Plan:
             source = source or str(self.folder / "images" / name / "train")
             words = ("download", f"data:{name}", "--output-dir", str(self.folder / "images"))
             commands.append(Command(words))
-        commands += [
-            Command(("download", name))
-            for row in self.lineage
-            for name in (row.released if self.scale != "tiny" else ())
-        ]
+        released = self.lineage[0].released if self.scale != "tiny" else ()
+        commands += [Command(("download", name)) for name in released]
         if any(row.preset for row in self.lineage):
             words = ("preprocess", "--imagenet-path", source or "IMAGES", "--data-dir", str(self.data_dir))
-            words += ("--resolution", str(RESOLUTION[self.scale]))
+            words += ("--resolution", str(self.resolution))
             commands.append(Command(words, done=self.data_dir / "images_h5.json"))
         return Stage(STAGES[0], tuple(commands))
 
@@ -401,8 +427,8 @@ class Plan:
         return self.folder / "pretrained" / row.name
 
     def _vae(self, row: Row) -> tuple[str, str]:
-        """Architecture and weights of the VAE that a row is trained on or reconstructs with."""
-        tuned = [each for each in self.lineage if each.command == "train-repae" and each is not row]
+        """Architecture and weights of the VAE that a row has tuned, is trained on or reconstructs with."""
+        tuned = [each for each in self.lineage if each.command == "train-repae"]
         options = self.options(row) if row.preset else {}
         name = "tiny" if self.scale == "tiny" else row.vae or options.get("vae", "f8d4")
         if tuned:
@@ -442,7 +468,7 @@ class Plan:
         found = {}
         for entry in self.row.expected(self.scale):
             step = total if self.steps or entry.step is None else entry.step
-            if entry.protocol in (None, RECONSTRUCTION) or (total and step > total):
+            if entry.protocol in (None, RECONSTRUCTION) or not entry.guidance or (total and step > total):
                 continue
             guidance = "-".join(map(str, entry.guidance))
             name = f"{source.name}_{'last' if step is None else f'{step:07d}'}_cfg{guidance}.npz"
@@ -460,6 +486,8 @@ class Plan:
         for entry, path in self.draws:
             words = ["generate", "--exp-path", str(source or Path("pretrained") / self.row.released[0])]
             words += [] if entry.step is None else ["--train-steps", str(entry.step)]
+            if not source and self.row.released[1:]:  # a run on a frozen VAE has none of its own
+                words += ["--vae-ckpt", str(Path("pretrained") / self.row.released[1])]
             words += ["--protocol", self.protocol(entry.protocol), "--sample-dir", str(path.parent)]
             names = ("--cfg-scale", "--guidance-low", "--guidance-high")
             for name, value in zip(names, entry.guidance, strict=True):
@@ -485,7 +513,7 @@ class Plan:
             else:
                 images = self.folder / "images" / DATA.get(self.scale, "") / "val"
                 words += (self.validation or ("VALIDATION" if self.scale == "full" else str(images)),)
-                words += ("--resolution", str(RESOLUTION[self.scale]))
+                words += ("--resolution", str(self.resolution))
             words += ("--limit", str(self.samples)) if self.samples else ()
             commands.append(Command((*words, *self._device(), "--output", str(result)), done=result))
         return Stage(STAGES[5], tuple(commands), None)

@@ -26,7 +26,7 @@ from repae_lite.networks.latent_stats import LatentStats
 from repae_lite.networks.layers import set_gradient_checkpointing
 from repae_lite.networks.sit import SIT_PRESETS, SiT
 from repae_lite.networks.vae import VAE_PRESETS, AutoencoderKL
-from repae_lite.training.config import NONE, OFFICIAL_LOSS, TrainConfig
+from repae_lite.training.config import NONE, TrainConfig
 from repae_lite.training.loss_config import is_built_in, read_loss_config
 from repae_lite.utils.devices import fused_optimizer
 from repae_lite.utils.files import data_small_dir
@@ -142,7 +142,8 @@ def build(config: TrainConfig, num_classes: int, device: torch.device) -> TrainS
     rates = {name: rate for name, (module, rate) in trained.items() if module is not None}
     optimizers = {name: new_optimizer(config, trained[name][0], rate) for name, rate in rates.items()}
     if config.command != "ldm" and is_built_in(config.loss_cfg_path) and process_rank() == 0:
-        logger.info(f"the weights of the VAE's losses are the built-in recipe {OFFICIAL_LOSS}")
+        recipe = Path(config.loss_cfg_path).name
+        logger.info(f"the weights of the VAE's losses are the built-in recipe {recipe}")
     state = TrainState(vae, sit, ema, optimizers, steps, discriminator, perceptual)
     return TrainSetup(state, encoders, rates)
 

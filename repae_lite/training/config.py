@@ -24,7 +24,7 @@ COMMANDS = ("repae", "ldm", "vae")
 FORMATS = ("safetensors", "official", "both")
 TRACKERS = ("none", "tensorboard", "wandb", "trackio")
 NONE = "none"
-OFFICIAL_LOSS = "l1_lpips_kl_gan.yaml"
+OFFICIAL_LOSS, NO_GAN = "l1_lpips_kl_gan.yaml", "l1_lpips_kl.yaml"
 logger = logging.getLogger(__name__)
 
 # Ranges: the end of the sentence that refuses a value, and whether a value is inside.
@@ -132,7 +132,8 @@ class TrainConfig:
     )
     loss_cfg_path: str = _option(
         OFFICIAL_LOSS,
-        f"YAML with the weights of the VAE's losses; {OFFICIAL_LOSS} is built in",
+        f"YAML with the weights of the VAE's losses; {OFFICIAL_LOSS} is built in, and {NO_GAN}, the same "
+        "without the adversarial term",
         "vae",
         only="repae vae",
         tiny="tiny",  # no adversarial term: it cost 2 dB on 32-pixel icons

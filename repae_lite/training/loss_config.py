@@ -1,7 +1,7 @@
 """The weights of the VAE's losses, from a YAML file in the official layout.
 
-The official l1_lpips_kl_gan.yaml is built in, so that official commands run without it. Taught in
-`notebooks/01_vae.ipynb`.
+The official l1_lpips_kl_gan.yaml is built in, so that official commands run without it, and so is the same
+without the adversarial term (the paper's Table 6). Taught in `notebooks/01_vae.ipynb`.
 """
 
 import math
@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from repae_lite.method.losses import VAELossConfig
-from repae_lite.training.config import OFFICIAL_LOSS
+from repae_lite.training.config import NO_GAN, OFFICIAL_LOSS
 from repae_lite.utils.yaml_files import converted, read_yaml
 
-BUILT_IN = (Path(OFFICIAL_LOSS), Path("configs") / OFFICIAL_LOSS)  # the second as official commands say it
+WITHOUT_GAN = {"gan_weight": 0.0}
+BUILT_IN = {OFFICIAL_LOSS: {}, NO_GAN: WITHOUT_GAN}
 
 OFFICIAL_NAMES = {  # of the fields of `VAELossConfig`
     "reconstruction_loss": "pixel",
@@ -34,25 +35,26 @@ FIXED = {  # what the recipe has and this code does not vary: any other value is
 
 
 def is_built_in(path: str) -> bool:
-    """Whether a path means the official recipe and no file."""
-    return Path(path) in BUILT_IN and not Path(path).exists()
+    """Whether a path means a built-in recipe and no file; official commands say configs/NAME.yaml."""
+    name = Path(path)
+    return name.name in BUILT_IN and str(name.parent) in (".", "configs") and not name.exists()
 
 
 def read_loss_config(path: str) -> dict[str, Any]:
     """Fields of `repae_lite.VAELossConfig` from a loss configuration.
 
     The official recipe, l1_lpips_kl_gan.yaml or configs/l1_lpips_kl_gan.yaml where there is no such file, and
-    "tiny", the same without the adversarial term, are built in. Sections, as in `losses: {kl_weight: 1e-6}`,
-    are looked through.
+    l1_lpips_kl.yaml or "tiny", the same without the adversarial term, are built in. Sections, as in `losses:
+    {kl_weight: 1e-6}`, are looked through.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: an unknown name, or a value that this code does not have.
     """
     if path == "tiny":
-        return {"gan_weight": 0.0}
+        return dict(WITHOUT_GAN)
     if is_built_in(path):
-        return {}
+        return dict(BUILT_IN[Path(path).name])
     found, kinds = {}, {field.name: field.type for field in fields(VAELossConfig)}
     seen = set()
     for key, value in _leaves(read_yaml(Path(path), "loss configuration")):

@@ -33,7 +33,21 @@ def test_the_survey_is_json_and_becomes_text(found):
 def test_the_command_prints_json(capsys):
     assert main(["check", "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
-    assert list(printed["presets"]) == preset_names() and printed["presets"]["tiny"]["possible"]
+    assert list(printed["presets"]) == preset_names(based=False) and printed["presets"]["tiny"]["possible"]
+
+
+def test_named_presets_are_shown_and_others_only_counted(found, capsys):
+    assert set(found["presets"]) == set(preset_names(based=False)) < set(preset_names())
+    others = len(preset_names()) - len(found["presets"])
+    assert machine.report(found).endswith(
+        f"  {others} others: repae check NAME shows one, repae reproduce --list the rows they are for"
+    )
+    assert main(["check", "--json", "repae-l-512", "sit-sdvae"]) == 0
+    shown = json.loads(capsys.readouterr().out)["presets"]
+    assert list(shown) == ["repae-l-512", "sit-sdvae"] and shown["sit-sdvae"]["encoder"] is None
+    assert shown["repae-l-512"]["disk"] > 1_281_167 * 3 * 512**2
+    assert main(["check", "repae-l-no-batchnorm"]) == 2
+    assert "is not built: every SiT here begins with BatchNorm" in capsys.readouterr().err
 
 
 def test_parameters_are_those_of_the_published_networks():
@@ -56,6 +70,11 @@ def test_needs_are_counted_by_hand():
     trained = count["sit"] + count["vae"]
     assert machine.needs(tiny)["device_memory"] == 4 * (4 * trained + count["sit"])
     assert machine.needs(tiny)["disk"] == 3 * 4 * (3 * trained + count["sit"])
+    without = machine.needs(read_preset("repae-l-no-gan"))
+    discriminator = 16 * machine.parameters(read_preset("repae-l-sdvae").config)["discriminator"]
+    assert machine.needs(read_preset("repae-l-sdvae"))["device_memory"] - without["device_memory"] == (
+        discriminator
+    )
     tuned = machine.needs(read_preset("repae-invae"))
     assert tuned["device_memory"] > needs["device_memory"] and tuned["downloads"] == ["invae"]
 

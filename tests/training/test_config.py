@@ -1,7 +1,6 @@
 """Options of the training commands: every official flag, one place of validation, nothing ignored."""
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +9,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from repae_lite.commands.main import main, make_parser
-from repae_lite.commands.presets import preset_names, presets_dir, read_preset
+from repae_lite.commands.presets import preset_content, preset_names, presets_dir, read_preset
+from repae_lite.commands.rows import row_names
 from repae_lite.commands.train_flags import config_from
 from repae_lite.method.losses import VAELossConfig
 from repae_lite.training.build import build
@@ -468,15 +468,15 @@ def test_any_bytes_are_names_and_values_or_one_sentence(tmp_path_factory, conten
 @pytest.mark.parametrize("name", preset_names())
 def test_every_preset_is_valid_and_names_its_run(name):
     preset = read_preset(name)
-    config = TrainConfig.build(preset.command, **{"vae_ckpt": "none"} | preset.options)
-    assert config.exp_name == name
-    assert replace(preset.config, vae_ckpt=config.vae_ckpt) == config
-    if config.vae != "tiny":  # what claims to be the official joint run has its two slips as well (D1, D2)
+    config = TrainConfig.build(preset.command, **preset.options)
+    assert config.exp_name == name and preset.config == config
+    if name in row_names():  # what claims to be the official joint run has its two slips as well (D1, D2)
         joint = preset.command == "repae"
         assert config.train_pos_embed == joint
         assert config.lpips_range == ("official" if joint else "corrected")
-        assert len(preset.released) == 1 and preset.images == 1_281_167  # ImageNet's training images
-    else:
+        assert len(preset.released) == (config.vae_ckpt != "none")
+        assert preset.images == 1_281_167  # ImageNet's training images
+    elif config.vae == "tiny":
         assert not preset.released and preset.images == 6000
 
 
@@ -492,9 +492,36 @@ def test_a_preset_without_a_command_is_for_any(tmp_path):
 
 
 def test_unknown_presets_are_named():
-    known = ", ".join(sorted(path.stem for path in presets_dir().glob("*.yaml")))
-    with pytest.raises(FileNotFoundError, match=f"there is no preset 'nowhere' .*: known are {known}$"):
+    known, others = preset_names(based=False), len(preset_names()) - len(preset_names(based=False))
+    message = rf": known are {', '.join(known)} and {others} others \(repae reproduce --list\)$"
+    with pytest.raises(FileNotFoundError, match="there is no preset 'nowhere' .*" + message):
         parse("repae", "--preset", "nowhere")
+    with pytest.raises(FileNotFoundError, match="known are repae-sdvae, repa-sdvae, "):
+        parse("repae", "--preset", "repae-sdva")
+
+
+def test_a_preset_on_a_base_changes_or_leaves_out_options_and_keeps_its_basis(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("base: repae-sdvae\nmodel: SiT-B/2\nencoder-depth:\ndisc-pretrained-ckpt: null\n")
+    mine, base = read_preset(str(path)), read_preset("repae-sdvae")
+    left_out = {"exp_name", "encoder_depth", "disc_pretrained_ckpt"}
+    assert mine.options == {k: v for k, v in base.options.items() if k not in left_out} | {"model": "SiT-B/2"}
+    assert mine.released == base.released and mine.command == base.command
+    content, of_base = preset_content(path), preset_content(presets_dir() / "repae-sdvae.yaml")
+    assert all(content[key] == of_base[key] for key in ("tolerance", "basis", "cost", "differences"))
+    assert not content.keys() & {"title", "source", "published", "base"}
+    path.write_text("base: repae-l-sdvae\n")
+    with pytest.raises(ValueError, match="has the base 'repae-l-sdvae': name a preset that has none itself"):
+        read_preset(str(path))
+
+
+@pytest.mark.parametrize(("name", "message"), [
+    ("dit-sdvae", "the row dit-sdvae is not built: DiT's noise"),
+    ("rec-sdvae", "the row rec-sdvae trains nothing: see repae reproduce rec-sdvae --dry-run"),
+])  # fmt: skip
+def test_rows_that_train_nothing_are_no_presets(name, message):
+    with pytest.raises(ValueError, match=message):
+        parse("ldm", "--preset", name)
 
 
 OFFICIAL_LOSSES = """# names and values of the official configs/l1_lpips_kl_gan.yaml
@@ -507,7 +534,7 @@ losses: {discriminator_start: 0, discriminator_factor: 1.0, discriminator_weight
 
 def test_loss_configuration(tmp_path):
     assert read_loss_config("configs/l1_lpips_kl_gan.yaml") == {}  # the defaults are that recipe
-    assert read_loss_config("tiny") == {"gan_weight": 0.0}
+    assert read_loss_config("tiny") == read_loss_config("configs/l1_lpips_kl.yaml") == {"gan_weight": 0.0}
     with pytest.raises(FileNotFoundError, match=r"nothere/l1_lpips_kl_gan.yaml does not exist"):
         read_loss_config("nothere/l1_lpips_kl_gan.yaml")
     path = tmp_path / "l1_lpips_kl_gan.yaml"
