@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 IS_OUTSIDE, IS_NOT_COMPARABLE = 4, 5  # exit codes of --verify
 EPILOG = f"""Exit codes: 0 done; 2 refused or failed, told in one sentence; 143 stopped by SIGTERM or SIGUSR1
 and 130 by Ctrl-C, in both cases after training has written a checkpoint. With --verify: 0 if every number
-that has a tolerance is within it, {IS_OUTSIDE} if one is outside, {IS_NOT_COMPARABLE} if none is outside but one cannot be compared, or if
-nothing was published at this scale. How to add your run to the tables: reproduce/README.md."""
+that has a tolerance is within it; {IS_OUTSIDE} if one is outside; {IS_NOT_COMPARABLE} if none is outside
+but one cannot be compared, or if nothing was published at this scale. How to add your run to the tables:
+reproduce/README.md."""
 FOLDERS = Path("runs") / "reproduce"
 WIDTH = 110
 INPUTS = {  # what stands in a command where nothing was given: flag, and what it is
@@ -243,23 +244,29 @@ def _execute(plan: "Plan", stage: "Stage", notebook: Path) -> None:
         "DEVICE": plan.device,
     }
     kernel, failure = KernelManager(kernel_name="python3"), []
+    over = threading.Event()  # Thread.join, interrupted by a signal, takes the thread for ended (Python 3.11)
 
     def work() -> None:
         try:
             execute_notebook(notebook, output, parameters, progress_bar=False, km=kernel)
         except BaseException as error:
             failure.append(error)
+        finally:
+            over.set()
 
     thread = threading.Thread(target=work, daemon=True)  # ends with this program, and the kernel with both
     log = plan.folder / "logs" / f"{stage.name}.log"
+    log.parent.mkdir(exist_ok=True)
     print(f"{stage.name}: started; what its commands print is in {log}", flush=True)
     started = time.monotonic()
-    thread.start()
+    with open(log.with_name("kernel.log"), "ab") as file:
+        kernel.start_kernel(stdout=file, stderr=file, extra_arguments=["--HistoryManager.enabled=False"])
     try:
-        _follow(plan.folder, stage.name, thread, log)
+        thread.start()
+        _follow(plan.folder, stage.name, over, log)
     except (KeyboardInterrupt, SystemExit):
         print(f"{stage.name}: stopping, after training has written a checkpoint …", flush=True)
-        _stop(plan.folder, kernel, thread)
+        _stop(plan.folder, kernel, over)
         raise
     finally:
         if kernel.has_kernel:
@@ -289,15 +296,14 @@ def _done(stage: "Stage", output: Path) -> bool:
     return bool(about.get("end_time")) and not about.get("exception")
 
 
-def _follow(folder: Path, name: str, thread: threading.Thread, log: Path) -> None:
+def _follow(folder: Path, name: str, over: threading.Event, log: Path) -> None:
     """Waits for a stage, shows the last line of its log, and keeps count of its seconds."""
     from repae_lite.commands.row_results import add_seconds
 
     live, shown, counted = sys.stdout.isatty(), "", time.monotonic()
     said = counted
     try:
-        while thread.is_alive():
-            thread.join(0.5)
+        while not over.wait(0.5):
             now = time.monotonic()
             if now - counted > 30:
                 add_seconds(folder, name, now - counted)
@@ -328,17 +334,17 @@ def _last_line(path: Path) -> str:
     return "".join(c for c in shown[-1] if c.isprintable()) if shown else ""
 
 
-def _stop(folder: Path, kernel, thread: threading.Thread) -> None:
+def _stop(folder: Path, kernel, over: threading.Event) -> None:
     """Ends the notebook and the command that it has started, which may take as long as a checkpoint."""
     from repae_lite.teaching.launch import stop
 
-    with suppress(RuntimeError):  # there is no kernel yet, or none any more
+    with suppress(RuntimeError):  # there is no kernel any more
         kernel.interrupt_kernel()
     stop(folder)
-    thread.join(15)  # the notebook is written
+    over.wait(15)  # the notebook is written
     if kernel.has_kernel:
         kernel.shutdown_kernel(now=True)
-    thread.join(15)
+    over.wait(15)
     stop(folder)  # what a kernel started that was too young to be interrupted
 
 

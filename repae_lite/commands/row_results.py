@@ -315,10 +315,10 @@ def _judged(expected: Expected, result: Result, plan: Plan, reasons: list[str]) 
         known = {"ours": value, "tolerance": tolerance, "record": record}
         if reasons:
             state, why = NOT_COMPARABLE, "; ".join(reasons)
-        elif value is None:
-            state, why = NOT_COMPARABLE, "it was not measured"
         elif tolerance is None:
             state, why = NOT_JUDGED, "no tolerance is known"
+        elif value is None:
+            state, why = NOT_COMPARABLE, "it was not measured"
         else:
             state, why = (WITHIN if abs(value - published) <= tolerance * abs(published) else OUTSIDE), ""
         found.append(Verdict(expected, metric, state, why=why, **known))
@@ -477,7 +477,9 @@ def _table(entries: list[tuple[Row, Expected]], results: dict[str, Result], judg
                 states.append(f"{NOT_COMPARABLE} ({link}): {why}")
                 continue
             record = mine[0].record
-            ours.append(_numbers(expected, {each.metric: each.ours for each in mine}))
+            ours.append(
+                _numbers(expected, {each.metric: each.ours for each in mine if each.ours is not None})
+            )
             states.append(f"{said} ({link})")
         cells = (
             f"`{row.name}`",
