@@ -27,7 +27,7 @@ IS_OUTSIDE, IS_NOT_COMPARABLE = 4, 5  # exit codes of --verify
 EPILOG = f"""Exit codes: 0 done; 2 refused or failed, told in one sentence; 143 stopped by SIGTERM or SIGUSR1
 and 130 by Ctrl-C, in both cases after training has written a checkpoint. With --verify: 0 if every number
 that has a tolerance is within it; {IS_OUTSIDE} if one is outside; {IS_NOT_COMPARABLE} if none is outside
-but one cannot be compared, or if nothing was published at this scale. How to add your run to the tables:
+but one cannot be compared, or if nothing can be judged at this scale. How to add your run to the tables:
 reproduce/README.md."""
 FOLDERS = Path("runs") / "reproduce"
 WIDTH = 110
@@ -171,11 +171,11 @@ def _run(args: argparse.Namespace, result: str) -> None:
         raise ValueError(
             "papermill, which executes the notebooks, is not installed: pip install -e '.[notebooks]'"
         ) from None
-    plan = _plan(args, write=True)
-    stages = _chosen(plan, args)
+    stages = _chosen(_plan(args, write=False), args)
     missing = [words for stage in stages for words in _missing(stage)]
     if missing:
-        raise ValueError(f"the row {plan.row.name} needs more: give {', '.join(dict.fromkeys(missing))}")
+        raise ValueError(f"the row {args.row} needs more: give {', '.join(dict.fromkeys(missing))}")
+    plan = _plan(args, write=True)
     with locked(plan.folder / ".reproduce.partial"), _terminable():
         try:
             for stage in stages:
@@ -384,6 +384,7 @@ def _verify(path: Path) -> int:
         NOT_COMPARABLE,
         NOT_RUN,
         OUTSIDE,
+        WITHIN,
         describe,
         read,
         shown,
@@ -409,7 +410,7 @@ def _verify(path: Path) -> int:
         print(f"{NOT_COMPARABLE}: nothing is published of {row.name} at scale {result.scale}")
         return IS_NOT_COMPARABLE
     print(found + (f" ({row.basis})" if row.basis and found != NOT_COMPARABLE else ""))
-    return {OUTSIDE: IS_OUTSIDE, NOT_COMPARABLE: IS_NOT_COMPARABLE}.get(found, 0)
+    return {OUTSIDE: IS_OUTSIDE, WITHIN: 0}.get(found, IS_NOT_COMPARABLE)
 
 
 def _results() -> dict[str, "Result"]:
@@ -448,8 +449,13 @@ def _list() -> list[str]:
         lines += wrap(f"{name}: {row.title} ({row.source})", WIDTH, subsequent_indent="    ")
         full = [entry for entry in row.published if entry.scale == "full"]
         told = []
-        if full and full[-1].metrics:
-            entry, (metric, value) = full[-1], next(iter(full[-1].metrics.items()))
+        judged = [entry for entry in full if {"frechet", "reconstruction_frechet"} & entry.metrics.keys()]
+        if full:
+            entry = (judged or full)[-1]
+            metric, value = next(
+                (item for item in entry.metrics.items() if "frechet" in item[0]),
+                next(iter(entry.metrics.items())),
+            )
             told += [
                 f"{shown(entry, metric)} {value:g}",
                 entry.protocol or "protocol not said",
@@ -488,8 +494,7 @@ def _needs(plan: "Plan") -> list[str]:
 
     from repae_lite.commands.machine import GIB, needs
     from repae_lite.commands.presets import read_preset
-    from repae_lite.commands.row_results import cost
-    from repae_lite.commands.rows import RESOLUTION
+    from repae_lite.commands.row_results import cost, pixels
     from repae_lite.evaluation.protocols import load_protocol
 
     lines, disk, memory = [], 0, 0
@@ -502,7 +507,7 @@ def _needs(plan: "Plan") -> list[str]:
             lines.append(f"{row.name}: {wanted['steps']:,} steps of {wanted['batch']} images")
     for entry, _ in plan.draws:
         count = plan.samples or load_protocol(entry.protocol).count
-        disk += 2 * count * 3 * RESOLUTION[plan.scale] ** 2  # twice while the file is finished
+        disk += 2 * count * 3 * pixels(plan.row, plan.scale) ** 2  # twice while the file is finished
     released = [name for row in plan.lineage for name in row.released] if plan.scale != "tiny" else []
     given = {"images": plan.images, "validation": plan.validation, "reference": plan.reference}
     inputs = [f"{name} {path}" for name, path in given.items() if path]

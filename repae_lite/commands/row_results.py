@@ -63,6 +63,25 @@ class Measured:
 
 
 @checked_dataclass(frozen=True, kw_only=True, config=STRICT)
+class Data:
+    """The images that were trained on: how many, and the SHA-256 of their names."""
+
+    images: int
+    names: str
+
+
+@checked_dataclass(frozen=True, kw_only=True)
+class Begun:
+    """What a folder was begun with, see `Plan.record`."""
+
+    row: str
+    scale: Scale
+    steps: int | None
+    samples: int | None
+    files: dict[str, str]
+
+
+@checked_dataclass(frozen=True, kw_only=True, config=STRICT)
 class Result:
     """What came out of a row, as FOLDER/result.json has it.
 
@@ -70,9 +89,10 @@ class Result:
         schema: of the file.
         row: its name.
         scale: "tiny", "mid" or "full".
-        plan: what the folder was begun with, see `Plan.record`.
+        plan: what the folder was begun with.
         options: training options by row, this one's and those it starts from.
-        data: number of training images and SHA-256 of their names; None if nothing was trained.
+        seeds: of training, by row; those of samples are in how they were drawn.
+        data: None if nothing was trained.
         seconds: by stage, of `repae reproduce`; stages that other programs ran are not there.
         measured: the numbers.
         commit: of the checkout, "+" if it had changes; None outside of one.
@@ -87,9 +107,10 @@ class Result:
     schema: int
     row: str
     scale: Scale
-    plan: dict[str, Any]
+    plan: Begun
     options: dict[str, dict[str, Any]]
-    data: dict[str, Any] | None
+    seeds: dict[str, int]
+    data: Data | None
     seconds: dict[str, float]
     measured: tuple[Measured, ...]
     commit: str | None
@@ -124,12 +145,14 @@ def write(plan: Plan) -> Path:
         }
         for entry, path in _files(plan)
     ]
+    trained = {row.name: replace(row.preset, options=plan.options(row)) for row in plan.lineage if row.preset}
     content = {
         "schema": SCHEMA,
         "row": plan.row.name,
         "scale": plan.scale,
         "plan": plan.record(),
-        "options": {row.name: plan.options(row) for row in plan.lineage if row.preset},
+        "options": {name: preset.options for name, preset in trained.items()},
+        "seeds": {name: preset.config.seed for name, preset in trained.items()},
         "data": _data(plan),
         "seconds": seconds(plan.folder),
         "measured": measured,
@@ -169,7 +192,11 @@ def _data(plan: Plan) -> dict[str, Any] | None:
     if not names.is_file():
         raise FileNotFoundError(f"{names} does not exist: run stage 01_preprocess")
     text = names.read_bytes()
-    return {"images": len(json.loads(text)), "names": hashlib.sha256(text).hexdigest()[:16]}
+    try:
+        count = len(json.loads(text))
+    except (ValueError, TypeError):
+        raise ValueError(f"{names} is no list of images: run stage 01_preprocess again") from None
+    return {"images": count, "names": hashlib.sha256(text).hexdigest()[:16]}
 
 
 def _lock() -> str | None:
@@ -204,11 +231,12 @@ def read(path: Path) -> Result:
             f"{path} has schema {content['schema']!r} and this version reads {SCHEMA}: give the command "
             "that made it again"
         )
+    whole, numbers = content["hash"] == hash_of(content), []
     try:
         result = TypeAdapter(Result).validate_python(content)
-        own = [
-            each.result["protocol"]["hash"] == hash_of(each.result["protocol"]) for each in result.measured
-        ]
+        for each in result.measured:
+            whole = each.result["protocol"]["hash"] == hash_of(each.result["protocol"]) and whole
+            numbers += each.result["metrics"].values()
     except ValidationError as errors:
         error = errors.errors()[0]
         raise ValueError(
@@ -216,7 +244,9 @@ def read(path: Path) -> Result:
         ) from None
     except (KeyError, TypeError, AttributeError):
         raise ValueError(f"{path} holds a number without its protocol: restore it") from None
-    if content["hash"] != hash_of(content) or not all(own):
+    if not all(isinstance(value, int | float) for value in numbers):
+        raise ValueError(f"{path} holds a metric that is no number: restore it")
+    if not whole:
         raise ValueError(f"{path} was edited: it does not have the hash that it gives; restore it")
     return result
 
@@ -231,8 +261,8 @@ class Verdict:
     Attributes:
         expected: the published entry.
         metric: which of its metrics.
-        state: "within tolerance", "outside tolerance", "not judged" (no tolerance is known) or "not
-            comparable".
+        state: "within tolerance"; "outside tolerance"; "not judged", as no run can be by what is known of
+            the number; or "not comparable", as this run is not.
         ours: None if it was not measured.
         tolerance: share of the published number.
         why: it is not comparable or not judged.
@@ -267,7 +297,7 @@ def verify(result: Result, row: Row) -> list[Verdict]:
 def _obstacles(result: Result, plan: Plan) -> list[str]:
     """Why none of a result's numbers can be compared with the row's; empty if nothing speaks against it."""
     row, found = plan.row, []
-    steps, samples = result.plan.get("steps"), result.plan.get("samples")
+    steps, samples = result.plan.steps, result.plan.samples
     trained = [each for each in plan.lineage if each.preset]
     if steps and trained:
         found.append(f"it trained for {steps:,} steps, not {plan.total_steps(trained[-1]):,}")
@@ -282,8 +312,8 @@ def _obstacles(result: Result, plan: Plan) -> list[str]:
                 found.append(f"{each.name} trained with {name} {then.get(name)!r}, and has {now.get(name)!r}")
     if trained and result.data:
         wanted = (row.preset if result.scale == "full" else read_preset(result.scale)).images
-        if result.data.get("images") != wanted:
-            found.append(f"it trained on {result.data.get('images'):,} images, not {wanted:,}")
+        if result.data.images != wanted:
+            found.append(f"it trained on {result.data.images:,} images, not {wanted:,}")
     return found
 
 
@@ -296,24 +326,27 @@ def _judged(expected: Expected, result: Result, plan: Plan, reasons: list[str]) 
             each
             for each in result.measured
             if (each.protocol, each.guidance) == (expected.protocol, expected.guidance)
-            and (result.plan.get("steps") or expected.protocol == RECONSTRUCTION or each.step == step)
+            and (result.plan.steps or expected.protocol == RECONSTRUCTION or each.step == step)
         ),
         None,
     )
-    record = ours.result["protocol"] if ours else {}
+    record, numbers = (ours.result["protocol"], _numbers_of(ours)) if ours else ({}, {})
     reasons = list(reasons)
-    if expected.protocol is None:
-        reasons.append("its source does not say the protocol")
-    elif ours is None:
+    if ours is None:
         reasons.append("it was not drawn")
     else:
         reasons += [f"another protocol ({each})" for each in _unlike(expected, record)]
+        side, wanted = ours.result.get("samples", record).get("side"), pixels(plan.row, result.scale)
+        if side != wanted:
+            reasons.append(f"its images have {side} pixels, not {wanted}")
     found = []
     for metric, published in expected.metrics.items():
-        value = ours.result["metrics"].get(metric) if ours else None
+        value = numbers.get(metric)
         tolerance = expected.tolerance.get(metric, plan.row.tolerance.get(metric))
         known = {"ours": value, "tolerance": tolerance, "record": record}
-        if reasons:
+        if not _said(expected):
+            state, why = NOT_JUDGED, "its source does not say the whole protocol"
+        elif reasons:
             state, why = NOT_COMPARABLE, "; ".join(reasons)
         elif tolerance is None:
             state, why = NOT_JUDGED, "no tolerance is known"
@@ -323,6 +356,18 @@ def _judged(expected: Expected, result: Result, plan: Plan, reasons: list[str]) 
             state, why = (WITHIN if abs(value - published) <= tolerance * abs(published) else OUTSIDE), ""
         found.append(Verdict(expected, metric, state, why=why, **known))
     return found
+
+
+def _numbers_of(measured: Measured) -> dict[str, float]:
+    """The metrics of a result; of reconstructions also what was measured of their latents."""
+    latents = measured.result.get("latents", {})
+    return {k: v for k, v in latents.items() if isinstance(v, int | float)} | measured.result["metrics"]
+
+
+def pixels(row: Row, scale: str) -> int:
+    """The side of a row's images."""
+    own = row.preset.options if row.preset and scale == "full" else {}
+    return own.get("resolution", RESOLUTION[scale])
 
 
 def protocol_of(expected: Expected) -> Protocol:
@@ -339,7 +384,7 @@ def _unlike(expected: Expected, record: dict) -> list[str]:
             "judge": "tiny" if expected.scale == "tiny" else "inception",
         }
         if expected.scale == "full":
-            wanted |= {"count": VALIDATION_IMAGES, "side": RESOLUTION["full"]}
+            wanted["count"] = VALIDATION_IMAGES
     else:
         wanted = protocol_of(expected).record()
         if wanted["reference"] is None or str(record.get("reference")).startswith(wanted["reference"]):
@@ -363,7 +408,7 @@ def describe(verdict: Verdict) -> str:
 def shown(expected: Expected, metric: str) -> str:
     """A metric's usual name, where Inception is the judge; Fréchet distances of others are no FID."""
     tiny = expected.scale == "tiny" or expected.protocol == "tiny"
-    return metric.replace("_", " ") if tiny else SHOWN.get(metric, metric)
+    return metric.replace("_", " ") if tiny else SHOWN.get(metric, metric.replace("_", " "))
 
 
 def where(expected: Expected) -> str:
@@ -376,9 +421,11 @@ def where(expected: Expected) -> str:
 
 def guidance(expected: Expected) -> str:
     """Guidance in words; none where nothing is drawn."""
-    scale, low, high = expected.guidance
     if expected.protocol == RECONSTRUCTION:
         return ""
+    if expected.guidance is None:
+        return "guidance not said"
+    scale, low, high = expected.guidance
     return f"guidance {scale:g} on [{low:g}, {high:g}]" if scale != 1 else "no guidance"
 
 
@@ -434,29 +481,29 @@ def tables(results: dict[str, Result]) -> str:
     groups: dict[tuple, list[tuple[Row, Expected]]] = {}
     for row in rows:
         for expected in row.published:
-            groups.setdefault(_group(expected), []).append((row, expected))
+            if _said(expected):
+                # what all numbers in a column have in common
+                place = -SCALES.index(expected.scale), expected.protocol, -pixels(row, expected.scale)
+                groups.setdefault((*place, expected.guidance), []).append((row, expected))
     lines = []
-    for group in sorted(groups, key=lambda group: (-SCALES.index(group[0]), *group[1:])):
+    for group in sorted(groups):
         lines += _table(groups[group], results, judged)
     lines += _rest(rows, results)
     return "\n".join(lines)
 
 
-def _group(expected: Expected) -> tuple:
-    """Numbers of equal groups may stand in one column: protocol and guidance are theirs in common."""
-    if expected.protocol is None:  # nobody knows whether two sources mean the same
-        return expected.scale, "~", expected.guidance, expected.source
-    return expected.scale, expected.protocol, expected.guidance, ""
+def _said(expected: Expected) -> bool:
+    """Whether a source says how its number was got."""
+    return None not in (expected.protocol, expected.guidance)
 
 
 def _table(entries: list[tuple[Row, Expected]], results: dict[str, Result], judged: dict) -> list[str]:
     first = entries[0][1]
-    title = ", ".join(
-        word for word in (first.protocol or f"{first.source}, protocol not said", guidance(first)) if word
-    )
-    lines = [f"### {first.scale.capitalize()} scale, {title}", ""]
-    if first.protocol not in (None, RECONSTRUCTION):
-        lines += [_said(protocol_of(first)), ""]
+    words = [f"{first.scale.capitalize()} scale", first.protocol, guidance(first)]
+    words += [f"{pixels(entries[0][0], first.scale)} pixels"]
+    lines = [f"### {', '.join(word for word in words if word)}", ""]
+    if first.protocol != RECONSTRUCTION:
+        lines += [_described(protocol_of(first)), ""]
     lines += ["| row | step | source | published | ours | cost | state |", "|---|---|---|---|---|---|---|"]
     record: dict = {}
     for row, expected in entries:
@@ -483,7 +530,7 @@ def _table(entries: list[tuple[Row, Expected]], results: dict[str, Result], judg
             states.append(f"{said} ({link})")
         cells = (
             f"`{row.name}`",
-            f"{expected.step:,}" if expected.step else "last",
+            f"{expected.step:,}" if expected.step else "last" if row.preset else "–",
             expected.source + (f" ({expected.note})" if expected.note else ""),
             _numbers(expected, expected.metrics),
             "; ".join(ours) or "–",
@@ -498,7 +545,7 @@ def _numbers(expected: Expected, metrics: dict[str, float]) -> str:
     return ", ".join(f"{shown(expected, name)} {value:.4g}" for name, value in metrics.items())
 
 
-def _said(protocol: Protocol) -> str:
+def _described(protocol: Protocol) -> str:
     """A protocol in a sentence, as far as it is known before it is carried out."""
     sampler = "SDE" if protocol.mode == "sde" else f"ODE ({protocol.solver})"
     return (
@@ -510,6 +557,15 @@ def _said(protocol: Protocol) -> str:
 def _rest(rows: list[Row], results: dict[str, Result]) -> list[str]:
     """Rows that stand in no table, and results at scales of which nothing was published."""
     lines = []
+    vague = [(row, entry) for row in rows for entry in row.published if not _said(entry)]
+    if vague:
+        lines += ["### Not judged: the source does not say the whole protocol", ""]
+        lines += [
+            f"- `{row.name}`: {_numbers(entry, entry.metrics)} ({where(entry)})"
+            + f"; not built: {row.not_built}" * bool(row.not_built)
+            for row, entry in vague
+        ]
+        lines.append("")
     silent = [row for row in rows if not row.published]
     if silent:
         lines += ["### Rows without a number", ""]

@@ -42,7 +42,7 @@ while about["waits"] == STAGE:
 """
 
 
-def evaluated(entry, *, value: float = 4.2, **changes) -> dict:
+def evaluated(entry, *, value: float = 4.2, side: int = 256, **changes) -> dict:
     """A result of `repae evaluate` by an entry's protocol."""
     protocol = replace(row_results.protocol_of(entry), **changes)
     record = protocol.record(judge_weights="f" * 16, reference="a" * 16, reference_images=10000)
@@ -50,7 +50,7 @@ def evaluated(entry, *, value: float = 4.2, **changes) -> dict:
         "schema": 1,
         "metrics": {"frechet": value, "spatial_frechet": 4.6},
         "protocol": {"name": entry.protocol} | record,
-        "samples": {"content": "b" * 16, "side": 256, "manifest": {"sampling": {"seed": 0}}},
+        "samples": {"content": "b" * 16, "side": side, "manifest": {"sampling": {"seed": 0}}},
         "versions": {},
         "date": "2026-11-26",
     }
@@ -60,7 +60,9 @@ def evaluated(entry, *, value: float = 4.2, **changes) -> dict:
 def finished(tmp_path, monkeypatch):
     """A folder in which a full-scale row has come to its end, with other numbers for some entries."""
 
-    def make(values: dict[int, float] | None = None, images: int = 1_281_167, **options) -> Path:
+    def make(
+        values: dict[int, float] | None = None, images: int = 1_281_167, side: int = 256, **options
+    ) -> Path:
         plan = Plan.open(ROW, options.pop("scale", "full"), tmp_path / "run", **options)
         plan.data_dir.mkdir(exist_ok=True)
         names = [f"{i}.png" for i in range(min(images, 10))]
@@ -69,7 +71,7 @@ def finished(tmp_path, monkeypatch):
         for i, (entry, path) in enumerate(row_results._files(plan)):
             path.parent.mkdir(exist_ok=True)
             value = (values or {}).get(i, entry.metrics.get("frechet", 1.0))
-            path.write_text(json.dumps(evaluated(entry, value=value)))
+            path.write_text(json.dumps(evaluated(entry, value=value, side=side)))
         return row_results.write(plan)
 
     return make
@@ -200,7 +202,12 @@ def test_a_chain_is_stopped_fails_and_goes_on_to_its_result(stubs, capsys, monke
     assert (folder / "02_train_repae.seen").read_text() == f"{ROW} tiny 3"
     result = read(folder / "result.json")
     assert set(result.seconds) == {"01_preprocess", "02_train_repae", "05_generate", "06_evaluate"}
-    assert result.data["images"] == 1 and result.plan["steps"] == 3 and result.measured[0].step == 3
+    assert (
+        result.data.images == 1
+        and result.plan.steps == 3
+        and result.seeds == {ROW: 0}
+        and result.measured[0].step == 3
+    )
     with pytest.raises(SystemExit) as judged:
         run(folder, "--verify")
     assert judged.value.code == 5
@@ -232,6 +239,7 @@ def test_within_and_outside_of_the_tolerance(finished, capsys):
     ("options", "why"),
     [
         ({"images": 50_000}, "it trained on 50,000 images, not 1,281,167"),
+        ({"side": 512}, "its images have 512 pixels, not 256"),
         ({"steps": 7}, "it trained for 7 steps, not 400,000"),
     ],
 )
