@@ -183,7 +183,7 @@ def _run(args: argparse.Namespace, result: str) -> None:
         except (KeyboardInterrupt, SystemExit):
             print("stopped: the same command goes on from here", flush=True)
             raise
-    if stages[-1] is plan.stages[-1]:
+    if stages[-1].name == plan.stages[-1].name:
         path = write(plan)
         print(f"written to {path}")
         _verify(path)
