@@ -36,6 +36,7 @@ COMMANDS = (  # "cache-latents" is cache_latents.py
     "generate",
     "evaluate",
     "compare",
+    "reproduce",
 )
 DEBUG = {
     "action": "store_true",
