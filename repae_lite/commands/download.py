@@ -12,10 +12,12 @@ from repae_lite.commands.presets import preset_names, read_preset
 from repae_lite.data.public_data import DATA_SETS, PREFIX, check_data_set, fetch_data_set
 
 EVERYTHING_FOR = "all-for"
-DATA = ". ".join(f"{PREFIX}{name}: {each.about}; licence: {each.licence}" for name, each in DATA_SETS.items())
-EPILOG = f"""Released sets: {", ".join(RELEASED)}. {DATA}. HF_ENDPOINT, HF_TOKEN, HF_HOME and HF_HUB_OFFLINE of
+DATA = "; ".join(
+    f"{PREFIX}{name}: {each.about} (licence: {each.licence})" for name, each in DATA_SETS.items()
+)
+EPILOG = f"""Released sets: {", ".join(RELEASED)}. HF_ENDPOINT, HF_TOKEN, HF_HOME and HF_HUB_OFFLINE of
 huggingface_hub count. Without --revision the newest commit is taken and printed; NAME@COMMIT takes that very
-one."""
+one. Data sets: {DATA}."""
 FLAGS = {
     "what is fetched": {
         "names": {
@@ -96,10 +98,10 @@ def _check_data(names: list[str], args: argparse.Namespace) -> None:
     for name in names:
         check_data_set(name)
     for option in ("revision", "include", "train_steps", "list"):
-        if getattr(args, option) not in (None, False):
+        if (value := getattr(args, option)) is not None and value is not False:
             raise ValueError(
-                f"--{option.replace('_', '-')} is for released sets, and {PREFIX}{names[0]} is none: fetch it "
-                "by a command of its own"
+                f"--{option.replace('_', '-')} is for released sets, and {PREFIX}{names[0]} is none: fetch "
+                "it by a command of its own"
             )
 
 

@@ -45,8 +45,8 @@ DATA_SETS = {
     ),
     "imagenette": DataSet(
         about="ten classes of ImageNet, shorter side 160, 99 MB to download",
-        licence="ImageNet's terms of access (https://image-net.org/download): research and teaching, not for "
-        "profit; the Apache License of its repository is of the code there alone",
+        licence="ImageNet's terms of access (https://image-net.org/download): non-commercial research "
+        "and education; the Apache License of its repository is of the code there alone",
         images={"train": 9469, "val": 3925},
         url="https://s3.amazonaws.com/fast-ai-imageclas/imagenette2-160.tgz",
         md5="e793b78cc4c9e9a4ccc0c1155377a412",
@@ -105,8 +105,8 @@ def _check_whole(folder: Path, chosen: DataSet) -> None:
         found = sum(path.is_file() for path in (folder / split).glob("*/[!.]*"))
         if found != expected:
             raise ValueError(
-                f"{folder / split} holds {found:,} images instead of {expected:,}: remove {folder}, and it is "
-                "written again"
+                f"{folder / split} holds {found:,} images instead of {expected:,}: remove {folder}, and it "
+                "is written again"
             )
 
 
@@ -138,8 +138,8 @@ def _archive(chosen: DataSet, folder: Path) -> Path:
     if not check_integrity(path, chosen.md5):
         remove(path)
         raise ValueError(
-            f"what came from {chosen.url} is not the file with the MD5 {chosen.md5}, or not all of it: give the "
-            "same command again, or look whether your network answers in the server's place"
+            f"what came from {chosen.url} is not the file with the MD5 {chosen.md5}, or not all of it: give "
+            "the same command again, or look whether your network answers in the server's place"
         )
     return path
 
