@@ -17,8 +17,8 @@ from dataclasses import replace
 from unittest.mock import patch
 
 import torch
-from torch.nn import functional
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from repae_lite.commands.machine import GIB, needs
