@@ -113,7 +113,7 @@ alone() {{
 _K8S = """\
 # {about}
 # For the Kubeflow training operator: kubectl apply -f FILE. Fill in the image (see Dockerfile) and the claim,
-# a disk that all pods can write: relative paths below are in /work, where it is mounted.
+# a disk that all pods can write: relative paths below are in /repae, where it is mounted.
 # One pod per GPU: the operator sets MASTER_ADDR, MASTER_PORT, RANK and WORLD_SIZE. A preempted pod's SIGTERM
 # reaches the command, which ends with a checkpoint and 143; a restarted pod goes on from there.
 apiVersion: kubeflow.org/v1
@@ -134,11 +134,11 @@ spec:
           containers:
             - name: pytorch
               image: IMAGE_WITH_REPAE_LITE
-              workingDir: /work
+              workingDir: /repae
               env:
                 - {{name: LOCAL_RANK, value: "0"}}
-                - {{name: HF_HOME, value: /work/cache/huggingface}}
-                - {{name: TORCH_HOME, value: /work/cache/torch}}
+                - {{name: HF_HOME, value: /repae/cache/huggingface}}
+                - {{name: TORCH_HOME, value: /repae/cache/torch}}
               command: [bash, -c]
               args:
                 - |
@@ -146,7 +146,7 @@ spec:
               resources:
                 limits: {{nvidia.com/gpu: 1, cpu: "8", memory: 96Gi}}
               volumeMounts:
-                - {{name: work, mountPath: /work}}
+                - {{name: work, mountPath: /repae}}
                 - {{name: shm, mountPath: /dev/shm}}
           volumes:
             - name: work
