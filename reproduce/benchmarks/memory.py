@@ -1,12 +1,12 @@
 """What one training step keeps in memory for its backward passes, and how much it computes, counted on a CPU.
 
     python reproduce/benchmarks/memory.py --preset mid
-    python reproduce/benchmarks/memory.py --preset mid --gradient-checkpointing
 
 The preset's own networks with random weights take a step of few images, and every tensor that autograd saves
 is counted while it lives, weights apart; a straight line through two sizes of the batch gives bytes per image
-at once. A GPU needs more: its context, workspaces, and what lives only inside an operation. Operations are
-those of matrix products and convolutions, two to a multiplication.
+at once. A GPU needs more: its context, workspaces, and what lives only inside an operation. Gradient
+checkpointing is left out: what it recomputes cannot be counted in this way. Operations are those of matrix
+products and convolutions, two to a multiplication.
 """
 
 import argparse
@@ -27,7 +27,6 @@ from repae_lite.method.losses import LPIPSLoss
 from repae_lite.method.steps import Draws, Mechanics, StepConfig, TrainState, all_updates, make_ema
 from repae_lite.networks.discriminator import PatchDiscriminator
 from repae_lite.networks.encoders import VisionEncoder
-from repae_lite.networks.layers import set_gradient_checkpointing
 from repae_lite.networks.sit import SiT
 from repae_lite.networks.vae import VAE_PRESETS, AutoencoderKL
 from repae_lite.training.config import TrainConfig
@@ -87,7 +86,7 @@ class _Kept:
         self.saved.now -= self.size * (not self.saved.count[self.key])
 
 
-def networks(config: TrainConfig, half: bool, checkpointing: bool) -> TrainState:
+def networks(config: TrainConfig, half: bool) -> TrainState:
     """The networks of a run with random weights; plain SGD, whose state is nothing."""
     preset = VAE_PRESETS[config.vae]
     vae, discriminator = AutoencoderKL(preset), PatchDiscriminator()
@@ -100,8 +99,7 @@ def networks(config: TrainConfig, half: bool, checkpointing: bool) -> TrainState
         **({"alignment_depth": config.encoder_depth} if config.encoder_depth else {}),
     )
     trained = {"vae": vae, "discriminator": discriminator, "sit": sit}
-    set_gradient_checkpointing(checkpointing, vae, sit)
-    mechanics = (HalfPrecision if half else Mechanics)(gradient_checkpointing=checkpointing)
+    mechanics = HalfPrecision() if half else Mechanics()
     optimizers = {
         name: torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=1e-6)
         for name, module in trained.items()
@@ -120,9 +118,9 @@ def one_step(state: TrainState, config: TrainConfig, images: int) -> None:
     all_updates(state, x, torch.arange(images) % 10, targets, Draws())
 
 
-def peak(config: TrainConfig, images: int, half: bool, checkpointing: bool) -> int:
+def peak(config: TrainConfig, images: int, half: bool) -> int:
     """Bytes that a step of some images keeps at most."""
-    state = networks(config, half, checkpointing)
+    state = networks(config, half)
     saved = Saved(state.vae, state.sit, state.discriminator, state.perceptual)
     with saved_tensors_hooks(saved.pack, saved.unpack):
         one_step(state, config, images)
@@ -131,7 +129,7 @@ def peak(config: TrainConfig, images: int, half: bool, checkpointing: bool) -> i
 
 def operations(config: TrainConfig) -> float:
     """Floating-point operations of a step for each image, the encoder's too."""
-    state, counter = networks(config, False, False), FlopCounterMode(display=False)
+    state, counter = networks(config, False), FlopCounterMode(display=False)
     encoder = VisionEncoder.from_name(config.encoders.split(",")[0], config.resolution, weights="random")
     with counter:
         one_step(state, config, 1)
@@ -142,7 +140,6 @@ def operations(config: TrainConfig) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--preset", default="mid")
-    parser.add_argument("--gradient-checkpointing", action="store_true", help="as the flag of training")
     parser.add_argument("--images", type=int, nargs=2, default=(1, 2), help="sizes of the batch")
     args = parser.parse_args()
     preset = read_preset(args.preset, "repae")
@@ -155,7 +152,7 @@ def main() -> None:
     print(f"operations: {operations(config) / 1e12:.3f} TFLOP for each image of a step")
     for name, half in (("float32", False), ("bfloat16", True)):
         few, more = args.images
-        low, high = (peak(config, images, half, args.gradient_checkpointing) for images in args.images)
+        low, high = (peak(config, images, half) for images in args.images)
         each = (high - low) / (more - few)
         base = low - few * each
         print(f"{name}: {base / GIB:.2f} GiB + {each / GIB:.3f} GiB for each image at once")
