@@ -67,6 +67,20 @@ def test_conda_environment_equals_pyproject():
     assert found == declared(*CONDA_EXTRAS)
 
 
+@pytest.mark.network
+def test_conda_finds_the_environment():
+    tools = ("conda", "mamba", "micromamba")
+    conda = next(filter(None, map(shutil.which, tools)), None)
+    if conda is None:
+        pytest.skip(f"none of {', '.join(tools)} is installed")
+    create = ["create"] if Path(conda).name == "micromamba" else ["env", "create"]
+    done = subprocess.run(
+        [conda, *create, "--dry-run", "--name", "repae_lite_dry_run", "--file", "environment.yml"],
+        cwd=ROOT, capture_output=True, text=True, check=False, timeout=280,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_constraints_are_plain_pins_that_cover_and_satisfy_pyproject():
     text = (ROOT / "constraints.txt").read_text()
     pins = {}
@@ -114,6 +128,34 @@ def test_ci_runs_its_command_on_every_supported_python():
     assert [step["run"] for step in job["steps"] if "run" in step] == [".ci/run"]
     assert workflow["permissions"] == {"contents": "read"} and job["timeout-minutes"] == 90
     assert all(re.search(r"@v\d+", step["uses"]) for step in job["steps"] if "uses" in step)
+
+
+def test_the_image_is_made_by_its_script_alone():
+    lines = (ROOT / "Dockerfile").read_text(encoding="utf-8").splitlines()
+    words = [line.split(maxsplit=1) for line in lines if line and not line.startswith("#")]
+    script = "reproduce/cluster/image.sh"
+    ran = [rest for word, rest in words if word == "RUN"]
+    assert ran == [f"sh {script} system", f"sh {script} project"]
+    assert {word for word, _ in words} == {"FROM", "WORKDIR", "COPY", "RUN", "ENV", "CMD"}
+    (base,) = [rest for word, rest in words if word == "FROM"]
+    cuda = re.search(r"^cuda-toolkit==(\d+\.\d+)\.", (ROOT / "constraints.txt").read_text(), flags=re.M)
+    assert base.startswith(f"nvidia/cuda:{cuda[1]}.")
+    done = subprocess.run(["sh", ROOT / script, "all"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stderr == "image.sh: say what to install: system or project\n"
+
+
+SCRIPTS = [".ci/run", ".ci/setup", "reproduce/cluster/slurm.sh", "reproduce/cluster/image.sh"]
+
+
+def test_shells_can_read_the_scripts():
+    scripts = [ROOT / name for name in SCRIPTS]
+    for script in scripts:
+        subprocess.run(["bash", "-n", script], check=True)
+    shellcheck = shutil.which("shellcheck") or shutil.which(Path(sys.executable).parent / "shellcheck")
+    if shellcheck is None:
+        pytest.skip("shellcheck is not installed")
+    done = subprocess.run([shellcheck, *scripts], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
 
 
 def test_the_readme_names_the_licence_of_every_dependency():

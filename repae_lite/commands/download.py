@@ -1,24 +1,30 @@
-"""Fetch released models into pretrained/NAME/.
+"""Fetch released models into pretrained/NAME/, and data sets as class folders.
 
 Fetches released sets of the REPA-E organisation from the Hugging Face Hub. Finished files are kept when the
-command is given again; an interrupted transfer continues where it broke off.
+command is given again; an interrupted transfer continues where it broke off. `data:NAME` writes a data set to
+NAME/train and NAME/val, one folder of images to a class.
 """
 
 import argparse
 
 from repae_lite.checkpoints.released import ORGANISATION, RELEASED
 from repae_lite.commands.presets import preset_names, read_preset
+from repae_lite.data.public_data import DATA_SETS, PREFIX, check_data_set, fetch_data_set
 
 EVERYTHING_FOR = "all-for"
+DATA = "; ".join(
+    f"{PREFIX}{name}: {each.about} (licence: {each.licence})" for name, each in DATA_SETS.items()
+)
 EPILOG = f"""Released sets: {", ".join(RELEASED)}. HF_ENDPOINT, HF_TOKEN, HF_HOME and HF_HUB_OFFLINE of
 huggingface_hub count. Without --revision the newest commit is taken and printed; NAME@COMMIT takes that very
-one."""
+one. Data sets: {DATA}."""
 FLAGS = {
     "what is fetched": {
         "names": {
             "nargs": "+",
             "metavar": "NAME[@REVISION]",
-            "help": f"released sets, or {EVERYTHING_FOR} PRESET: what a preset of repae check starts from",
+            "help": f"released sets, data sets as {PREFIX}NAME, or {EVERYTHING_FOR} PRESET: what a preset of "
+            "repae check starts from",
         },
         "--revision": {
             "metavar": "COMMIT",
@@ -37,9 +43,8 @@ FLAGS = {
     },
     "what is written": {
         "--output-dir": {
-            "default": "pretrained",
             "metavar": "FOLDER",
-            "help": "where the sets go (default: pretrained)",
+            "help": f"where they go (default: pretrained, and images for {PREFIX}NAME)",
         },
     },
 }
@@ -51,13 +56,21 @@ def run(args: argparse.Namespace) -> None:
     from repae_lite.checkpoints.hub import look_up
 
     names = _sets_for_preset(args.names) if args.names[0] == EVERYTHING_FOR else args.names
+    data = [name.removeprefix(PREFIX) for name in names if name.startswith(PREFIX)]
+    names = [name for name in names if not name.startswith(PREFIX)]
+    if data:
+        _check_data(data, args)
     check_sets(names, step=args.train_steps)
-    if args.revision and all("@" in name for name in names):
+    if args.revision and names and all("@" in name for name in names):
         raise ValueError(
             f"--revision {args.revision} is of no use, since all names have their own: leave it out"
         )
     if args.list and (args.include or args.train_steps is not None):
         raise ValueError("--list shows all files, whatever --include and --train-steps: leave these out")
+    for name in data:
+        folder, chosen = fetch_data_set(name, args.output_dir or "images"), DATA_SETS[name]
+        counts = ", ".join(f"{count:,} in {split}" for split, count in chosen.images.items())
+        print(f"{folder}: {counts} ({chosen.about}; licence: {chosen.licence})")
     for name in names:
         if args.list:
             plain, _, pinned = name.partition("@")
@@ -67,9 +80,29 @@ def run(args: argparse.Namespace) -> None:
                 print(f"  {size / 1e6:10.1f} MB  {file}")
             continue
         folder, repository, files = download_set(
-            name, args.output_dir, include=args.include, step=args.train_steps, revision=args.revision
+            name,
+            args.output_dir or "pretrained",
+            include=args.include,
+            step=args.train_steps,
+            revision=args.revision,
         )
         print(f"{folder}: {', '.join(files)} (of {repository.name}@{repository.commit})")
+
+
+def _check_data(names: list[str], args: argparse.Namespace) -> None:
+    """Refuses unknown data sets, and flags that data sets do not have.
+
+    Raises:
+        ValueError: one of these.
+    """
+    for name in names:
+        check_data_set(name)
+    for option in ("revision", "include", "train_steps", "list"):
+        if (value := getattr(args, option)) is not None and value is not False:
+            raise ValueError(
+                f"--{option.replace('_', '-')} is for released sets, and {PREFIX}{names[0]} is none: fetch "
+                "it by a command of its own"
+            )
 
 
 def _sets_for_preset(words: list[str]) -> tuple[str, ...]:

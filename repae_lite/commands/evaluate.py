@@ -27,8 +27,8 @@ FLAGS = {
         },
         "--protocol": {
             "metavar": "NAME",
-            "help": "adm-sde250-random, adm-sde250-balanced, adm-ode50-random, adm-ode50-balanced, tiny, or "
-            "a YAML file with fields of repae_lite.evaluation.protocols.Protocol",
+            "help": "adm-sde250-random, adm-sde250-balanced, adm-ode50-random, adm-ode50-balanced, mid, "
+            "tiny, or a YAML file with fields of repae_lite.evaluation.protocols.Protocol",
         },
         "--foreign": {
             "action": "store_true",

@@ -25,15 +25,13 @@ from repae_lite.commands.rows import (
     RESOLUTION,
     SCALES,
     STRICT,
-    Expected,
     Plan,
     Row,
-    Scale,
     read_row,
     row_names,
 )
 from repae_lite.evaluation.protocols import Protocol, differences, hash_of, load_protocol
-from repae_lite.evaluation.results import SHOWN, read_result
+from repae_lite.evaluation.results import SHOWN, Expected, Scale, read_result
 from repae_lite.utils.files import read_json, write_text
 
 SCHEMA = 1

@@ -94,6 +94,7 @@ PROTOCOLS = {
     "adm-sde250-balanced": Protocol(labels="balanced"),
     "adm-ode50-random": Protocol(**_ODE),
     "adm-ode50-balanced": Protocol(**_ODE, labels="balanced"),
+    "mid": Protocol(**_ODE, labels="balanced", count=5000),
     "tiny": Protocol(
         mode="ode",
         steps=20,

@@ -17,6 +17,7 @@ from repae_lite.evaluation.protocols import DINO, GUIDANCE, PROTOCOLS, hash_of
 from repae_lite.utils.files import read_json
 
 SCHEMA = 1  # of a result
+Scale = Literal["tiny", "mid", "full"]
 SHOWN = {
     "frechet": "FID",
     "spatial_frechet": "sFID",
@@ -53,7 +54,7 @@ class Expected:
     protocol: str | None = "adm-sde250-random"
     step: int | None = None
     guidance: tuple[float, float, float] | None = (1.0, 0.0, 1.0)
-    scale: Literal["tiny", "mid", "full"] = "full"
+    scale: Scale = "full"
     tolerance: dict[str, float] = field(default_factory=dict)
     note: str = ""
 

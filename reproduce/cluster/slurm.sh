@@ -13,12 +13,13 @@
 #SBATCH --output=%x-%j.log
 
 set -u
-export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))}  # of this job alone: others may share a node
-export OMP_NUM_THREADS=$SLURM_CPUS_PER_TASK
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))}  # of this job alone: others may share a node
+export MASTER_ADDR MASTER_PORT OMP_NUM_THREADS="$SLURM_CPUS_PER_TASK"
 
 # The command of one GPU, with --resume latest: a first start, a requeued job and one after a crash are the same line.
 # When one has ended, in whatever way, the others have two minutes to end as well: they might wait for it for hours.
+# shellcheck disable=SC2016  # expanded by each task
 srun --kill-on-bad-exit=0 --wait=120 bash -c '
   export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
   exec python -m repae_lite train-repae --preset repae-sdvae --data-dir data --output-dir exps --resume latest'

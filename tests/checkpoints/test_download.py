@@ -28,6 +28,7 @@ from repae_lite.checkpoints.models import (
     save_vae,
 )
 from repae_lite.checkpoints.released import RELEASED
+from repae_lite.commands import download as download_command
 from repae_lite.commands.main import main
 from repae_lite.commands.presets import preset_names, read_preset
 from repae_lite.networks.discriminator import PatchDiscriminator
@@ -155,9 +156,18 @@ def test_sets_are_picked_and_laid_out(stand_in, repositories, tmp_path, capsys):
 def test_what_a_preset_starts_from(stand_in, tmp_path, capsys):
     assert main(["download", "all-for", "repae-sdvae", "--output-dir", str(tmp_path)]) == 0
     assert visible(tmp_path / "sdvae") == {"a.pt", "a-latents-stats.pt", "a-discriminator-ckpt.pt"}
-    known = "ldm-e2e-vavae, repae-invae, repae-sdvae, repae-vavae, tiny"
+    known = ", ".join(preset_names())
     assert f"names no preset: give all-for and one of {known}" in refused(capsys, "all-for", "nothing")
     assert "tiny starts from nothing released" in refused(capsys, "all-for", "tiny")
+
+
+def test_data_sets_and_released_sets_in_one_command(stand_in, tmp_path, monkeypatch):
+    fetched = []
+    monkeypatch.setattr(download_command, "fetch_data_set", lambda *which: fetched.append(which))
+    names = ["sdvae", "data:embedded", "e2e-vavae@v1"]
+    assert main(["download", *names, "--output-dir", str(tmp_path)]) == 0
+    assert fetched == [("embedded", str(tmp_path))]
+    assert {path.name for path in tmp_path.iterdir()} >= {"sdvae", "e2e-vavae"}
 
 
 def test_a_step_of_what_is_no_run_is_refused(stand_in, tmp_path, capsys):
