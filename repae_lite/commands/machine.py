@@ -49,7 +49,15 @@ def survey(folder: str | Path = ".", pretrained: str | Path = "pretrained") -> d
         folder: where runs would be written: its disk is looked at.
         pretrained: where `repae download` puts released sets.
     """
-    found = {
+    found = this_machine(folder, pretrained)
+    presets = {name: read_preset(name) for name in preset_names()}
+    found["presets"] = {name: needs(preset) | verdict(preset, found) for name, preset in presets.items()}
+    return found
+
+
+def this_machine(folder: str | Path = ".", pretrained: str | Path = "pretrained") -> dict:
+    """`survey` without the presets."""
+    return {
         "repae_lite": __version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
@@ -62,9 +70,6 @@ def survey(folder: str | Path = ".", pretrained: str | Path = "pretrained") -> d
         "embedded": _embedded(),
         "cached": _cached(Path(pretrained)),
     }
-    presets = {name: read_preset(name) for name in preset_names()}
-    found["presets"] = {name: needs(preset) | verdict(preset, found) for name, preset in presets.items()}
-    return found
 
 
 # ---------------------------------------------------------------- what is there

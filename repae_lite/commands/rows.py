@@ -515,6 +515,10 @@ class Plan:
             commands.append(Command((*words, *self._device(), "--output", str(result)), done=result))
         return Stage(STAGES[5], tuple(commands), None)
 
+    def argv(self, command: Command) -> list[str]:
+        """The whole command line of one of its commands."""
+        return argv(command, self.processes)
+
     def write_protocols(self) -> None:
         """Writes the protocols of `samples` images, if that was asked for."""
         for name in {entry.protocol for entry, _ in self.draws} if self.samples else ():
