@@ -106,12 +106,10 @@ def _outputs(command: Command) -> list[Path]:
 
 def _maker(plan: Plan, stage: Stage, path: Path) -> str:
     """Which notebook writes a path, as an addition to a sentence."""
-    for other in plan.stages:
-        if other is not stage and any(
-            path.is_relative_to(place) for command in other.commands for place in _outputs(command)
-        ):
-            return f" (notebook {other.name} makes it)"
-    return ""
+    others = [(other, command) for other in plan.stages if other is not stage for command in other.commands]
+    makers = [other for other, command in others if command.done == path]
+    makers += [other for other, command in others if any(map(path.is_relative_to, _outputs(command)))]
+    return f" (notebook {makers[0].name} makes it)" if makers else ""
 
 
 def _data(plan: Plan, preset: Preset, missing: list[str]) -> list[str]:

@@ -378,7 +378,8 @@ class Plan:
             name = DATA[self.scale]
             source = source or str(self.folder / "images" / name / "train")
             words = ("download", f"data:{name}", "--output-dir", str(self.folder / "images"))
-            commands.append(Command(words))
+            if not self.images or self.row.command == "reconstruct":  # which needs the validation images
+                commands.append(Command(words))
         commands += [
             Command(("download", name))
             for row in self.lineage
