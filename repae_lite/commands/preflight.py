@@ -88,7 +88,7 @@ def _inputs(plan: Plan, command: Command) -> list[str]:
     if kind.startswith("train-"):
         options = preset_of(plan, values["--exp-name"]).options
         given = [values.get(flag, options.get(name)) for name, flag in WEIGHTS.items()]
-        found += [path for path in given if path not in (None, "tiny", "none")]
+        found += [path for path in given if "/" in str(path)]  # else a name, as "tiny"
         latents = values.get("--vae-latents-name", options.get("vae_latents_name"))
         found += [f"{values['--data-dir']}/{latents}_h5.json"] if latents else []
     return found
@@ -152,6 +152,7 @@ def _room(plan: Plan, preset: Preset, missing: list[str]) -> list[str]:
         missing.append(f"DEVICE is {plan.device}, which this machine does not have: leave it at auto")
     fetched = [line for line in judged["missing"] if "timm" in line]
     return [
+        f"training: {wanted['steps']:,} steps of {wanted['batch']} images",
         f"memory: {wanted['device_memory'] / GIB:.2f} GiB for weights and optimisers, activations on top; "
         f"here: {names or 'no GPU'}",
         f"disk: {wanted['disk'] / 1e9:.2f} GB with checkpoints, {there / 1e9:.2f} of them there; "
