@@ -82,7 +82,7 @@ def test_a_row_from_its_images_to_its_result(tmp_path, images, monkeypatch):
         name: papermilled(name, row, folder, IMAGES=str(images))
         for name in ("01_preprocess", "02_train_repae", "05_generate", "06_evaluate")
     }
-    assert "96 images" in "".join(outputs(copies["01_preprocess"], "stream"))
+    assert "96 images" in "".join(outputs(copies["01_preprocess"], "text/plain"))
     trained = copies["02_train_repae"]
     assert "repae train-repae --data-dir" in "".join(outputs(trained, "stream"))
     assert any("finished after" in text for text in outputs(trained, "text/plain"))

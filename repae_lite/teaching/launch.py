@@ -5,7 +5,8 @@
         logs/STAGE.log   what the commands of a stage said
 
 A command writes to a file and not to its notebook, so it outlives a closed browser and a kernel that dies;
-the same cell, run again, finds it and follows it. Notebooks `reproduce/01_preprocess.ipynb` and later.
+the same cell, run again, finds it and follows it. What runs on another machine is not seen from here: there
+the run's own lock refuses a second one. Notebooks `reproduce/01_preprocess.ipynb` and later.
 """
 
 import json
@@ -160,7 +161,7 @@ def stop(folder: Path, timeout: float = 600) -> str | None:
     if not process:
         return None
     with suppress(psutil.NoSuchProcess):
-        launcher = any("accelerate" in word for word in process.cmdline())
+        launcher = "accelerate.commands.launch" in process.cmdline()
         # A launcher kills its processes 30 seconds after a signal of its own; they end it when they are done.
         for target in (launcher and process.children()) or [process]:
             target.terminate()
@@ -230,16 +231,17 @@ def _start(stage: Stage, plan: Plan, command: Command) -> tuple[Running, psutil.
 def _follow(running: Running, process: psutil.Process, stage: Stage, plot: Callable | None) -> int | None:
     """Shows progress until a process ends; its exit code, None if it was started by another one."""
     name, start, bar, figure = _name(running.words), time.monotonic(), _Display(), _Display()
-    metrics = stage.run_folder / "metrics.jsonl" if stage.run_folder and name[6:11] == "train" else None
+    trains = stage.run_folder and running.words[0].startswith("train-")
+    metrics = stage.run_folder / "metrics.jsonl" if trains else None
     first, drawn = None, start
     while True:
         now = time.monotonic()
-        count, total = _progress(running, metrics)
-        first = first or (now, count)
         if bar.due(UPDATE):
-            lines = running.said()[-1:]
+            count, total = _progress(running, metrics)
+            first = first or (now, count)
             speed = (count - first[1]) / (now - first[0]) if now > first[0] else 0
-            bar.show({"text/plain": "\n".join([_bar(name, count, total, speed, now - start), *lines])})
+            line = _bar(name, count, total, speed, now - start)
+            bar.show({"text/plain": "\n".join([line, *running.said()[-1:]])})
         if plot and metrics and now - drawn > PLOT:
             drawn = now
             if (picture := plot()) is not None:
@@ -248,7 +250,8 @@ def _follow(running: Running, process: psutil.Process, stage: Stage, plot: Calla
         if not over:
             continue
         ended = "ended" if code is None else "finished" if code == 0 else f"ended with exit code {code:d}"
-        bar.show({"text/plain": f"{name}: {ended} after {_duration(time.monotonic() - start)}"})
+        line = f"{name}: {ended} after {_duration(time.monotonic() - start)}"
+        bar.show({"text/plain": "\n".join([line, *running.said()[-1:]])})
         return code
 
 
@@ -286,7 +289,7 @@ def _obituary(running: Running, command: Command, code: int | None) -> str:
         f"killed by {_signal(code - 128)}" if code and code > 128 else "of unknown cause"
     )
     if code is None:
-        why = "ended without saying how: run this notebook again to go on"
+        why = "why is known only to the notebook that started it: run this one again to go on"
     elif code == 0:
         why = f"it ended as if finished, but there is no {command.done}"
     ended = "has ended" if code is None else f"ended with exit code {code}"

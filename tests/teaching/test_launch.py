@@ -101,7 +101,7 @@ def test_a_command_that_another_process_started_is_followed(tmp_path, shown, cap
     with pytest.raises(ValueError, match="is busy with repae train-repae"):
         launch(stage_in(tmp_path, "well"), plan)
     threading.Timer(1, os.kill, (starts(tmp_path)[0], signal.SIGKILL)).start()
-    with pytest.raises(ChildProcessError, match="ended without saying how: run this notebook again"):
+    with pytest.raises(ChildProcessError, match="has ended: why is known only to the notebook that"):
         launch(stage, plan)
     assert "it is running already" in capsys.readouterr().out
     assert len(starts(tmp_path)) == 1
