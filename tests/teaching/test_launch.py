@@ -16,7 +16,7 @@ from PIL import Image
 from stub_commands import plan_in, stage_in, starts
 
 from repae_lite.teaching import launch as launching
-from repae_lite.teaching.launch import launch, stop
+from repae_lite.teaching.launch import launch, stop, to_checkout
 from repae_lite.teaching.run_plots import plot_health, plot_losses, plot_samples
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -182,3 +182,13 @@ def test_plots_of_a_run(tmp_path):
     assert len(losses.axes[0].lines[0].get_ydata()) == 3
     texts = [text.get_text() for text in plot_samples(run, count=3).axes[0].texts]
     assert texts[:3] == ["step 1", "step 4", "step 7"]
+
+
+def test_a_notebook_opened_in_its_own_folder_goes_to_the_checkout(tmp_path, monkeypatch):
+    monkeypatch.chdir(TESTS.parent / "reproduce")
+    to_checkout()
+    assert Path.cwd() == TESTS.parent
+    (tmp_path / "plan.json").touch()  # a copy outside of any checkout
+    monkeypatch.chdir(tmp_path)
+    to_checkout()
+    assert Path.cwd() == tmp_path
