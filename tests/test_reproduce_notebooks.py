@@ -96,9 +96,10 @@ def test_a_row_from_its_images_to_its_result(tmp_path, images, monkeypatch):
 
     # the notebooks of a frozen VAE, on the one that was just tuned
     row, ldm = "ldm-e2e-vavae", tmp_path / "ldm"
-    tuned = ldm / "pretrained" / "repae-vavae" / "repae-vavae.pt"
-    tuned.parent.mkdir(parents=True)
-    shutil.copy(folder / "pretrained" / "repae-sdvae" / "repae-sdvae.pt", tuned)
+    tuned = ldm / "pretrained" / "repae-vavae"
+    tuned.mkdir(parents=True)
+    for file in (folder / "pretrained" / "repae-sdvae").glob("*.pt"):  # weights and latent statistics
+        shutil.copy(file, tuned / file.name.replace("sdvae", "vavae"))
     cached = papermilled("03_cache_latents", row, ldm, DATA=str(folder / "data"))
     trained = papermilled("04_train_ldm", row, ldm, DATA=str(folder / "data"))
     assert len(outputs(cached, "image/png")) == 1 and len(outputs(trained, "image/png")) == 2
