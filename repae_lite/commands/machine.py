@@ -57,7 +57,14 @@ def survey(
         ValueError, FileNotFoundError: see `read_preset`.
     """
     presets = {name: read_preset(name) for name in names or preset_names(based=False)}
-    found = {
+    found = this_machine(folder, pretrained)
+    found["presets"] = {name: needs(preset) | verdict(preset, found) for name, preset in presets.items()}
+    return found
+
+
+def this_machine(folder: str | Path = ".", pretrained: str | Path = "pretrained") -> dict:
+    """`survey` without the presets."""
+    return {
         "repae_lite": __version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
@@ -70,8 +77,6 @@ def survey(
         "embedded": _embedded(),
         "cached": _cached(Path(pretrained)),
     }
-    found["presets"] = {name: needs(preset) | verdict(preset, found) for name, preset in presets.items()}
-    return found
 
 
 # ---------------------------------------------------------------- what is there

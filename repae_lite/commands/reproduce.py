@@ -336,7 +336,7 @@ def _last_line(path: Path) -> str:
 
 def _stop(folder: Path, kernel, over: threading.Event) -> None:
     """Ends the notebook and the command that it has started, which may take as long as a checkpoint."""
-    from repae_lite.teaching.launch import stop
+    from repae_lite.utils.launch import stop
 
     with suppress(RuntimeError):  # there is no kernel any more
         kernel.interrupt_kernel()

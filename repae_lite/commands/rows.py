@@ -382,7 +382,8 @@ class Plan:
             name = DATA[self.scale]
             source = source or str(self.folder / "images" / name / "train")
             words = ("download", f"data:{name}", "--output-dir", str(self.folder / "images"))
-            commands.append(Command(words))
+            if not self.images or self.row.command == "reconstruct":  # which needs the validation images
+                commands.append(Command(words))
         released = self.lineage[0].released if self.scale != "tiny" else ()
         commands += [Command(("download", name)) for name in released]
         if any(row.preset for row in self.lineage):
@@ -517,6 +518,10 @@ class Plan:
             words += ("--limit", str(self.samples)) if self.samples else ()
             commands.append(Command((*words, *self._device(), "--output", str(result)), done=result))
         return Stage(STAGES[5], tuple(commands), None)
+
+    def argv(self, command: Command) -> list[str]:
+        """The whole command line of one of its commands."""
+        return argv(command, self.processes)
 
     def write_protocols(self) -> None:
         """Writes the protocols of `samples` images, if that was asked for."""

@@ -174,7 +174,7 @@ def run(folder: Path, *words: str) -> int:
 def test_a_chain_is_stopped_fails_and_goes_on_to_its_result(stubs, capsys, monkeypatch):
     stopped = []
     launch = SimpleNamespace(stop=stopped.append)
-    monkeypatch.setitem(sys.modules, "repae_lite.teaching.launch", launch)
+    monkeypatch.setitem(sys.modules, "repae_lite.utils.launch", launch)
     folder = stubs(waits="02_train_repae")
 
     def terminate():
