@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from repae_lite.data.datasets import ImageFolderDataset, ImageH5Dataset, open_dataset, read_batches
 from repae_lite.data.latents import vae_fingerprint
-from repae_lite.evaluation.metrics import StreamingStats, frechet_distance, psnr, ssim
+from repae_lite.evaluation.metrics import StreamingStats, frechet_distance, latent_structure, psnr, ssim
 from repae_lite.evaluation.protocols import hash_of
 from repae_lite.evaluation.results import result
 from repae_lite.method.losses import LPIPSLoss, TinyPerceptualLoss
@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 CHUNK = 16  # images in the networks at once; a constant, so that no number depends on a setting
 SHOWN = 8  # images of a picture
 LATENTS = 1000  # latents that are kept
+OF_LATENTS = ("spatial_variance", "total_variation")  # measured as in Table 10, see `latent_structure`
 POSTERIORS = ("mode", "sample")
 PERCEPTUAL = {  # by judge: the metric's name, and what it is
     "inception": ("lpips", "VGG-16 with the linear weights of lpips, images in [-1, 1]"),
@@ -76,7 +77,7 @@ class Reconstruction:
     Attributes:
         metrics: "reconstruction_frechet" (rFID if the judge is Inception), "reconstruction_spatial_frechet"
             where the judge has spatial features, "psnr" (dB), "ssim", and a perceptual distance under the
-            name in `PERCEPTUAL`; the last three are means over images.
+            name in `PERCEPTUAL`, means over images; of `latents` those in `OF_LATENTS`.
         unchanged: images that came back to the bit; PSNR, infinite there, is the mean over the others.
         content: SHA-256 of the originals' pixels (N, H, W, 3), in order.
         count: images.
@@ -268,8 +269,10 @@ def reconstruct(
     if unchanged < count:
         found["psnr"] = found["psnr"][changed]
     metrics |= {name: values.mean().item() for name, values in found.items()}
-    shown = torch.cat(pairs, dim=1)
-    return Reconstruction(metrics, unchanged, digest.hexdigest(), count, side, shown, torch.cat(latents))
+    shown, z = torch.cat(pairs, dim=1), torch.cat(latents)
+    structure = latent_structure(z)
+    metrics |= {name: structure[name] for name in OF_LATENTS}
+    return Reconstruction(metrics, unchanged, digest.hexdigest(), count, side, shown, z)
 
 
 def _through(vae: AutoencoderKL, x: Tensor, settings: Reconstructing, first: int) -> tuple[Tensor, Tensor]:
