@@ -89,9 +89,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--times are {args.times}: they lie between 0 (clean) and 1 (noise)")
     name = args.enc_type or found.options.get("enc_type")
     if name in (None, "none") or "," in name:
-        raise ValueError(
-            f"the run was aligned with {name or 'nothing it tells of'}: give one --enc-type NAME"
-        )
+        raise ValueError(f"CKNNA compares with one encoder, and here it is {name}: give --enc-type NAME")
     if args.data_dir is None and vae.config != VAE_PRESETS["tiny"]:
         raise ValueError("say which images are looked at: give --data-dir FOLDER")
     side = sit.config.input_size * vae.config.downsampling
@@ -112,15 +110,16 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("all images are of one class: a probe needs several, so give them in class folders")
     path = found.options.get("path_type", "linear")
     settings = {"k": NEIGHBOURS, "images": min(1000, len(test.z)), "seed": args.seed}
-    given = {"layers": args.layers, "noise_levels": args.times, "path": path, "progress": True}
+    layers, times = sorted(set(args.layers or range(1, depth + 1))), sorted(set(args.times))
+    given = {"layers": layers, "noise_levels": times, "path": path, "progress": True}
     rows = representation_table(sit, train, test, **given, **settings)
     result = probe_result(rows, train, test, encoder=encoder, run=found.about, path=path, **settings)
     with writing(output.parent):
         output.parent.mkdir(parents=True, exist_ok=True)
         write_text(output, json.dumps(result, indent=1) + "\n")
     print("CKNNA and accuracy of the linear probe, by layer and noise level")
-    print("layer" + "".join(f"{f't = {t:g}':>16}" for t in args.times))
-    for layer in dict.fromkeys(row["layer"] for row in rows):
+    print("layer" + "".join(f"{f't = {t:g}':>16}" for t in times))
+    for layer in layers:
         cells = [f"{row['cknna']:.3f}  {row['linear_probe']:6.1%}" for row in rows if row["layer"] == layer]
         print(f"{layer:5}" + "".join(f"{cell:>16}" for cell in cells))
     print(protocol_line(result["protocol"]))

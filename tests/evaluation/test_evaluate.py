@@ -357,12 +357,12 @@ def test_adms_reference_file(tmp_path, images):
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"mu": np.full(2048, np.nan)}, "sigma beside mu in .* NaN or infinity"),
-        ({"mu_s": np.full(2023, np.inf)}, "sigma_s beside mu_s in .* NaN or infinity"),
-        ({"mu": np.full(2048, "text")}, "makes no statistics .*<U4"),
+        ({"mu": np.full(20, np.nan)}, "sigma beside mu in .*NaN or infinity"),
+        ({"mu_s": np.full(10, np.inf)}, "sigma_s beside mu_s in .*NaN or infinity"),
+        ({"mu": np.full(20, "text")}, "makes no statistics .*<U4"),
         ({"sigma": None}, "sigma beside mu in .* is missing"),
-        ({"sigma": np.triu(np.ones((2048, 2048)))}, "not symmetric"),
-        ({"sigma": -np.eye(2048)}, "negative eigenvalues"),
+        ({"sigma": np.triu(np.ones((20, 20)))}, "not symmetric"),
+        ({"sigma": -np.eye(20)}, "negative eigenvalues"),
         ({"mu": np.zeros(9), "sigma": np.eye(9)}, "statistics of 9 Inception features"),
         ({"mu_s": np.zeros(9), "sigma_s": np.eye(9)}, "mu_s in .* is of 9 features"),
         ({"mu_s": None}, "spatial_frechet needs spatial features"),
@@ -372,11 +372,13 @@ def test_adms_reference_file(tmp_path, images):
         ({"arr_0": np.zeros((3, 32, 32, 3), np.uint8)}, "the reference has 3 images"),
     ],
 )
-def test_a_bad_reference_is_refused_before_images_are_judged(tmp_path, changes, sentence):
+def test_a_bad_reference_is_refused_before_images_are_judged(tmp_path, monkeypatch, changes, sentence):
+    monkeypatch.setattr("repae_lite.evaluation.evaluate.WIDTHS", {"pooled": 20, "spatial": 10})
+
     class Judge:
         name, side = "inception-that-must-not-run", None
 
-    arrays = {"mu": np.zeros(2048), "sigma": np.eye(2048), "mu_s": np.zeros(2023), "sigma_s": np.eye(2023)}
+    arrays = {"mu": np.zeros(20), "sigma": np.eye(20), "mu_s": np.zeros(10), "sigma_s": np.eye(10)}
     arrays |= {"arr_0": np.zeros((8, 32, 32, 3), np.uint8)} | changes
     path = _saved(tmp_path / "adm.npz", **{name: x for name, x in arrays.items() if x is not None})
     with pytest.raises(ValueError, match=sentence):
