@@ -144,7 +144,7 @@ def run(args: argparse.Namespace) -> None:
         write_text(output, json.dumps(result, indent=1) + "\n")
     inception = args.judge == "inception"
     titles = {name: title for name, title in SHOWN.items() if inception or "frechet" not in name}
-    for name, value in found.metrics.items():
+    for name, value in result["metrics"].items():
         print(f"{titles.get(name, name)}  {value:.6g}")
     print(f"effective dimensions  {result['latents']['effective_dimensions']:.6g}")
     print(protocol_line(result["protocol"]))

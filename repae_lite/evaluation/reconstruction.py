@@ -77,7 +77,7 @@ class Reconstruction:
     Attributes:
         metrics: "reconstruction_frechet" (rFID if the judge is Inception), "reconstruction_spatial_frechet"
             where the judge has spatial features, "psnr" (dB), "ssim", and a perceptual distance under the
-            name in `PERCEPTUAL`, means over images; of `latents` those in `OF_LATENTS`.
+            name in `PERCEPTUAL`; the last three are means over images.
         unchanged: images that came back to the bit; PSNR, infinite there, is the mean over the others.
         content: SHA-256 of the originals' pixels (N, H, W, 3), in order.
         count: images.
@@ -269,10 +269,8 @@ def reconstruct(
     if unchanged < count:
         found["psnr"] = found["psnr"][changed]
     metrics |= {name: values.mean().item() for name, values in found.items()}
-    shown, z = torch.cat(pairs, dim=1), torch.cat(latents)
-    structure = latent_structure(z)
-    metrics |= {name: structure[name] for name in OF_LATENTS}
-    return Reconstruction(metrics, unchanged, digest.hexdigest(), count, side, shown, z)
+    shown = torch.cat(pairs, dim=1)
+    return Reconstruction(metrics, unchanged, digest.hexdigest(), count, side, shown, torch.cat(latents))
 
 
 def _through(vae: AutoencoderKL, x: Tensor, settings: Reconstructing, first: int) -> tuple[Tensor, Tensor]:
@@ -304,7 +302,7 @@ def result_of(
 ) -> dict:
     """A result as JSON values, in the layout of `repae evaluate`: metrics, protocol with its hash, the VAE.
 
-    Results of the same images, networks and settings have the same hash, whatever the VAE.
+    The metrics are the reconstruction's and those of its latents in `OF_LATENTS`. Results of the same images, networks and settings have the same hash, whatever the VAE.
 
     Args:
         found: what came of it.
@@ -314,10 +312,12 @@ def result_of(
         judge: whose weights are recorded by their hash, as those of ...
         perceptual: ... the perceptual distance.
     """
+    structure = latent_structure(found.latents)
+    metrics = found.metrics | {name: structure[name] for name in OF_LATENTS}
     record = asdict(settings) | {
         "kind": "reconstruction",
         "seed": settings.seed if settings.posterior == "sample" else None,
-        "metrics": list(found.metrics),
+        "metrics": list(metrics),
         "judge_weights": vae_fingerprint(judge)[:16],
         "perceptual": PERCEPTUAL[settings.judge][1],
         "perceptual_weights": vae_fingerprint(perceptual)[:16],
@@ -329,7 +329,7 @@ def result_of(
         "precision": "float32 networks, float64 statistics and means",
     }
     content = {
-        "metrics": found.metrics,
+        "metrics": metrics,
         "unchanged": found.unchanged,
         "protocol": {"name": f"reconstruction-{settings.judge}"} | record | {"hash": hash_of(record)},
         "vae": {"source": source, "weights": vae_fingerprint(vae)[:16]},
