@@ -302,7 +302,8 @@ def result_of(
 ) -> dict:
     """A result as JSON values, in the layout of `repae evaluate`: metrics, protocol with its hash, the VAE.
 
-    The metrics are the reconstruction's and those of its latents in `OF_LATENTS`. Results of the same images, networks and settings have the same hash, whatever the VAE.
+    The metrics are the reconstruction's and those of its latents in `OF_LATENTS`. Results of the same
+    images, networks and settings have the same hash, whatever the VAE.
 
     Args:
         found: what came of it.
