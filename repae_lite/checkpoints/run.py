@@ -68,16 +68,18 @@ def load_run(
     _check_decodes(sit, decoder, found.path, vae_source, own)
     path = found.path
     number = next((int(name) for name in (path.stem, path.parent.name) if name.isdecimal()), None)
+    name = _name(source, path)
     return Run(
         sit,
         decoder,
-        _name(source, path),
+        name,
         number,
         found.options,
         {
             "weights": "ema" if ema else "raw",
             "sit": vae_fingerprint(sit)[:16],
             "vae": vae_fingerprint(decoder)[:16],
+            "run": name,
             "step": number,
             "enc_type": found.options.get("enc_type"),
         },

@@ -69,7 +69,13 @@ def run(args: argparse.Namespace) -> None:
     """Judges, prints the numbers with their protocol, and writes the result."""
     from repae_lite.commands.rows import read_row
     from repae_lite.data.samples import ImageStream
-    from repae_lite.evaluation.evaluate import evaluate, load_judges, load_reference, result_of
+    from repae_lite.evaluation.evaluate import (
+        check_samples,
+        evaluate,
+        load_judges,
+        load_reference,
+        result_of,
+    )
     from repae_lite.evaluation.features import features_of
     from repae_lite.evaluation.protocols import load_protocol
     from repae_lite.evaluation.results import table
@@ -88,6 +94,8 @@ def run(args: argparse.Namespace) -> None:
     drawn = None if args.foreign else _manifest(manifest, samples)
     if drawn is not None:
         protocol = protocol.with_sampling(drawn["sampling"])
+    stream = ImageStream(samples)
+    check_samples(stream.count, protocol)
     if args.reference is None and protocol.judge != "tiny":
         raise ValueError("the protocol needs a reference: give --reference FILE")
     row = read_row(args.preset) if args.preset else None
@@ -98,8 +106,8 @@ def run(args: argparse.Namespace) -> None:
         "progress": True,
     }
     source = args.reference or data_small_dir() / "eval" / "images.h5"
-    reference = load_reference(source, judge, **options)
-    features = features_of(ImageStream(samples), judge, label="samples", **options)
+    reference = load_reference(source, judge, protocol=protocol, side=stream.side, **options)
+    features = features_of(stream, judge, label="samples", **options)
     teacher = (drawn or {}).get("enc_type") or (row and row.preset and row.preset.options.get("enc_type"))
     result = result_of(
         evaluate(features, reference, protocol),

@@ -10,7 +10,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from repae_lite.commands.shared_flags import DEVICE
+from repae_lite.commands.shared_flags import DEVICE, RUN
 
 EPILOG = """Labels decide much: with balanced ones the released SiT on E2E-VA-VAE has an FID of 1.69, with
 random ones 1.83 (paper, Table 9 and its first version). Space: 9.8 GB for 50,000 images of 256 pixels, twice
@@ -28,25 +28,7 @@ SAID = {  # field of `Sampling`: flag
 }
 FLAGS = {
     "what is sampled from": {
-        "--exp-path": {
-            "required": True,
-            "metavar": "SOURCE",
-            "help": "a run folder, official or ours, or a Hub id, as in REPA-E/sit-repae-sdvae",
-        },
-        "--train-steps": {
-            "type": int,
-            "metavar": "N",
-            "help": "the checkpoint at this step (default: the last)",
-        },
-        "--ema": {
-            "action": argparse.BooleanOptionalAction,
-            "default": True,
-            "help": "the averaged SiT, as officially (default), or the trained one itself",
-        },
-        "--vae-ckpt": {
-            "metavar": "SOURCE",
-            "help": "of a run on a frozen VAE: that VAE (default: the one that its options name)",
-        },
+        **RUN,
         "--num-classes": {
             "type": int,
             "metavar": "N",
@@ -135,6 +117,7 @@ def run(args: argparse.Namespace) -> None:
     import numpy as np
     import torch
 
+    from repae_lite import __version__
     from repae_lite.checkpoints.run import load_run
     from repae_lite.data.samples import check_same
     from repae_lite.evaluation.generate import Sampling, first_images, generate, manifest_of
@@ -171,6 +154,7 @@ def run(args: argparse.Namespace) -> None:
         "device": torch.device(device).type,
         "tf32": args.tf32,
         "torch": torch.__version__,
+        "repae_lite": __version__,
     }
     first = process_rank() == 0
     manifest = manifest_of(sampling, batch=args.pproc_batch_size, about=about)

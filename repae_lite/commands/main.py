@@ -35,6 +35,7 @@ COMMANDS = (  # "cache-latents" is cache_latents.py
     "train-vae",
     "generate",
     "evaluate",
+    "probe",
     "compare",
     "reproduce",
 )

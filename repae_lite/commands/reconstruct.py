@@ -142,8 +142,10 @@ def run(args: argparse.Namespace) -> None:
     with writing(output.parent):
         save_grid(output.with_suffix(".png"), picture(found.pairs, maps)[None])
         write_text(output, json.dumps(result, indent=1) + "\n")
-    titles = SHOWN if args.judge == "inception" else {"psnr": "PSNR", "ssim": "SSIM"}
-    for name, value in found.metrics.items():
+    inception = args.judge == "inception"
+    titles = {name: title for name, title in SHOWN.items() if inception or "frechet" not in name}
+    for name, value in result["metrics"].items():
         print(f"{titles.get(name, name)}  {value:.6g}")
+    print(f"effective dimensions  {result['latents']['effective_dimensions']:.6g}")
     print(protocol_line(result["protocol"]))
     print(f"written to {output}, with a picture in {output.stem}.png")

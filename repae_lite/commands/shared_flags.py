@@ -1,5 +1,7 @@
 """Flags that several commands have, with the same meaning."""
 
+import argparse
+
 VAE = {
     "--vae-ckpt-path --vae-ckpt": {
         "required": True,
@@ -15,6 +17,27 @@ VAE = {
         "type": int,
         "metavar": "N",
         "help": "of a run folder the checkpoint at this step (default: the last)",
+    },
+}
+RUN = {
+    "--exp-path": {
+        "required": True,
+        "metavar": "SOURCE",
+        "help": "a run folder, official or ours, or a Hub id, as in REPA-E/sit-repae-sdvae",
+    },
+    "--train-steps": {
+        "type": int,
+        "metavar": "N",
+        "help": "the checkpoint at this step (default: the last)",
+    },
+    "--ema": {
+        "action": argparse.BooleanOptionalAction,
+        "default": True,
+        "help": "the averaged SiT, as officially (default), or the trained one itself",
+    },
+    "--vae-ckpt": {
+        "metavar": "SOURCE",
+        "help": "of a run on a frozen VAE: that VAE (default: the one that its options name)",
     },
 }
 DEVICE = {

@@ -16,6 +16,11 @@ from repae_lite.utils.configs import checked_config
 from repae_lite.utils.yaml_files import converted, read_yaml
 
 METRICS = ("frechet", "spatial_frechet", "inception_score", "precision", "recall", "kernel_distance")
+BY_JUDGE = {  # what each can measure
+    "inception": METRICS,
+    "inception-random": METRICS,
+    "tiny": tuple(name for name in METRICS if name != "spatial_frechet"),  # it has no spatial features
+}
 DINO = "frechet_dinov2"  # on request only: it needs a network of its own, see `DinoFeatures`
 PRECISION = "float32 features, float64 statistics"
 
@@ -26,7 +31,7 @@ class Protocol(Drawing):
 
     Attributes:
         judge: the network that features come from, see `repae_lite.evaluation.features.load_judge`.
-        metrics: which of `METRICS` are computed, and perhaps `DINO`.
+        metrics: which of `METRICS` are computed, as far as the judge can, and perhaps `DINO`.
         reference: SHA-256 of the reference (its first digits are enough); None takes any, and records which.
         neighbours: of precision and recall.
         chunk: images of a chunk of the Inception Score.
@@ -44,9 +49,14 @@ class Protocol(Drawing):
 
     def __post_init__(self):
         super().__post_init__()
-        unknown = [name for name in self.metrics if name not in (*METRICS, DINO)]
-        if unknown or not self.metrics:
-            raise ValueError(f"metrics are {list(self.metrics)}: choose among {', '.join((*METRICS, DINO))}")
+        if self.judge not in BY_JUDGE:
+            raise ValueError(f"judge is {self.judge!r}: choose inception or tiny")
+        known = (*BY_JUDGE[self.judge], DINO)
+        if not self.metrics or not set(self.metrics) <= set(known):
+            raise ValueError(
+                f"metrics are {list(self.metrics)}: choose among {', '.join(known)}, which the judge "
+                f"{self.judge} has"
+            )
         for name in ("neighbours", "chunk"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: give at least 1")
@@ -102,13 +112,15 @@ PROTOCOLS = {
         count=2000,
         to_uint8="round",
         judge="tiny",
-        metrics=("frechet", "inception_score", "precision", "recall", "kernel_distance"),
+        metrics=BY_JUDGE["tiny"],
     ),
 }
 
 
 def load_protocol(name: str) -> Protocol:
     """A protocol by its name, or from a YAML file of the fields of `Protocol`.
+
+    A file without metrics gets all that its judge can measure.
 
     Raises:
         ValueError, FileNotFoundError: an unknown name, or a file that is none.
@@ -127,6 +139,7 @@ def load_protocol(name: str) -> Protocol:
         if key != "metrics":
             kind = str if kinds[key] == str | None else kinds[key]
             values[key] = converted(value, kind, f"{key} in the protocol {path}")
+    values.setdefault("metrics", BY_JUDGE.get(values.get("judge"), METRICS))
     return checked_config(Protocol, values, path)
 
 

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from repae_lite.data.datasets import ImageFolderDataset, ImageH5Dataset, open_dataset, read_batches
 from repae_lite.data.latents import vae_fingerprint
-from repae_lite.evaluation.metrics import StreamingStats, frechet_distance, psnr, ssim
+from repae_lite.evaluation.metrics import StreamingStats, frechet_distance, latent_structure, psnr, ssim
 from repae_lite.evaluation.protocols import hash_of
 from repae_lite.evaluation.results import result
 from repae_lite.method.losses import LPIPSLoss, TinyPerceptualLoss
@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 CHUNK = 16  # images in the networks at once; a constant, so that no number depends on a setting
 SHOWN = 8  # images of a picture
 LATENTS = 1000  # latents that are kept
+OF_LATENTS = ("spatial_variance", "total_variation")  # measured as in Table 10, see `latent_structure`
 POSTERIORS = ("mode", "sample")
 PERCEPTUAL = {  # by judge: the metric's name, and what it is
     "inception": ("lpips", "VGG-16 with the linear weights of lpips, images in [-1, 1]"),
@@ -301,7 +302,8 @@ def result_of(
 ) -> dict:
     """A result as JSON values, in the layout of `repae evaluate`: metrics, protocol with its hash, the VAE.
 
-    Results of the same images, networks and settings have the same hash, whatever the VAE.
+    The metrics are the reconstruction's and those of its latents in `OF_LATENTS`. Results of the same
+    images, networks and settings have the same hash, whatever the VAE.
 
     Args:
         found: what came of it.
@@ -311,10 +313,12 @@ def result_of(
         judge: whose weights are recorded by their hash, as those of ...
         perceptual: ... the perceptual distance.
     """
+    structure = latent_structure(found.latents)
+    metrics = found.metrics | {name: structure[name] for name in OF_LATENTS}
     record = asdict(settings) | {
         "kind": "reconstruction",
         "seed": settings.seed if settings.posterior == "sample" else None,
-        "metrics": list(found.metrics),
+        "metrics": list(metrics),
         "judge_weights": vae_fingerprint(judge)[:16],
         "perceptual": PERCEPTUAL[settings.judge][1],
         "perceptual_weights": vae_fingerprint(perceptual)[:16],
@@ -326,7 +330,7 @@ def result_of(
         "precision": "float32 networks, float64 statistics and means",
     }
     content = {
-        "metrics": found.metrics,
+        "metrics": metrics,
         "unchanged": found.unchanged,
         "protocol": {"name": f"reconstruction-{settings.judge}"} | record | {"hash": hash_of(record)},
         "vae": {"source": source, "weights": vae_fingerprint(vae)[:16]},

@@ -4,6 +4,7 @@ REPA (arXiv 2410.06940) section 3 measures alignment by CKNNA and a linear probe
 structure of latents. Taught in `notebooks/00_map.ipynb` and `notebooks/04_stop_gradient.ipynb`.
 """
 
+import hashlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -12,9 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
+from repae_lite.data.latents import vae_fingerprint
 from repae_lite.evaluation.metrics import cknna, effective_dimensions, latent_structure, linear_probe
+from repae_lite.evaluation.protocols import hash_of
 from repae_lite.evaluation.reconstruction import CHUNK, image_chunks
+from repae_lite.evaluation.results import result
 from repae_lite.method.interpolant import Interpolant, interpolate
+from repae_lite.networks.encoders import VisionEncoder
 from repae_lite.networks.sit import SiT
 from repae_lite.networks.vae import AutoencoderKL
 from repae_lite.utils.pixels import to_unit_range
@@ -33,11 +38,13 @@ class Probed(NamedTuple):
         z: posterior means (N, C, h, w), on the VAE's scale.
         labels: classes (N,).
         target: the encoder's features, averaged over tokens (N, D).
+        content: SHA-256 of the images' pixels (N, H, W, 3) and labels, in order.
     """
 
     z: Tensor
     labels: Tensor
     target: Tensor
+    content: str
 
 
 @torch.no_grad()
@@ -60,12 +67,13 @@ def probe_images(
     """
     if not len(indices):
         raise ValueError("no images are given: name at least one")
-    vae, encoder, parts = vae.to(device), encoder.to(device), []
+    vae, encoder, parts, digest = vae.to(device), encoder.to(device), [], hashlib.sha256()
     for images, labels in image_chunks(Subset(dataset, indices)):
+        digest.update(images.permute(0, 2, 3, 1).contiguous().numpy().tobytes() + labels.numpy().tobytes())
         images = images.to(device)
         z = vae.encode(to_unit_range(images)).mode()
         parts.append((z.cpu(), labels, encoder(images).mean(dim=1).cpu()))
-    return Probed(*(torch.cat(part) for part in zip(*parts, strict=True)))
+    return Probed(*(torch.cat(part) for part in zip(*parts, strict=True)), digest.hexdigest())
 
 
 @torch.no_grad()
@@ -181,6 +189,45 @@ def representation_table(
                 accuracy = linear_probe(fitted[layer], train.labels, features, test.labels)
                 rows.append({"layer": layer, "t": t, "cknna": aligned, "linear_probe": accuracy})
     return rows
+
+
+def probe_result(
+    rows: Sequence[dict[str, float]],
+    train: Probed,
+    test: Probed,
+    *,
+    encoder: VisionEncoder,
+    run: dict,
+    **settings: object,
+) -> dict:
+    """A result as JSON values, in the layout of `repae evaluate`.
+
+    Its metrics are the largest of the table, each over all layers and noise levels.
+
+    Args:
+        rows: of `representation_table`, of ...
+        train: ... these and ...
+        test: ... these images.
+        encoder: that `Probed.target` is of.
+        run: where the SiT comes from.
+        settings: of the table.
+    """
+    numbers = {f"largest_{name}": max(row[name] for row in rows) for name in ("cknna", "linear_probe")}
+    record = settings | {
+        "kind": "representations",
+        "metrics": list(numbers),
+        "layers": sorted({row["layer"] for row in rows}),
+        "noise_levels": sorted({row["t"] for row in rows}),
+        "encoder": encoder.name,
+        "encoder_weights": vae_fingerprint(encoder)[:16],
+        "reference": hashlib.sha256((train.content + test.content).encode()).hexdigest()[:16],
+        "fitted_images": len(train.z),
+        "tested_images": len(test.z),
+        "label": "null class",
+        "precision": "float32 networks, float64 measures",
+    }
+    protocol = {"name": "representations"} | record | {"hash": hash_of(record)}
+    return result({"metrics": numbers, "protocol": protocol, "run": run, "table": list(rows)})
 
 
 # ---------------------------------------------------------------- latents

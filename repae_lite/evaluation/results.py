@@ -31,6 +31,8 @@ SHOWN = {
     "psnr": "PSNR",
     "ssim": "SSIM",
     "lpips": "LPIPS",
+    "spatial_variance": "spatial variance",
+    "total_variation": "total variation",
 }
 
 
@@ -102,7 +104,7 @@ def table(results: dict[str, dict], published: Sequence[Expected] = ()) -> str:
             others a line each.
     """
     one = next(iter(results.values()))
-    protocol, inception = one["protocol"], one["protocol"]["judge"] == "inception"
+    protocol, inception = one["protocol"], one["protocol"].get("judge") == "inception"
     titles = [SHOWN.get(name, name) if inception else name for name in one["metrics"]]
     rows = [["", *titles]]
     rows += [[name, *(f"{value:.4g}" for value in r["metrics"].values())] for name, r in results.items()]
@@ -167,6 +169,8 @@ def protocol_line(protocol: dict) -> str:
     """A protocol's record in one line."""
     if protocol.get("kind") == "reconstruction":
         return _reconstruction_line(protocol)
+    if protocol.get("kind") == "representations":
+        return _representations_line(protocol)
     guidance = _guidance(*(protocol[name] for name in GUIDANCE))
     sampler = "SDE" if protocol["mode"] == "sde" else f"ODE ({protocol['solver']})"
     dino = ""
@@ -194,4 +198,16 @@ def _reconstruction_line(protocol: dict) -> str:
         f"protocol {p['name']} ({p['hash']}): {p['count']:,} images of {p['side']} pixels against themselves "
         f"({p['reference']}), posterior {p['posterior']}{seed}, {p['to_uint8']}; judge {p['judge']} "
         f"{p['judge_weights']}, perceptual distance: {p['perceptual']}"
+    )
+
+
+def _representations_line(protocol: dict) -> str:
+    """The protocol of a result of `repae probe` in one line."""
+    p = protocol
+    layers, times = (", ".join(map(str, p[name])) for name in ("layers", "noise_levels"))
+    return (
+        f"protocol {p['name']} ({p['hash']}): CKNNA of {p['images']:,} images with {p['encoder']} "
+        f"{p['encoder_weights']}, {p['k']} neighbours; probe fitted to {p['fitted_images']:,} images and "
+        f"tested on {p['tested_images']:,} others ({p['reference']}); layers {layers}; t {times}; seed "
+        f"{p['seed']}"
     )

@@ -175,11 +175,14 @@ class RunLog:
             losses = ", ".join(f"{name} {value}" for name, value in shown.items())
             logger.info(f"step {step} of {self.last}, {self._speed():.3g} steps/s, {losses}")
 
-    def add(self, step: int, record: dict[str, float]) -> None:
+    def add(self, step: int, record: dict[str, float | str]) -> None:
         """Something more was measured after this step."""
         if self.main:
             self.folder.log({"step": step, **record})
-            shown = ", ".join(f"{name} {value:.4g}" for name, value in record.items())
+            shown = ", ".join(
+                f"{name} {value if isinstance(value, str) else f'{value:.4g}'}"
+                for name, value in record.items()
+            )
             logger.info(f"step {step}: {shown}")
         self._track(self.accelerator.log, record, step=step)
 

@@ -266,6 +266,7 @@ class Trainer:
         options, text = folder.path / "args.json", json.dumps(self._args(), indent=2) + "\n"
         if own:
             folder.cut_metrics(step)
+            self._tell_other_protocol()
         else:
             for path in (folder.metrics_path, options):
                 if path.exists() and path.read_bytes() not in (b"", text.encode()):
@@ -275,6 +276,19 @@ class Trainer:
                     set_aside(path, "is not of this start")
         if not own or not options.exists():
             write_text(options, text)
+
+    def _tell_other_protocol(self) -> None:
+        """Warns if the run was judged by another protocol until now."""
+        if not self.judge or not self.folder.metrics_path.exists():
+            return
+        now, keys = self._eval_protocol(), ("eval_protocol", "eval_protocol_hash")
+        judged = [line for line in self.folder.metrics() if keys[1] in line]
+        if judged and judged[-1][keys[1]] != now[keys[1]]:
+            then, now = (" ".join(str(values.get(key)) for key in keys) for values in (judged[-1], now))
+            logger.warning(
+                f"{self.folder.metrics_path} has evaluations by protocol {then}, and from here on by {now}: "
+                "compare only numbers of one eval_protocol_hash"
+            )
 
     def _steps(self, log: RunLog, caught: list[int]) -> Finding | None:
         """Steps until the end, a signal or a finding."""
@@ -555,13 +569,17 @@ class Trainer:
 
     @together()
     @torch.no_grad()
-    def _evaluate(self) -> dict[str, float]:
-        """Metrics of the moving average's samples by the run's protocol."""
+    def _evaluate(self) -> dict[str, float | str]:
+        """Metrics of the moving average's samples by the run's protocol, and which that is."""
         state, training = self.state, self.state.vae.training
         state.vae.eval()
         found = self.judge(state.ema, state.vae, seed=self.config.seed, path_type=self.config.path_type)
         state.vae.train(training)
-        return {f"eval_{name}": value for name, value in found.items()}
+        return {f"eval_{name}": value for name, value in found.items()} | self._eval_protocol()
+
+    def _eval_protocol(self) -> dict[str, str]:
+        name = Path(self.config.eval_protocol).stem
+        return {"eval_protocol": name, "eval_protocol_hash": self.judge.record["hash"]}
 
     def _sample(self) -> None:
         """Draws a grid of the moving average's samples, or of a lone VAE's reconstructions."""

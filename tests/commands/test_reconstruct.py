@@ -8,6 +8,7 @@ from PIL import Image
 
 from repae_lite.commands.main import main
 from repae_lite.data.datasets import load_embedded
+from repae_lite.evaluation.reconstruction import OF_LATENTS
 from repae_lite.utils.files import data_small_dir
 
 
@@ -34,12 +35,16 @@ def test_numbers_protocol_and_picture(folder, tmp_path, capsys):
     paths = [tmp_path / "deeper" / name for name in ("h5.json", "folder.json")]
     code, said = give(capsys, paths[0], data_small_dir() / "eval", "--limit=20", "--resolution=32")
     assert code == 0 and "PSNR  2" in said.out and "rFID" not in said.out  # of another judge than Inception
+    assert all(
+        f"\n{name}  " in said.out for name in ("spatial variance", "total variation", "effective dimensions")
+    )
     assert (
         give(capsys, paths[1], folder, "--resolution=32", "--pproc-batch-size=3", "--num-workers=1")[0] == 0
     )
     one, other = (json.loads(path.read_text()) for path in paths)
     assert one == other  # the same images, read in another way
     assert one["protocol"]["hash"] in said.out and one["protocol"]["count"] == 20
+    assert {k: one["latents"][k] for k in OF_LATENTS}.items() <= one["metrics"].items()
     assert one["latents"]["images"] == 20 and len(one["latents"]["power"]) == 5
     drawn = np.asarray(Image.open(paths[0].with_suffix(".png")))
     assert drawn.shape == (96, 256, 3)

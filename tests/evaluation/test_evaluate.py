@@ -16,7 +16,7 @@ from repae_lite import load_sit, load_vae
 from repae_lite.commands.main import main
 from repae_lite.data.datasets import load_embedded
 from repae_lite.data.samples import ImageStream
-from repae_lite.evaluation.evaluate import Reference, RunJudge, evaluate, load_reference
+from repae_lite.evaluation.evaluate import Reference, RunJudge, evaluate, load_reference, result_of
 from repae_lite.evaluation.features import Features, features_of, load_judge
 from repae_lite.evaluation.metrics import (
     feature_stats,
@@ -28,6 +28,7 @@ from repae_lite.evaluation.metrics import (
 )
 from repae_lite.evaluation.protocols import PROTOCOLS, Protocol, load_protocol
 from repae_lite.evaluation.reconstruction import open_originals
+from repae_lite.evaluation.results import table
 from repae_lite.evaluation.self_test import checks
 from repae_lite.utils.files import data_small_dir
 
@@ -276,8 +277,20 @@ def test_random_and_balanced_labels_are_two_protocols():
     assert records[0]["hash"] != records[1]["hash"]
     with pytest.raises(ValueError, match="unknown protocol 'adm'"):
         load_protocol("adm")
-    with pytest.raises(ValueError, match="metrics are"):
-        Protocol(metrics=("fid",))
+    for changes in ({"metrics": ("fid",)}, {"judge": "tiny"}):
+        with pytest.raises(ValueError, match="metrics are"):
+            Protocol(**changes)
+
+
+def test_a_protocol_file_without_metrics_has_those_of_its_judge(tmp_path):
+    path = tmp_path / "short.yaml"
+    path.write_text("judge: tiny\ncount: 40\n")
+    assert load_protocol(str(path)).metrics == TINY.metrics
+    path.write_text("count: 40\n")
+    assert load_protocol(str(path)).metrics == Protocol().metrics
+    path.write_text("judge: vgg\n")
+    with pytest.raises(ValueError, match="judge is 'vgg': choose"):
+        load_protocol(str(path))
 
 
 def _features(count: int, side: int = 32, contrast: float = 60.0) -> Features:
@@ -315,6 +328,10 @@ def test_what_does_not_fit_together_is_refused(samples, reference, changes, sent
 def test_samples_of_another_contrast_are_told(caplog):
     evaluate(_features(40, contrast=20.0), _reference(), Protocol(count=40, metrics=("frechet",)))
     assert "brought back to the VAE's scale" in caplog.text
+    judge = load_judge("tiny")
+    given = {"name": "x", "samples": _features(40, contrast=20.0), "judge": judge, "manifest": None}
+    found = result_of({"frechet": 1.0}, Protocol(count=40), reference=_reference(), **given)
+    assert "vary by 20.0 grey levels and the reference's by 60.0" in table({"x": found})
 
 
 def test_adms_reference_file(tmp_path, images):
@@ -335,6 +352,37 @@ def test_adms_reference_file(tmp_path, images):
         load_reference(path, load_judge("tiny"))
     bare = _saved(tmp_path / "bare.npz", **{name: x.numpy() for name, x in arrays.items()})
     assert load_reference(bare, judge).features is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"mu": np.full(20, np.nan)}, "sigma beside mu in .*NaN or infinity"),
+        ({"mu_s": np.full(10, np.inf)}, "sigma_s beside mu_s in .*NaN or infinity"),
+        ({"mu": np.full(20, "text")}, "makes no statistics .*<U4"),
+        ({"sigma": None}, "sigma beside mu in .* is missing"),
+        ({"sigma": np.triu(np.ones((20, 20)))}, "not symmetric"),
+        ({"sigma": -np.eye(20)}, "negative eigenvalues"),
+        ({"mu": np.zeros(9), "sigma": np.eye(9)}, "statistics of 9 Inception features"),
+        ({"mu_s": np.zeros(9), "sigma_s": np.eye(9)}, "mu_s in .* is of 9 features"),
+        ({"mu_s": None}, "spatial_frechet needs spatial features"),
+        ({"arr_0": None}, "need images in the reference"),
+        ({"arr_0": np.zeros((8, 64, 64, 3), np.uint8)}, "32 pixels and the reference has 64"),
+        ({"arr_0": np.zeros((8, 32, 32, 3), np.float32)}, "images are uint8"),
+        ({"arr_0": np.zeros((3, 32, 32, 3), np.uint8)}, "the reference has 3 images"),
+    ],
+)
+def test_a_bad_reference_is_refused_before_images_are_judged(tmp_path, monkeypatch, changes, sentence):
+    monkeypatch.setattr("repae_lite.evaluation.evaluate.WIDTHS", {"pooled": 20, "spatial": 10})
+
+    class Judge:
+        name, side = "inception-that-must-not-run", None
+
+    arrays = {"mu": np.zeros(20), "sigma": np.eye(20), "mu_s": np.zeros(10), "sigma_s": np.eye(10)}
+    arrays |= {"arr_0": np.zeros((8, 32, 32, 3), np.uint8)} | changes
+    path = _saved(tmp_path / "adm.npz", **{name: x for name, x in arrays.items() if x is not None})
+    with pytest.raises(ValueError, match=sentence):
+        load_reference(path, Judge(), protocol=Protocol(), side=32)
 
 
 def _saved(path, **arrays):
@@ -422,15 +470,20 @@ def test_names_keep_their_dots_and_results_of_one_name_both_stand(
     assert str(one) in shown and str(other) in shown
 
 
-def test_a_run_is_judged_while_it_trains(tmp_path):
+def test_a_run_is_judged_while_it_trains(tmp_path, caplog):
     changes = {"eval_every": 3, "eval_samples": 20, "eval_protocol": "tiny"}
     folder = run(tmp_path, "judged", **changes)
     found = {line["step"]: line for line in folder.metrics() if "eval_frechet" in line}
     assert sorted(found) == [3, 6]
     sit, vae = load_sit(folder.path), load_vae(folder.path)
     protocol = replace(TINY, count=20)
-    again = RunJudge(protocol, None, torch.device("cpu"))(sit, vae, seed=0, path_type="linear")
+    judge = RunJudge(protocol, None, torch.device("cpu"))
+    again = judge(sit, vae, seed=0, path_type="linear")
+    said = {"eval_protocol": "tiny", "eval_protocol_hash": judge.record["hash"]}
+    assert said.items() <= found[6].items()
     assert math.isclose(again["frechet"], found[6]["eval_frechet"], rel_tol=1e-3)
     plain = run(tmp_path, "plain")  # judging draws nothing that training would have drawn
     for name, tensor in weights(plain).items():
         assert torch.equal(tensor, weights(folder)[name])
+    run(tmp_path, "judged", **changes | {"max_train_steps": 7, "eval_samples": 10}, resume="latest")
+    assert f"evaluations by protocol tiny {said['eval_protocol_hash']}, and from here on by" in caplog.text

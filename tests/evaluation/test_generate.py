@@ -1,5 +1,6 @@
 """`repae generate`: an image follows from seed and number, however often the work is cut and resumed."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -13,7 +14,7 @@ import torch
 from small_runs import run
 from torch import nn
 
-from repae_lite import load_sit, load_vae
+from repae_lite import __version__, load_sit, load_vae
 from repae_lite.checkpoints.run import load_run
 from repae_lite.commands.main import main
 from repae_lite.data.latents import vae_fingerprint
@@ -124,6 +125,31 @@ def test_the_file_is_adms_and_says_how_it_was_made(trained, tmp_path, capsys):
     assert "is there already" in capsys.readouterr().out
     assert main(words(trained, tmp_path, "--to-uint8", "truncate")) == 2
     assert "was made with to_uint8 'round' and not 'truncate'" in capsys.readouterr().err
+
+
+def test_an_official_run_folder_gives_the_same_images(trained, tmp_path):
+    official = tmp_path / "theirs"
+    (official / "checkpoints").mkdir(parents=True)
+    options = argparse.Namespace(model="tiny", vae="f8d4", num_classes=10, resolution=32, enc_type="tiny")
+    networks = {"model": load_sit(trained, ema=False), "ema": load_sit(trained), "vae": load_vae(trained)}
+    content = {name: network.state_dict() for name, network in networks.items()}
+    content |= {"opt": {}, "opt_vae": {}, "opt_disc": {}, "args": options, "steps": 4}
+    torch.save(content, official / "checkpoints" / "0000004.pt")
+    (official / "args.json").write_text(json.dumps(vars(options)))
+    for source in (trained, official):
+        for weights in ("--ema", "--no-ema"):
+            assert main(words(source, tmp_path / source.name / weights, weights)) == 0
+    drawn = {kind: the_npz(tmp_path / "theirs" / kind) for kind in ("--ema", "--no-ema")}
+    assert not np.array_equal(drawn["--ema"], drawn["--no-ema"])
+    for kind, images in drawn.items():
+        assert np.array_equal(images, the_npz(tmp_path / trained.name / kind))
+    manifest = json.loads((tmp_path / "theirs/--ema/theirs_0000004_cfg1.5-0.0-1.0.json").read_text())
+    assert {
+        "run": "theirs",
+        "step": 4,
+        "repae_lite": __version__,
+        "enc_type": "tiny",
+    }.items() <= manifest.items()
 
 
 def test_given_noise_becomes_images_that_are_denormalised_and_decoded_in_batches():
