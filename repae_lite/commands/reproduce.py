@@ -73,6 +73,12 @@ FLAGS = {
         },
         "--steps": {"type": int, "metavar": "N", "help": "train for fewer steps, to try it out"},
         "--samples": {"type": int, "metavar": "N", "help": "draw fewer images, to try it out"},
+        "--seed": {
+            "type": int,
+            "default": 0,
+            "metavar": "N",
+            "help": "of training and samples; give each its --folder (default: 0)",
+        },
         **DEVICE,
     },
     "instead of running": {
@@ -136,6 +142,7 @@ def _plan(args: argparse.Namespace, *, write: bool) -> "Plan":
         "processes": args.processes,
         "steps": args.steps,
         "samples": args.samples,
+        "seed": args.seed,
         "device": args.device or "auto",
     }
     if not write and not (folder / "plan.json").is_file():
@@ -241,6 +248,7 @@ def _execute(plan: "Plan", stage: "Stage", notebook: Path) -> None:
         "PROCESSES": plan.processes,
         "STEPS": plan.steps or 0,
         "SAMPLES": plan.samples or 0,
+        "SEED": plan.seed,
         "DEVICE": plan.device,
     }
     kernel, failure = KernelManager(kernel_name="python3"), []

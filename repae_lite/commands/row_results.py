@@ -76,6 +76,7 @@ class Begun:
     scale: Scale
     steps: int | None
     samples: int | None
+    seed: int
     files: dict[str, str]
 
 
@@ -301,7 +302,7 @@ def _obstacles(result: Result, plan: Plan) -> list[str]:
         found.append(f"it trained for {steps:,} steps, not {plan.total_steps(trained[-1]):,}")
     if samples:
         found.append(f"it drew {samples:,} images, fewer than its protocol")
-    ignored = {"max_train_steps", "checkpointing_steps"} if steps else set()
+    ignored = {"seed"} | ({"max_train_steps", "checkpointing_steps"} if steps else set())
     for each in trained:
         now = json.loads(json.dumps(plan.options(each)))
         then = result.options.get(each.name, {})

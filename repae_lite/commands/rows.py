@@ -223,6 +223,7 @@ class Plan:
         steps: training steps instead of the row's, to try it out.
         samples: images instead of the protocol's, to try it out: the numbers are then of no protocol that has
             a name.
+        seed: of training and of samples: several make a spread.
         device: "auto", "cpu", "cuda" or "mps".
     """
 
@@ -236,6 +237,7 @@ class Plan:
     processes: int = 1
     steps: int | None = None
     samples: int | None = None
+    seed: int = 0
     device: str = "auto"
 
     def __post_init__(self):
@@ -302,6 +304,7 @@ class Plan:
             "scale": self.scale,
             "steps": self.steps,
             "samples": self.samples,
+            "seed": self.seed,
             "files": files,
         }
 
@@ -339,7 +342,7 @@ class Plan:
             own |= getattr(row, self.scale)
         if self.steps:
             own |= {"max_train_steps": self.steps, "checkpointing_steps": self.steps}
-        return own | {"exp_name": row.name}
+        return own | {"exp_name": row.name} | ({"seed": self.seed} if self.seed else {})
 
     @cached_property
     def lineage(self) -> tuple[Row, ...]:
@@ -490,6 +493,7 @@ class Plan:
             if not source and self.row.released[1:]:  # a run on a frozen VAE has none of its own
                 words += ["--vae-ckpt", str(Path("pretrained") / self.row.released[1])]
             words += ["--protocol", self.protocol(entry.protocol), "--sample-dir", str(path.parent)]
+            words += ["--global-seed", str(self.seed)] if self.seed else []
             names = ("--cfg-scale", "--guidance-low", "--guidance-high")
             for name, value in zip(names, entry.guidance, strict=True):
                 words += [name, str(value)]
