@@ -482,7 +482,7 @@ def tables(results: dict[str, Result]) -> str:
         for expected in row.published:
             if _said(expected):
                 # what all numbers in a column have in common
-                place = -SCALES.index(expected.scale), expected.protocol, -pixels(row, expected.scale)
+                place = -SCALES.index(expected.scale), expected.protocol, pixels(row, expected.scale)
                 groups.setdefault((*place, expected.guidance), []).append((row, expected))
     lines = []
     for group in sorted(groups):
