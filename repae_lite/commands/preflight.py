@@ -155,7 +155,7 @@ def _room(plan: Plan, preset: Preset, missing: list[str]) -> list[str]:
         f"training: {wanted['steps']:,} steps of {wanted['batch']} images",
         f"memory: {wanted['device_memory'] / GIB:.2f} GiB for weights and optimisers, activations on top; "
         f"here: {names or 'no GPU'}",
-        f"disk: {wanted['disk'] / 1e9:.2f} GB with checkpoints, {there / 1e9:.2f} of them there; "
-        f"{(found['disk']['free'] - there) / 1e9:.0f} GB free",
+        f"disk: {wanted['disk'] / 1e9:.2f} GB with {wanted['checkpoints']} checkpoints, {there / 1e9:.2f} of "
+        f"them there; {(found['disk']['free'] - there) / 1e9:.0f} GB free",
         *fetched,
     ]

@@ -71,6 +71,11 @@ FLAGS = {
             "metavar": "N",
             "help": "of commands that can share their work, one per GPU (default: 1)",
         },
+        "--micro-batches": {
+            "type": int,
+            "metavar": "N",
+            "help": "cut every process's training batch into so many parts: less memory, the same step",
+        },
         "--steps": {"type": int, "metavar": "N", "help": "train for fewer steps, to try it out"},
         "--samples": {"type": int, "metavar": "N", "help": "draw fewer images, to try it out"},
         **DEVICE,
@@ -104,6 +109,10 @@ def run(args: argparse.Namespace) -> None:
     asked = [f"--{name.replace('_', '-')}" for name in others if getattr(args, name)]
     if len(asked) > 1:
         raise ValueError(f"{' and '.join(asked)} are different things: give one of them")
+    if args.row and (args.list or args.tables):
+        raise ValueError(f"{asked[0]} is about all rows: leave {args.row} out")
+    if args.emit and (args.first or args.last):
+        raise ValueError("--emit writes the whole row, passing over what is done: leave --from and --to out")
     if args.list:
         print("\n".join(_list()))
     elif args.tables:
@@ -137,12 +146,13 @@ def _plan(args: argparse.Namespace, *, write: bool) -> "Plan":
         "steps": args.steps,
         "samples": args.samples,
         "device": args.device or "auto",
+        "micro_batches": args.micro_batches,
     }
     if not write and not (folder / "plan.json").is_file():
         return Plan(row=read_row(args.row), scale=args.scale, folder=folder, **options)
-    for name in ("processes", "steps", "samples"):
+    for name in ("processes", "steps", "samples", "micro_batches"):
         if options[name] == 0:
-            raise ValueError(f"--{name} is 0: give at least 1")
+            raise ValueError(f"--{name.replace('_', '-')} is 0: give at least 1")
     return Plan.open(args.row, args.scale, folder, **options)
 
 
@@ -242,6 +252,7 @@ def _execute(plan: "Plan", stage: "Stage", notebook: Path) -> None:
         "STEPS": plan.steps or 0,
         "SAMPLES": plan.samples or 0,
         "DEVICE": plan.device,
+        "MICRO_BATCHES": plan.micro_batches or 0,
     }
     kernel, failure = KernelManager(kernel_name="python3"), []
     over = threading.Event()  # Thread.join, interrupted by a signal, takes the thread for ended (Python 3.11)
@@ -490,38 +501,47 @@ def _dry_run(plan: "Plan", stages: list["Stage"]) -> list[str]:
 
 def _needs(plan: "Plan") -> list[str]:
     """Inputs, disk, memory and time, in words."""
-    from dataclasses import replace
-
     from repae_lite.commands.machine import GIB, needs
-    from repae_lite.commands.presets import read_preset
+    from repae_lite.commands.preflight import preset_of
+    from repae_lite.commands.presets import presets_dir, read_preset
     from repae_lite.commands.row_results import cost, pixels
     from repae_lite.evaluation.protocols import load_protocol
 
     lines, disk, memory = [], 0, 0
-    for row in plan.lineage:
-        if row.preset:
-            scaled = row.preset if plan.scale == "full" else read_preset(plan.scale)
-            preset = replace(row.preset, options=plan.options(row), images=scaled.images)
-            wanted = needs(preset)
-            disk, memory = disk + wanted["disk"], max(memory, wanted["device_memory"])
-            lines.append(f"{row.name}: {wanted['steps']:,} steps of {wanted['batch']} images")
+    trained = [row for row in plan.lineage if row.preset]
+    for row in trained:
+        preset = preset_of(plan, row.name)
+        wanted = needs(preset)
+        disk, memory = disk + wanted["disk"], max(memory, wanted["device_memory"])
+        if row is not trained[0] and preset.config.data_dir != "embedded":  # all train on the same images
+            disk -= preset.images * 3 * plan.resolution**2
+        lines.append(
+            f"{row.name}: {wanted['steps']:,} steps of {wanted['batch']} images, up to "
+            f"{wanted['checkpoints']} checkpoints at once"
+        )
     for entry, _ in plan.draws:
         count = plan.samples or load_protocol(entry.protocol).count
         disk += 2 * count * 3 * pixels(plan.row, plan.scale) ** 2  # twice while the file is finished
-    released = [name for row in plan.lineage for name in row.released] if plan.scale != "tiny" else []
+    released = plan.lineage[0].released if plan.scale != "tiny" else ()
     given = {"images": plan.images, "validation": plan.validation, "reference": plan.reference}
     inputs = [f"{name} {path}" for name, path in given.items() if path]
-    inputs += [f"released {', '.join(dict.fromkeys(released))}"] if released else []
+    inputs += [f"released {', '.join(released)}"] if released else []
     lines.append(f"inputs: {'; '.join(inputs) or 'none given'}")
     lines.append(
-        f"disk: {disk / 1e9:.1f} GB (images, latents, three checkpoints, samples); device memory: "
+        f"disk: {disk / 1e9:.1f} GB (images, latents, checkpoints, samples); device memory: "
         f"{memory / GIB:.1f} GiB and activations, which grow with the images per process"
     )
     if plan.scale == "full":
         basis = f" ({plan.row.cost.basis})" if plan.row.cost else ""
         lines.append(f"cost: {cost(plan.row)}{basis}")
     else:
-        lines.append(
-            "cost: " + {"tiny": "minutes on two CPU cores", "mid": "an evening on one GPU"}[plan.scale]
-        )
+        each = {"tiny": "minutes on two CPU cores", "mid": "an evening on one GPU"}[plan.scale]
+        lines.append(f"cost: {each}" + f" for each of {len(trained)} trainings" * (len(trained) > 1))
+    if plan.scale == "mid" and trained:
+        cards = {path.stem.removeprefix("mid-"): path.stem for path in presets_dir().glob("mid-*gb.yaml")}
+        words = [
+            f"{read_preset(cards[card]).options['micro_batches']} for a card of {card.removesuffix('gb')} GB"
+            for card in sorted(cards, key=lambda name: (len(name), name))
+        ]
+        lines.append(f"--micro-batches by the GPU's memory, estimated: {', '.join(words)}")
     return lines

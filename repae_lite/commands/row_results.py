@@ -301,7 +301,7 @@ def _obstacles(result: Result, plan: Plan) -> list[str]:
         found.append(f"it trained for {steps:,} steps, not {plan.total_steps(trained[-1]):,}")
     if samples:
         found.append(f"it drew {samples:,} images, fewer than its protocol")
-    ignored = {"max_train_steps", "checkpointing_steps"} if steps else set()
+    ignored = {"micro_batches", *(("max_train_steps", "checkpointing_steps") if steps else ())}
     for each in trained:
         now = json.loads(json.dumps(plan.options(each)))
         then = result.options.get(each.name, {})

@@ -25,7 +25,9 @@ ROW = "repae-sdvae"
 REPRODUCE = presets_dir().parent
 PARAMETERS = "\n".join(
     f"{name} = 0"
-    for name in "ROW SCALE FOLDER IMAGES VALIDATION DATA REFERENCE PROCESSES STEPS SAMPLES DEVICE".split()
+    for name in (
+        "ROW SCALE FOLDER IMAGES VALIDATION DATA REFERENCE PROCESSES STEPS SAMPLES DEVICE MICRO_BATCHES"
+    ).split()
 )
 STUB = """
 import json, time
@@ -115,6 +117,17 @@ def test_a_dry_run_prints_command_lines_that_exist_and_writes_nothing(capsys, tm
     assert not list(tmp_path.iterdir())
 
 
+def test_disk_and_memory_of_a_chain(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["reproduce", "ldm-e2e-vavae-800", "--dry-run"]
+    assert main(words) == 0 and "up to 4 checkpoints at once" in capsys.readouterr().out
+    assert main([*words, "--scale", "mid", "--micro-batches", "2"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("--micro-batches 2 ") == 2 and out.count("up to 3 checkpoints at once") == 2
+    assert "32 for a card of 8 GB, 8 for a card of 12 GB, 2 for a card of 24 GB" in out
+    assert "# inputs: released vavae\n" in out and "an evening on one GPU for each of 2 trainings" in out
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
@@ -125,6 +138,11 @@ def test_a_dry_run_prints_command_lines_that_exist_and_writes_nothing(capsys, tm
         ([ROW, "--dry-run", "--from", "06", "--to", "02"], "--from 06 comes after --to 02"),
         ([ROW, "--dry-run", "--from", "03"], "has no stage '03'"),
         ([ROW, "--dry-run", "--steps", "0"], "give at least 1"),
+        ([ROW, "--dry-run", "--scale", "tiny", "--samples", "64"], "give a multiple of 10"),
+        ([ROW, "--dry-run", "--device", "cuda:1"], "choose one of auto, cpu, cuda, mps"),
+        ([ROW, "--dry-run", "--device", "cpu", "--processes", "2"], "--processes 2 is for GPUs"),
+        ([ROW, "--tables"], "--tables is about all rows: leave repae-sdvae out"),
+        ([ROW, "--emit", "slurm", "--from", "02"], "leave --from and --to out"),
         ([ROW, "--verify"], "runs/reproduce/repae-sdvae-full/result.json does not exist"),
         ([ROW, "--folder", "run"], "needs more: give --images"),
     ],
@@ -301,7 +319,9 @@ def test_a_table_has_one_protocol_and_says_what_was_not_run(finished):
         names = [name for name in ("adm-sde250-random", "adm-ode50-random", "reconstruction") if name in part]
         assert len(names) <= 1
     unguided = next(
-        part for part in made.split("### ") if part.startswith("Full scale, adm-sde250-random, no")
+        part
+        for part in made.split("### ")
+        if part.startswith("Full scale, adm-sde250-random, no guidance, 256")
     )
     line = next(line for line in unguided.splitlines() if "`repae-sdvae` | 400,000" in line)
     assert "[2026-" in line and "FID 4.07" in line.split("|")[5]
