@@ -118,7 +118,7 @@ def run(args: argparse.Namespace) -> None:
     elif args.tables:
         _tables()
     elif args.verify:
-        raise SystemExit(_verify(_result_path(args)))
+        raise SystemExit(_verify(_result_path(args), args.row))
     elif args.row is None:
         raise ValueError("say which row: give its name, or --list to see all")
     elif args.dry_run:
@@ -276,7 +276,8 @@ def _execute(plan: "Plan", stage: "Stage", notebook: Path) -> None:
         thread.start()
         _follow(plan.folder, stage.name, over, log)
     except (KeyboardInterrupt, SystemExit):
-        print(f"{stage.name}: stopping, after training has written a checkpoint …", flush=True)
+        until = ", after training has written a checkpoint" if stage.preset else ""
+        print(f"{stage.name}: stopping{until} …", flush=True)
         _stop(plan.folder, kernel, over)
         raise
     finally:
@@ -287,9 +288,10 @@ def _execute(plan: "Plan", stage: "Stage", notebook: Path) -> None:
         told = (
             error.evalue if isinstance(error, PapermillExecutionError) else f"{type(error).__name__}: {error}"
         )
+        seen = f"{output} and {log}" if log.exists() else output  # no log: no command was started
         raise ValueError(
-            f"stage {stage.name} failed: {told.strip().rstrip('.')} (see {output} and {log}; the same "
-            "command goes on from here)"
+            f"stage {stage.name} failed: {told.strip().rstrip('.')} (see {seen}; the same command goes on "
+            "from here)"
         )
     print(f"{stage.name}: done in {_duration(time.monotonic() - started)}", flush=True)
 
@@ -351,11 +353,10 @@ def _stop(folder: Path, kernel, over: threading.Event) -> None:
 
     with suppress(RuntimeError):  # there is no kernel any more
         kernel.interrupt_kernel()
-    stop(folder)
-    over.wait(15)  # the notebook is written
+    over.wait(15 if stop(folder) else 5)  # the notebook is written, if its kernel had started
     if kernel.has_kernel:
         kernel.shutdown_kernel(now=True)
-    over.wait(15)
+    over.wait(2)
     stop(folder)  # what a kernel started that was too young to be interrupted
 
 
@@ -389,8 +390,12 @@ def _result_path(args: argparse.Namespace) -> Path:
     return path
 
 
-def _verify(path: Path) -> int:
-    """Prints what a result comes to, and returns the exit code."""
+def _verify(path: Path, name: str | None = None) -> int:
+    """Prints what a result comes to, and returns the exit code.
+
+    Raises:
+        ValueError: the result is of another row than `name`.
+    """
     from repae_lite.commands.row_results import (
         NOT_COMPARABLE,
         NOT_RUN,
@@ -406,6 +411,8 @@ def _verify(path: Path) -> int:
     from repae_lite.evaluation.results import protocol_line
 
     result = read(path)
+    if name not in (None, result.row):
+        raise ValueError(f"{path} is a result of {result.row}, not of {name}: leave the row's name out")
     row = read_row(result.row)
     verdicts = verify(result, row)
     print(f"{row.name} at scale {result.scale}, {result.date}: {row.title}")

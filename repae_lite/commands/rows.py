@@ -296,9 +296,10 @@ class Plan:
                         f"the presets of the row {name} are not those that {folder} was begun with: undo the "
                         "edit, or choose another --folder"
                     )
+                was, now = ("unset" if v is None else repr(v) for v in (value, record.get(key)))
                 raise ValueError(
-                    f"{folder} was begun with {key} {value!r}, not {record.get(key)!r}: go on with that, or "
-                    "choose another --folder"
+                    f"{folder} was begun with {key} {was}, not {now}: go on with that, or choose another "
+                    "--folder"
                 )
         else:
             folder.mkdir(parents=True, exist_ok=True)

@@ -40,7 +40,7 @@ class DataSet:
 DATA_SETS = {
     "embedded": DataSet(
         about="the drawn icons of data_small, 32 × 32",
-        licence="the project's own (MIT)",
+        licence="CC0",
         images={"train": 6000, "val": 2000},
     ),
     "imagenette": DataSet(

@@ -297,6 +297,11 @@ def test_results_that_are_none_are_refused_in_a_sentence(finished, changes, reha
     assert told in err and err.count("\n") == 1
 
 
+def test_a_result_of_another_row_is_told(finished, capsys):
+    assert main(["reproduce", "repae-vavae", "--verify", str(finished())]) == 2
+    assert "is a result of repae-sdvae, not of repae-vavae" in capsys.readouterr().err
+
+
 def test_a_result_of_repae_evaluate_is_another_thing(finished, capsys):
     path = next((finished().parent / "results").glob("*.json"))
     assert main(["reproduce", "--verify", str(path)]) == 2
