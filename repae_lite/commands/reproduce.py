@@ -524,7 +524,7 @@ def _needs(plan: "Plan") -> list[str]:
             disk -= preset.images * 3 * plan.resolution**2
         lines.append(
             f"{row.name}: {wanted['steps']:,} steps of {wanted['batch']} images, up to "
-            f"{wanted['checkpoints']} checkpoints at once"
+            f"{wanted['checkpoints']} checkpoint(s) at once"
         )
     for entry, _ in plan.draws:
         count = plan.samples or load_protocol(entry.protocol).count

@@ -288,15 +288,16 @@ class Plan:
         plan = cls(row=read_row(name), scale=scale, folder=folder, **given)
         path, record = folder / "plan.json", plan.record()
         if path.is_file():
-            for key, value in read_json(path).items():
-                if record.get(key) == value:
+            begun = read_json(path)
+            for key, now in record.items():
+                if begun.get(key) == now:
                     continue
                 if key == "files":
                     raise ValueError(
                         f"the presets of the row {name} are not those that {folder} was begun with: undo the "
                         "edit, or choose another --folder"
                     )
-                was, now = ("unset" if v is None else repr(v) for v in (value, record.get(key)))
+                was, now = ("unset" if value is None else repr(value) for value in (begun.get(key), now))
                 raise ValueError(
                     f"{folder} was begun with {key} {was}, not {now}: go on with that, or choose another "
                     "--folder"

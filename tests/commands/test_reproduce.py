@@ -69,7 +69,7 @@ def finished(tmp_path, monkeypatch):
         plan.data_dir.mkdir(exist_ok=True)
         names = [f"{i}.png" for i in range(min(images, 10))]
         (plan.data_dir / "images_h5.json").write_text(json.dumps(names))
-        monkeypatch.setattr(row_results, "_data", lambda plan: {"images": images, "names": "0" * 16})
+        monkeypatch.setattr(row_results, "trained_on", lambda plan: {"images": images, "names": "0" * 16})
         for i, (entry, path) in enumerate(row_results._files(plan)):
             path.parent.mkdir(exist_ok=True)
             value = (values or {}).get(i, entry.metrics.get("frechet", 1.0))
@@ -120,10 +120,10 @@ def test_a_dry_run_prints_command_lines_that_exist_and_writes_nothing(capsys, tm
 def test_disk_and_memory_of_a_chain(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = ["reproduce", "ldm-e2e-vavae-800", "--dry-run"]
-    assert main(words) == 0 and "up to 4 checkpoints at once" in capsys.readouterr().out
+    assert main(words) == 0 and "up to 4 checkpoint(s) at once" in capsys.readouterr().out
     assert main([*words, "--scale", "mid", "--micro-batches", "2"]) == 0
     out = capsys.readouterr().out
-    assert out.count("--micro-batches 2 ") == 2 and out.count("up to 3 checkpoints at once") == 2
+    assert out.count("--micro-batches 2 ") == 2 and out.count("up to 3 checkpoint(s) at once") == 2
     assert "32 for a card of 8 GB, 8 for a card of 12 GB, 2 for a card of 24 GB" in out
     assert "# inputs: released vavae\n" in out and "an evening on one GPU for each of 2 trainings" in out
 
