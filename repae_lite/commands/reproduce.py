@@ -274,7 +274,7 @@ def _execute(plan: "Plan", stage: "Stage", notebook: Path) -> None:
         kernel.start_kernel(stdout=file, stderr=file, extra_arguments=["--HistoryManager.enabled=False"])
     try:
         thread.start()
-        _follow(plan.folder, stage.name, over, log)
+        _follow(plan.folder, stage.name, over, log, kernel)
     except (KeyboardInterrupt, SystemExit):
         until = ", after training has written a checkpoint" if stage.preset else ""
         print(f"{stage.name}: stopping{until} …", flush=True)
@@ -309,14 +309,23 @@ def _done(stage: "Stage", output: Path) -> bool:
     return bool(about.get("end_time")) and not about.get("exception")
 
 
-def _follow(folder: Path, name: str, over: threading.Event, log: Path) -> None:
-    """Waits for a stage, shows the last line of its log, and keeps count of its seconds."""
+def _follow(folder: Path, name: str, over: threading.Event, log: Path, kernel) -> None:
+    """Waits for a stage, shows the last line of its log, and keeps count of its seconds.
+
+    Raises:
+        ValueError: the kernel has died, for which papermill would wait.
+    """
     from repae_lite.commands.row_results import add_seconds
 
     live, shown, counted = sys.stdout.isatty(), "", time.monotonic()
     said = counted
     try:
         while not over.wait(0.5):
+            if not kernel.is_alive() and not over.wait(2):
+                raise ValueError(
+                    f"the kernel of notebook {name} was killed, as happens when memory runs out; a command that "
+                    "it started goes on, and the same command as before follows it"
+                )
             now = time.monotonic()
             if now - counted > 30:
                 add_seconds(folder, name, now - counted)

@@ -30,7 +30,7 @@ PARAMETERS = "\n".join(
     ).split()
 )
 STUB = """
-import json, time
+import json, os, time
 from pathlib import Path
 about = json.loads((Path(FOLDER) / "stub.json").read_text())
 for path, text in about["writes"].get(STAGE, {}).items():
@@ -39,6 +39,8 @@ for path, text in about["writes"].get(STAGE, {}).items():
 (Path(FOLDER) / f"{STAGE}.seen").write_text(f"{ROW} {SCALE} {STEPS}")
 if about["fails"] == STAGE:
     raise ValueError("the last words of a child.")
+if about["dies"] == STAGE:
+    os.kill(os.getpid(), 9)
 while about["waits"] == STAGE:
     time.sleep(0.1)
 """
@@ -178,7 +180,7 @@ def stubs(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", "")
 
     def set_up(**about) -> Path:
-        content = {"writes": writes, "fails": None, "waits": None} | about
+        content = {"writes": writes, "fails": None, "dies": None, "waits": None} | about
         (folder / "stub.json").write_text(json.dumps(content))
         return folder
 
@@ -212,6 +214,9 @@ def test_a_chain_is_stopped_fails_and_goes_on_to_its_result(stubs, capsys, monke
     out, err = capsys.readouterr()
     assert "01_preprocess: done already" in out and "02_train_repae: done in" in out
     assert "stage 05_generate failed: the last words of a child (see" in err and err.count("\n") == 1
+
+    stubs(dies="05_generate")
+    assert run(folder) == 2 and "the kernel of notebook 05_generate was killed" in capsys.readouterr().err
 
     stubs()
     assert run(folder) == 0
