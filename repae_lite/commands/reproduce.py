@@ -323,8 +323,8 @@ def _follow(folder: Path, name: str, over: threading.Event, log: Path, kernel) -
         while not over.wait(0.5):
             if not kernel.is_alive() and not over.wait(2):
                 raise ValueError(
-                    f"the kernel of notebook {name} was killed, as happens when memory runs out; a command that "
-                    "it started goes on, and the same command as before follows it"
+                    f"the kernel of notebook {name} was killed, as happens when memory runs out; a command "
+                    "that it started goes on, and the same command as before follows it"
                 )
             now = time.monotonic()
             if now - counted > 30:
