@@ -598,7 +598,10 @@ def _rest(rows: list[Row], results: dict[str, Result]) -> list[str]:
                     scale=result.scale,
                 )
                 numbers = _numbers(entry, entry.metrics)
-                lines.append(f"- [{name}](results/{name}), {result.scale} scale, {where(entry)}: {numbers}")
+                tried = f", {result.plan.samples:,} images" if result.plan.samples else ""
+                lines.append(
+                    f"- [{name}](results/{name}), {result.scale} scale, {where(entry)}{tried}: {numbers}"
+                )
         lines.append("")
     return lines
 

@@ -260,6 +260,10 @@ class Plan:
             )
         if self.device == "cpu" and self.processes > 1:
             raise ValueError(f"--processes {self.processes} is for GPUs: leave it out, or --device cpu")
+        if self.micro_batches and not any(row.preset for row in self.lineage):
+            raise ValueError(
+                f"--micro-batches is for training, and {self.row.name} trains nothing: leave it out"
+            )
         balanced = [entry for entry, _ in self.draws if PROTOCOLS[entry.protocol].labels == "balanced"]
         if self.samples and balanced and not self.images and self.samples % CLASSES:
             raise ValueError(
