@@ -258,8 +258,6 @@ class Plan:
                 f"--device is {self.device!r}: choose one of {', '.join(DEVICES)}; of several GPUs "
                 "CUDA_VISIBLE_DEVICES chooses one"
             )
-        if self.device == "cpu" and self.processes > 1:
-            raise ValueError(f"--processes {self.processes} is for GPUs: leave it out, or --device cpu")
         if self.micro_batches and not any(row.preset for row in self.lineage):
             raise ValueError(
                 f"--micro-batches is for training, and {self.row.name} trains nothing: leave it out"

@@ -142,7 +142,6 @@ def test_disk_and_memory_of_a_chain(capsys, tmp_path, monkeypatch):
         ([ROW, "--dry-run", "--steps", "0"], "give at least 1"),
         ([ROW, "--dry-run", "--scale", "tiny", "--samples", "64"], "give a multiple of 10"),
         ([ROW, "--dry-run", "--device", "cuda:1"], "choose one of auto, cpu, cuda, mps"),
-        ([ROW, "--dry-run", "--device", "cpu", "--processes", "2"], "--processes 2 is for GPUs"),
         (["rec-sdvae", "--dry-run", "--micro-batches", "2"], "rec-sdvae trains nothing: leave it out"),
         ([ROW, "--tables"], "--tables is about all rows: leave repae-sdvae out"),
         ([ROW, "--emit", "slurm", "--from", "02"], "leave --from and --to out"),
