@@ -62,6 +62,7 @@ def papermilled(name: str, row: str, folder: Path, **parameters):
     )
 
 
+@pytest.mark.timeout(600)  # a loaded machine takes its time
 def test_a_row_from_its_images_to_its_result(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(FOLDER.parent), os.environ.get("PYTHONPATH", "")]))
     row, folder = "repae-sdvae", tmp_path / "sdvae"
