@@ -106,12 +106,19 @@ def _check_data(names: list[str], args: argparse.Namespace) -> None:
 
 
 def _sets_for_preset(words: list[str]) -> tuple[str, ...]:
-    """The released sets that "all-for PRESET" means.
+    """The released sets that "all-for PRESET" means; a preset or a row.
 
     Raises:
         ValueError: no such preset, or it starts from nothing released.
     """
+    from repae_lite.commands.rows import read_row, row_names
+
     known = preset_names()
+    if len(words) == 2 and words[1] in set(row_names()) - set(known):  # of released weights alone
+        row = read_row(words[1])
+        if row.not_built:
+            raise ValueError(f"the row {row.name} is not built: {row.not_built}")
+        return row.released
     if len(words) != 2 or words[1] not in known:
         raise ValueError(
             f"{' '.join(words)!r} names no preset: give {EVERYTHING_FOR} and one of {', '.join(known)}"

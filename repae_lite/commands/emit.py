@@ -173,13 +173,15 @@ def emit(plan: Plan, kind: str) -> str:
         The file's text.
 
     Raises:
-        ValueError: an unknown kind; scale "tiny"; a place that was left open and is needed; more GPUs than
-            fill whole machines.
+        ValueError: an unknown kind; scale "tiny"; a number of samples; a place that was left open and is
+            needed; more GPUs than fill whole machines.
     """
     if kind not in EMITTERS:
         raise ValueError(f"unknown kind of job {kind!r}: choose one of {', '.join(EMITTERS)}")
     if plan.scale == "tiny":
         raise ValueError("scale tiny needs no cluster, only minutes on two cores: leave --emit out")
+    if plan.samples:
+        raise ValueError("--samples draws by a protocol that only a run here writes: leave it or --emit out")
     for command in (command for stage in plan.stages for command in stage.commands):
         for place in () if command.finished else PLACES.keys() & set(command.words):
             raise ValueError(

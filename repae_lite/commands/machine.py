@@ -40,7 +40,6 @@ NETWORKS = ("teacher", "perceptual", "evaluator", "vae")
 CHECKSUMS, SHA256 = "CHECKSUMS.sha256", re.compile("[0-9a-f]{64}")
 NO_FLOAT64 = "no float64: sampling keeps float32; PYTORCH_ENABLE_MPS_FALLBACK=1 has the CPU do what MPS lacks"
 GIB = 2**30
-CHECKPOINTS = 3  # that a preset's disk space is reckoned with
 
 
 def survey(
@@ -230,8 +229,8 @@ def needs(preset: Preset) -> dict:
     """What a preset needs, in bytes, activations apart.
 
     `device_memory`: weights, gradients, AdamW's two moments (float32 each) and SiT's average; `disk`: images,
-    latents where they are cached, and three checkpoints; `downloads`: released sets; `images`, `steps`,
-    `batch`.
+    latents where they are cached, and the run's `checkpoints`, of which --keep-last and the one being written
+    decide how many are there at once; `downloads`: released sets; `images`, `steps`, `batch`.
     """
     config = preset.config
     count, vae = parameters(config), VAE_PRESETS[config.vae]
@@ -242,6 +241,10 @@ def needs(preset: Preset) -> dict:
     frozen = 0 if tunes_vae else count["vae"]
     state = 4 * (4 * trained + sit + frozen)  # weight, gradient, two moments; the average
     checkpoint = 4 * (3 * trained + sit)  # weights, two moments; the average
+    steps, kept = config.max_train_steps, -(-config.max_train_steps // config.checkpointing_steps)
+    if config.keep_last:
+        milestones = steps // config.milestone_steps if config.milestone_steps else 0
+        kept = min(kept, config.keep_last + 1 + milestones)
     images = 0 if config.data_dir == "embedded" else preset.images * 3 * config.resolution**2
     latents = 0 if tunes_vae else preset.images * 8 * vae.latent_channels * side**2
     return {
@@ -251,10 +254,11 @@ def needs(preset: Preset) -> dict:
         "encoder": config.encoders,
         "parameters": count,
         "device_memory": state,
-        "disk": images + latents + CHECKPOINTS * checkpoint,
+        "disk": images + latents + kept * checkpoint,
+        "checkpoints": kept,
         "downloads": list(preset.released),
         "images": preset.images,
-        "steps": config.max_train_steps,
+        "steps": steps,
         "batch": config.batch_size,
     }
 

@@ -1,12 +1,12 @@
 """What a stage of a row needs of this machine, before it starts: inputs, weights, memory, disk, cost."""
 
 import hashlib
-import json
 from dataclasses import replace
 from pathlib import Path
 
 from repae_lite.commands.machine import GIB, needs, this_machine, verdict
 from repae_lite.commands.presets import Preset, read_preset
+from repae_lite.commands.row_results import trained_on
 from repae_lite.commands.rows import Command, Plan, Stage
 
 INPUTS = ("--imagenet-path", "--exp-path", "--vae-ckpt-path", "--samples", "--reference")
@@ -114,10 +114,9 @@ def _maker(plan: Plan, stage: Stage, path: Path) -> str:
 
 def _data(plan: Plan, preset: Preset, missing: list[str]) -> list[str]:
     """How many images there are; at full scale they must be as many as the row's."""
-    path = plan.data_dir / "images_h5.json"
-    if not path.is_file():
+    if not (plan.data_dir / "images_h5.json").is_file():
         return []
-    count = len(json.loads(path.read_text(encoding="utf-8")))
+    count = trained_on(plan)["images"]
     if plan.scale == "full" and count != preset.images:
         missing.append(
             f"{plan.data_dir} has {count:,} images, and the row's number is of {preset.images:,}: give the "
@@ -155,7 +154,7 @@ def _room(plan: Plan, preset: Preset, missing: list[str]) -> list[str]:
         f"training: {wanted['steps']:,} steps of {wanted['batch']} images",
         f"memory: {wanted['device_memory'] / GIB:.2f} GiB for weights and optimisers, activations on top; "
         f"here: {names or 'no GPU'}",
-        f"disk: {wanted['disk'] / 1e9:.2f} GB with checkpoints, {there / 1e9:.2f} of them there; "
-        f"{(found['disk']['free'] - there) / 1e9:.0f} GB free",
+        f"disk: {wanted['disk'] / 1e9:.2f} GB with up to {wanted['checkpoints']} checkpoint(s), "
+        f"{there / 1e9:.2f} of them there; {(found['disk']['free'] - there) / 1e9:.0f} GB free",
         *fetched,
     ]

@@ -71,6 +71,11 @@ FLAGS = {
             "metavar": "N",
             "help": "of commands that can share their work, one per GPU (default: 1)",
         },
+        "--micro-batches": {
+            "type": int,
+            "metavar": "N",
+            "help": "cut every process's training batch into so many parts: less memory, the same step",
+        },
         "--steps": {"type": int, "metavar": "N", "help": "train for fewer steps, to try it out"},
         "--samples": {"type": int, "metavar": "N", "help": "draw fewer images, to try it out"},
         "--seed": {
@@ -110,12 +115,16 @@ def run(args: argparse.Namespace) -> None:
     asked = [f"--{name.replace('_', '-')}" for name in others if getattr(args, name)]
     if len(asked) > 1:
         raise ValueError(f"{' and '.join(asked)} are different things: give one of them")
+    if args.row and (args.list or args.tables):
+        raise ValueError(f"{asked[0]} is about all rows: leave {args.row} out")
+    if args.emit and (args.first or args.last):
+        raise ValueError("--emit writes the whole row, passing over what is done: leave --from and --to out")
     if args.list:
         print("\n".join(_list()))
     elif args.tables:
         _tables()
     elif args.verify:
-        raise SystemExit(_verify(_result_path(args)))
+        raise SystemExit(_verify(_result_path(args), args.row))
     elif args.row is None:
         raise ValueError("say which row: give its name, or --list to see all")
     elif args.dry_run:
@@ -144,12 +153,13 @@ def _plan(args: argparse.Namespace, *, write: bool) -> "Plan":
         "samples": args.samples,
         "seed": args.seed,
         "device": args.device or "auto",
+        "micro_batches": args.micro_batches,
     }
     if not write and not (folder / "plan.json").is_file():
         return Plan(row=read_row(args.row), scale=args.scale, folder=folder, **options)
-    for name in ("processes", "steps", "samples"):
+    for name in ("processes", "steps", "samples", "micro_batches"):
         if options[name] == 0:
-            raise ValueError(f"--{name} is 0: give at least 1")
+            raise ValueError(f"--{name.replace('_', '-')} is 0: give at least 1")
     return Plan.open(args.row, args.scale, folder, **options)
 
 
@@ -250,6 +260,7 @@ def _execute(plan: "Plan", stage: "Stage", notebook: Path) -> None:
         "SAMPLES": plan.samples or 0,
         "SEED": plan.seed,
         "DEVICE": plan.device,
+        "MICRO_BATCHES": plan.micro_batches or 0,
     }
     kernel, failure = KernelManager(kernel_name="python3"), []
     over = threading.Event()  # Thread.join, interrupted by a signal, takes the thread for ended (Python 3.11)
@@ -271,9 +282,10 @@ def _execute(plan: "Plan", stage: "Stage", notebook: Path) -> None:
         kernel.start_kernel(stdout=file, stderr=file, extra_arguments=["--HistoryManager.enabled=False"])
     try:
         thread.start()
-        _follow(plan.folder, stage.name, over, log)
+        _follow(plan.folder, stage.name, over, log, kernel)
     except (KeyboardInterrupt, SystemExit):
-        print(f"{stage.name}: stopping, after training has written a checkpoint …", flush=True)
+        until = ", after training has written a checkpoint" if stage.preset else ""
+        print(f"{stage.name}: stopping{until} …", flush=True)
         _stop(plan.folder, kernel, over)
         raise
     finally:
@@ -284,9 +296,10 @@ def _execute(plan: "Plan", stage: "Stage", notebook: Path) -> None:
         told = (
             error.evalue if isinstance(error, PapermillExecutionError) else f"{type(error).__name__}: {error}"
         )
+        seen = f"{output} and {log}" if log.exists() else output  # no log: no command was started
         raise ValueError(
-            f"stage {stage.name} failed: {told.strip().rstrip('.')} (see {output} and {log}; the same "
-            "command goes on from here)"
+            f"stage {stage.name} failed: {told.strip().rstrip('.')} (see {seen}; the same command goes on "
+            "from here)"
         )
     print(f"{stage.name}: done in {_duration(time.monotonic() - started)}", flush=True)
 
@@ -304,14 +317,23 @@ def _done(stage: "Stage", output: Path) -> bool:
     return bool(about.get("end_time")) and not about.get("exception")
 
 
-def _follow(folder: Path, name: str, over: threading.Event, log: Path) -> None:
-    """Waits for a stage, shows the last line of its log, and keeps count of its seconds."""
+def _follow(folder: Path, name: str, over: threading.Event, log: Path, kernel) -> None:
+    """Waits for a stage, shows the last line of its log, and keeps count of its seconds.
+
+    Raises:
+        ValueError: the kernel has died, for which papermill would wait.
+    """
     from repae_lite.commands.row_results import add_seconds
 
     live, shown, counted = sys.stdout.isatty(), "", time.monotonic()
     said = counted
     try:
         while not over.wait(0.5):
+            if not kernel.is_alive() and not over.wait(2):
+                raise ValueError(
+                    f"the kernel of notebook {name} was killed, as happens when memory runs out; a command "
+                    "that it started goes on, and the same command as before follows it"
+                )
             now = time.monotonic()
             if now - counted > 30:
                 add_seconds(folder, name, now - counted)
@@ -348,11 +370,10 @@ def _stop(folder: Path, kernel, over: threading.Event) -> None:
 
     with suppress(RuntimeError):  # there is no kernel any more
         kernel.interrupt_kernel()
-    stop(folder)
-    over.wait(15)  # the notebook is written
+    over.wait(15 if stop(folder) else 5)  # the notebook is written, if its kernel had started
     if kernel.has_kernel:
         kernel.shutdown_kernel(now=True)
-    over.wait(15)
+    over.wait(2)
     stop(folder)  # what a kernel started that was too young to be interrupted
 
 
@@ -386,8 +407,12 @@ def _result_path(args: argparse.Namespace) -> Path:
     return path
 
 
-def _verify(path: Path) -> int:
-    """Prints what a result comes to, and returns the exit code."""
+def _verify(path: Path, name: str | None = None) -> int:
+    """Prints what a result comes to, and returns the exit code.
+
+    Raises:
+        ValueError: the result is of another row than `name`.
+    """
     from repae_lite.commands.row_results import (
         NOT_COMPARABLE,
         NOT_RUN,
@@ -403,6 +428,8 @@ def _verify(path: Path) -> int:
     from repae_lite.evaluation.results import protocol_line
 
     result = read(path)
+    if name not in (None, result.row):
+        raise ValueError(f"{path} is a result of {result.row}, not of {name}: leave the row's name out")
     row = read_row(result.row)
     verdicts = verify(result, row)
     print(f"{row.name} at scale {result.scale}, {result.date}: {row.title}")
@@ -498,38 +525,47 @@ def _dry_run(plan: "Plan", stages: list["Stage"]) -> list[str]:
 
 def _needs(plan: "Plan") -> list[str]:
     """Inputs, disk, memory and time, in words."""
-    from dataclasses import replace
-
     from repae_lite.commands.machine import GIB, needs
-    from repae_lite.commands.presets import read_preset
+    from repae_lite.commands.preflight import preset_of
+    from repae_lite.commands.presets import presets_dir, read_preset
     from repae_lite.commands.row_results import cost, pixels
     from repae_lite.evaluation.protocols import load_protocol
 
     lines, disk, memory = [], 0, 0
-    for row in plan.lineage:
-        if row.preset:
-            scaled = row.preset if plan.scale == "full" else read_preset(plan.scale)
-            preset = replace(row.preset, options=plan.options(row), images=scaled.images)
-            wanted = needs(preset)
-            disk, memory = disk + wanted["disk"], max(memory, wanted["device_memory"])
-            lines.append(f"{row.name}: {wanted['steps']:,} steps of {wanted['batch']} images")
+    trained = [row for row in plan.lineage if row.preset]
+    for row in trained:
+        preset = preset_of(plan, row.name)
+        wanted = needs(preset)
+        disk, memory = disk + wanted["disk"], max(memory, wanted["device_memory"])
+        if row is not trained[0] and preset.config.data_dir != "embedded":  # all train on the same images
+            disk -= preset.images * 3 * plan.resolution**2
+        lines.append(
+            f"{row.name}: {wanted['steps']:,} steps of {wanted['batch']} images, up to "
+            f"{wanted['checkpoints']} checkpoint(s) at once"
+        )
     for entry, _ in plan.draws:
         count = plan.samples or load_protocol(entry.protocol).count
         disk += 2 * count * 3 * pixels(plan.row, plan.scale) ** 2  # twice while the file is finished
-    released = [name for row in plan.lineage for name in row.released] if plan.scale != "tiny" else []
+    released = plan.lineage[0].released if plan.scale != "tiny" else ()
     given = {"images": plan.images, "validation": plan.validation, "reference": plan.reference}
     inputs = [f"{name} {path}" for name, path in given.items() if path]
-    inputs += [f"released {', '.join(dict.fromkeys(released))}"] if released else []
+    inputs += [f"released {', '.join(released)}"] if released else []
     lines.append(f"inputs: {'; '.join(inputs) or 'none given'}")
     lines.append(
-        f"disk: {disk / 1e9:.1f} GB (images, latents, three checkpoints, samples); device memory: "
+        f"disk: {disk / 1e9:.1f} GB (images, latents, checkpoints, samples); device memory: "
         f"{memory / GIB:.1f} GiB and activations, which grow with the images per process"
     )
     if plan.scale == "full":
         basis = f" ({plan.row.cost.basis})" if plan.row.cost else ""
         lines.append(f"cost: {cost(plan.row)}{basis}")
     else:
-        lines.append(
-            "cost: " + {"tiny": "minutes on two CPU cores", "mid": "an evening on one GPU"}[plan.scale]
-        )
+        each = {"tiny": "minutes on two CPU cores", "mid": "an evening on one GPU"}[plan.scale]
+        lines.append(f"cost: {each}" + f" for each of {len(trained)} trainings" * (len(trained) > 1))
+    if plan.scale == "mid" and trained:
+        cards = {path.stem.removeprefix("mid-"): path.stem for path in presets_dir().glob("mid-*gb.yaml")}
+        words = [
+            f"{read_preset(cards[card]).options['micro_batches']} for a card of {card.removesuffix('gb')} GB"
+            for card in sorted(cards, key=lambda name: (len(name), name))
+        ]
+        lines.append(f"--micro-batches by the GPU's memory, estimated: {', '.join(words)}")
     return lines

@@ -152,7 +152,7 @@ def write(plan: Plan) -> Path:
         "plan": plan.record(),
         "options": {name: preset.options for name, preset in trained.items()},
         "seeds": {name: preset.config.seed for name, preset in trained.items()},
-        "data": _data(plan),
+        "data": trained_on(plan),
         "seconds": seconds(plan.folder),
         "measured": measured,
         "commit": commit(),
@@ -184,7 +184,12 @@ def _files(plan: Plan) -> list[tuple[Expected, Path]]:
     return found + [(entry, folder / f"{RECONSTRUCTION}.json") for entry in reconstructed[:1]]
 
 
-def _data(plan: Plan) -> dict[str, Any] | None:
+def trained_on(plan: Plan) -> dict[str, Any] | None:
+    """How many images a plan trains on, and the SHA-256 of their names; None if it trains nothing.
+
+    Raises:
+        FileNotFoundError, ValueError: they are not preprocessed, or their list is damaged.
+    """
     if not any(row.preset for row in plan.lineage):
         return None
     names = plan.data_dir / "images_h5.json"
@@ -192,10 +197,12 @@ def _data(plan: Plan) -> dict[str, Any] | None:
         raise FileNotFoundError(f"{names} does not exist: run stage 01_preprocess")
     text = names.read_bytes()
     try:
-        count = len(json.loads(text))
-    except (ValueError, TypeError):
-        raise ValueError(f"{names} is no list of images: run stage 01_preprocess again") from None
-    return {"images": count, "names": hashlib.sha256(text).hexdigest()[:16]}
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, list):
+        raise ValueError(f"{names} is no list of images: remove it, and run stage 01_preprocess again")
+    return {"images": len(found), "names": hashlib.sha256(text).hexdigest()[:16]}
 
 
 def _lock() -> str | None:
@@ -302,7 +309,7 @@ def _obstacles(result: Result, plan: Plan) -> list[str]:
         found.append(f"it trained for {steps:,} steps, not {plan.total_steps(trained[-1]):,}")
     if samples:
         found.append(f"it drew {samples:,} images, fewer than its protocol")
-    ignored = {"seed"} | ({"max_train_steps", "checkpointing_steps"} if steps else set())
+    ignored = {"seed", "micro_batches", *(("max_train_steps", "checkpointing_steps") if steps else ())}
     for each in trained:
         now = json.loads(json.dumps(plan.options(each)))
         then = result.options.get(each.name, {})
@@ -592,7 +599,10 @@ def _rest(rows: list[Row], results: dict[str, Result]) -> list[str]:
                     scale=result.scale,
                 )
                 numbers = _numbers(entry, entry.metrics)
-                lines.append(f"- [{name}](results/{name}), {result.scale} scale, {where(entry)}: {numbers}")
+                tried = f", {result.plan.samples:,} images" if result.plan.samples else ""
+                lines.append(
+                    f"- [{name}](results/{name}), {result.scale} scale, {where(entry)}{tried}: {numbers}"
+                )
         lines.append("")
     return lines
 

@@ -56,7 +56,9 @@ CARRIED = (  # what a row is about: kept at every scale
 )
 CARRIED_TO_MID = ("vae", "vae_ckpt", "disc_pretrained_ckpt", "loss_cfg_path", "enc_type")
 DATA = {"tiny": "embedded", "mid": "imagenette"}  # repae download data:NAME
+CLASSES = 10  # of these two
 RESOLUTION = {"tiny": 32, "mid": 128, "full": 256}
+DEVICES = ("auto", "cpu", "cuda", "mps")
 RECONSTRUCTION = "reconstruction"  # in place of a protocol's name: the number is of repae reconstruct
 STRICT = ConfigDict(extra="forbid")
 
@@ -225,6 +227,8 @@ class Plan:
             a name.
         seed: of training and of samples: several make a spread.
         device: "auto", "cpu", "cuda" or "mps".
+        micro_batches: how many parts a process's batch is cut into instead of the row's, for the memory of a
+            GPU; may change when a folder is gone on with.
     """
 
     row: Row
@@ -239,6 +243,7 @@ class Plan:
     samples: int | None = None
     seed: int = 0
     device: str = "auto"
+    micro_batches: int | None = None
 
     def __post_init__(self):
         if self.scale not in SCALES:
@@ -247,9 +252,24 @@ class Plan:
             raise ValueError(f"the row {self.row.name} is not built: {self.row.not_built}")
         if self.scale == "full" and self.samples:
             raise ValueError("--samples is for trying a row out: it needs --scale tiny or mid")
-        for name in ("processes", "steps", "samples"):
+        for name in ("processes", "steps", "samples", "micro_batches"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"--{name} is {getattr(self, name)}: give at least 1")
+                raise ValueError(f"{flag(name)} is {getattr(self, name)}: give at least 1")
+        if self.device not in DEVICES:
+            raise ValueError(
+                f"--device is {self.device!r}: choose one of {', '.join(DEVICES)}; of several GPUs "
+                "CUDA_VISIBLE_DEVICES chooses one"
+            )
+        if self.micro_batches and not any(row.preset for row in self.lineage):
+            raise ValueError(
+                f"--micro-batches is for training, and {self.row.name} trains nothing: leave it out"
+            )
+        balanced = [entry for entry, _ in self.draws if PROTOCOLS[entry.protocol].labels == "balanced"]
+        if self.samples and balanced and not self.images and self.samples % CLASSES:
+            raise ValueError(
+                f"--samples is {self.samples}, and {CLASSES} classes are drawn equally often: give a "
+                f"multiple of {CLASSES}"
+            )
 
     @classmethod
     def open(cls, name: str, scale: str, folder: str | Path | None = None, **options: Any) -> "Plan":
@@ -272,17 +292,19 @@ class Plan:
         plan = cls(row=read_row(name), scale=scale, folder=folder, **given)
         path, record = folder / "plan.json", plan.record()
         if path.is_file():
-            for key, value in read_json(path).items():
-                if record.get(key) == value:
+            begun = read_json(path)
+            for key, now in record.items():
+                if begun.get(key) == now:
                     continue
                 if key == "files":
                     raise ValueError(
                         f"the presets of the row {name} are not those that {folder} was begun with: undo the "
                         "edit, or choose another --folder"
                     )
+                was, now = ("unset" if value is None else repr(value) for value in (begun.get(key), now))
                 raise ValueError(
-                    f"{folder} was begun with {key} {value!r}, not {record.get(key)!r}: go on with that, or "
-                    "choose another --folder"
+                    f"{folder} was begun with {key} {was}, not {now}: go on with that, or choose another "
+                    "--folder"
                 )
         else:
             folder.mkdir(parents=True, exist_ok=True)
@@ -342,6 +364,8 @@ class Plan:
             own |= getattr(row, self.scale)
         if self.steps:
             own |= {"max_train_steps": self.steps, "checkpointing_steps": self.steps}
+        if self.micro_batches:
+            own["micro_batches"] = self.micro_batches
         return own | {"exp_name": row.name} | ({"seed": self.seed} if self.seed else {})
 
     @cached_property
@@ -370,7 +394,7 @@ class Plan:
             ValueError: the row has no such stage.
         """
         for stage in self.stages:
-            if name in (stage.name, stage.name[:2]):
+            if name.zfill(2) in (stage.name, stage.name[:2]):
                 return stage
         names = ", ".join(stage.name for stage in self.stages)
         raise ValueError(

@@ -105,8 +105,8 @@ def _check_whole(folder: Path, chosen: DataSet) -> None:
         found = sum(path.is_file() for path in (folder / split).glob("*/[!.]*"))
         if found != expected:
             raise ValueError(
-                f"{folder / split} holds {found:,} images instead of {expected:,}: remove {folder}, and it "
-                "is written again"
+                f"{folder / split} holds {found:,} images instead of {expected:,}: remove {folder} if "
+                "nothing in it is yours, and it is written again, or choose another output folder"
             )
 
 

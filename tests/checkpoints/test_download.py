@@ -158,6 +158,9 @@ def test_what_a_preset_starts_from(stand_in, tmp_path, capsys):
     assert visible(tmp_path / "sdvae") == {"a.pt", "a-latents-stats.pt", "a-discriminator-ckpt.pt"}
     known = ", ".join(preset_names())
     assert f"names no preset: give all-for and one of {known}" in refused(capsys, "all-for", "nothing")
+    assert main(["download", "all-for", "rec-e2e-vavae", "--output-dir", str(tmp_path)]) == 0
+    assert (tmp_path / "e2e-vavae").is_dir()  # a row that trains nothing
+    assert "dit-sdvae is not built" in refused(capsys, "all-for", "dit-sdvae")
     assert "tiny starts from nothing released" in refused(capsys, "all-for", "tiny")
 
 

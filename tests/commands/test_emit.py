@@ -206,6 +206,7 @@ def test_what_makes_no_job_is_refused(tmp_path):
         (plan("tiny"), "slurm", "scale tiny needs no cluster"),
         (plan(), "slurm", "repae preprocess needs a path that was left open: give --images PATH"),
         (plan(images="/i"), "k8s", "repae evaluate needs a path that was left open: give --reference PATH"),
+        (plan("mid", samples=50), "script", "--samples draws by a protocol that only a run here writes"),
         (plan(processes=9, **PLACES), "slurm", "9 GPUs do not fill machines of 8"),
     ):
         with pytest.raises(ValueError, match=f"^{re.escape(sentence)}"):

@@ -64,12 +64,12 @@ def test_needs_are_counted_by_hand():
         5 * count["sit"] + count["vae"]
     )  # weight, gradient, two moments, average; frozen VAE
     images, latents = 1_281_167 * 256 * 256 * 3, 1_281_167 * 2 * 32 * 16 * 16 * 4
-    assert needs["disk"] == images + latents + 3 * 4 * 4 * count["sit"]
+    assert needs["disk"] == images + latents + 8 * 4 * 4 * count["sit"]  # 400,000 steps, one every 50,000
     tiny = read_preset("tiny")  # without images to be written and without a discriminator
     count = machine.parameters(tiny.config)
     trained = count["sit"] + count["vae"]
     assert machine.needs(tiny)["device_memory"] == 4 * (4 * trained + count["sit"])
-    assert machine.needs(tiny)["disk"] == 3 * 4 * (3 * trained + count["sit"])
+    assert machine.needs(tiny)["disk"] == 4 * 4 * (3 * trained + count["sit"])  # 400 steps, one every 100
     without = machine.needs(read_preset("repae-l-no-gan"))
     discriminator = 16 * machine.parameters(read_preset("repae-l-sdvae").config)["discriminator"]
     assert machine.needs(read_preset("repae-l-sdvae"))["device_memory"] - without["device_memory"] == (
@@ -154,7 +154,7 @@ def test_a_vae_alone_needs_no_sit():
     trained = count["vae"] + count["discriminator"]
     assert needs["command"] == "train-vae" and needs["batch"] == 64 and needs["encoder"] is None
     assert needs["device_memory"] == 4 * 4 * trained
-    assert needs["disk"] == 1000 * 3 * 256 * 256 + 3 * 4 * 3 * trained
+    assert needs["disk"] == 1000 * 3 * 256 * 256 + 8 * 4 * 3 * trained
     assert needs["images"] == 1000 and needs["steps"] == 400_000
 
 

@@ -30,6 +30,9 @@ def test_a_stage_that_can_start_says_what_it_takes(tmp_path):
     text = "\n".join(preflight(plan, plan.stage("02")))
     assert "2 of 2 commands of 02_train_repae are left" in text
     assert "12 images" in text and "memory: " in text and "disk: " in text
+    (plan.data_dir / "images_h5.json").write_text("[")
+    with pytest.raises(ValueError, match="is no list of images: remove it"):
+        preflight(plan, plan.stage("02"))
     for command in plan.stage("02").commands:
         command.done.mkdir(parents=True)
     assert len(preflight(plan, plan.stage("02"))) == 1  # finished: its inputs may be gone

@@ -25,10 +25,12 @@ ROW = "repae-sdvae"
 REPRODUCE = presets_dir().parent
 PARAMETERS = "\n".join(
     f"{name} = 0"
-    for name in "ROW SCALE FOLDER IMAGES VALIDATION DATA REFERENCE PROCESSES STEPS SAMPLES DEVICE".split()
+    for name in (
+        "ROW SCALE FOLDER IMAGES VALIDATION DATA REFERENCE PROCESSES STEPS SAMPLES DEVICE MICRO_BATCHES"
+    ).split()
 )
 STUB = """
-import json, time
+import json, os, time
 from pathlib import Path
 about = json.loads((Path(FOLDER) / "stub.json").read_text())
 for path, text in about["writes"].get(STAGE, {}).items():
@@ -37,6 +39,8 @@ for path, text in about["writes"].get(STAGE, {}).items():
 (Path(FOLDER) / f"{STAGE}.seen").write_text(f"{ROW} {SCALE} {STEPS}")
 if about["fails"] == STAGE:
     raise ValueError("the last words of a child.")
+if about["dies"] == STAGE:
+    os.kill(os.getpid(), 9)
 while about["waits"] == STAGE:
     time.sleep(0.1)
 """
@@ -67,7 +71,7 @@ def finished(tmp_path, monkeypatch):
         plan.data_dir.mkdir(exist_ok=True)
         names = [f"{i}.png" for i in range(min(images, 10))]
         (plan.data_dir / "images_h5.json").write_text(json.dumps(names))
-        monkeypatch.setattr(row_results, "_data", lambda plan: {"images": images, "names": "0" * 16})
+        monkeypatch.setattr(row_results, "trained_on", lambda plan: {"images": images, "names": "0" * 16})
         for i, (entry, path) in enumerate(row_results._files(plan)):
             path.parent.mkdir(exist_ok=True)
             value = (values or {}).get(i, entry.metrics.get("frechet", 1.0))
@@ -115,6 +119,17 @@ def test_a_dry_run_prints_command_lines_that_exist_and_writes_nothing(capsys, tm
     assert not list(tmp_path.iterdir())
 
 
+def test_disk_and_memory_of_a_chain(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["reproduce", "ldm-e2e-vavae-800", "--dry-run"]
+    assert main(words) == 0 and "up to 4 checkpoint(s) at once" in capsys.readouterr().out
+    assert main([*words, "--scale", "mid", "--micro-batches", "2"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("--micro-batches 2 ") == 2 and out.count("up to 3 checkpoint(s) at once") == 2
+    assert "32 for a card of 8 GB, 8 for a card of 12 GB, 2 for a card of 24 GB" in out
+    assert "# inputs: released vavae\n" in out and "an evening on one GPU for each of 2 trainings" in out
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
@@ -125,6 +140,11 @@ def test_a_dry_run_prints_command_lines_that_exist_and_writes_nothing(capsys, tm
         ([ROW, "--dry-run", "--from", "06", "--to", "02"], "--from 06 comes after --to 02"),
         ([ROW, "--dry-run", "--from", "03"], "has no stage '03'"),
         ([ROW, "--dry-run", "--steps", "0"], "give at least 1"),
+        ([ROW, "--dry-run", "--scale", "tiny", "--samples", "64"], "give a multiple of 10"),
+        ([ROW, "--dry-run", "--device", "cuda:1"], "choose one of auto, cpu, cuda, mps"),
+        (["rec-sdvae", "--dry-run", "--micro-batches", "2"], "rec-sdvae trains nothing: leave it out"),
+        ([ROW, "--tables"], "--tables is about all rows: leave repae-sdvae out"),
+        ([ROW, "--emit", "slurm", "--from", "02"], "leave --from and --to out"),
         ([ROW, "--verify"], "runs/reproduce/repae-sdvae-full/result.json does not exist"),
         ([ROW, "--folder", "run"], "needs more: give --images"),
     ],
@@ -160,7 +180,7 @@ def stubs(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", "")
 
     def set_up(**about) -> Path:
-        content = {"writes": writes, "fails": None, "waits": None} | about
+        content = {"writes": writes, "fails": None, "dies": None, "waits": None} | about
         (folder / "stub.json").write_text(json.dumps(content))
         return folder
 
@@ -194,6 +214,9 @@ def test_a_chain_is_stopped_fails_and_goes_on_to_its_result(stubs, capsys, monke
     out, err = capsys.readouterr()
     assert "01_preprocess: done already" in out and "02_train_repae: done in" in out
     assert "stage 05_generate failed: the last words of a child (see" in err and err.count("\n") == 1
+
+    stubs(dies="05_generate")
+    assert run(folder) == 2 and "the kernel of notebook 05_generate was killed" in capsys.readouterr().err
 
     stubs()
     assert run(folder) == 0
@@ -279,6 +302,11 @@ def test_results_that_are_none_are_refused_in_a_sentence(finished, changes, reha
     assert told in err and err.count("\n") == 1
 
 
+def test_a_result_of_another_row_is_told(finished, capsys):
+    assert main(["reproduce", "repae-vavae", "--verify", str(finished())]) == 2
+    assert "is a result of repae-sdvae, not of repae-vavae" in capsys.readouterr().err
+
+
 def test_a_result_of_repae_evaluate_is_another_thing(finished, capsys):
     path = next((finished().parent / "results").glob("*.json"))
     assert main(["reproduce", "--verify", str(path)]) == 2
@@ -301,7 +329,9 @@ def test_a_table_has_one_protocol_and_says_what_was_not_run(finished):
         names = [name for name in ("adm-sde250-random", "adm-ode50-random", "reconstruction") if name in part]
         assert len(names) <= 1
     unguided = next(
-        part for part in made.split("### ") if part.startswith("Full scale, adm-sde250-random, no")
+        part
+        for part in made.split("### ")
+        if part.startswith("Full scale, adm-sde250-random, no guidance, 256")
     )
     line = next(line for line in unguided.splitlines() if "`repae-sdvae` | 400,000" in line)
     assert "[2026-" in line and "FID 4.07" in line.split("|")[5]
