@@ -7,7 +7,6 @@ interruption of any kind the same command goes on where it stopped. In the end F
 """
 
 import argparse
-import shlex
 import signal
 import sys
 import threading
@@ -509,7 +508,7 @@ def _list() -> list[str]:
 
 def _dry_run(plan: "Plan", stages: list["Stage"]) -> list[str]:
     """The commands of stages as lines for a shell, and as comments what they need."""
-    from repae_lite.commands.rows import argv
+    from repae_lite.commands.rows import typed
 
     row = plan.row
     lines = [f"# {row.name} at scale {plan.scale}: {row.title} ({row.source}), in {plan.folder}"]
@@ -518,7 +517,7 @@ def _dry_run(plan: "Plan", stages: list["Stage"]) -> list[str]:
         lines.append(f"# {stage.name}")
         for command in stage.commands:
             lines += ["# done:"] * command.finished
-            lines.append(shlex.join(argv(command, plan.processes)))
+            lines.append(typed(command, plan.processes))
     lines += [f"# needed: {words}" for words in dict.fromkeys(w for stage in stages for w in _missing(stage))]
     return lines
 

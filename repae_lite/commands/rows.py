@@ -9,6 +9,7 @@ path; "mid" also VAE, losses and encoder) and takes everything else from the pre
 
 import hashlib
 import json
+import shlex
 import sys
 from dataclasses import asdict, dataclass, field, fields, replace
 from difflib import get_close_matches
@@ -569,3 +570,11 @@ def argv(command: Command, processes: int = 1) -> list[str]:
         launcher = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
         return [sys.executable, "-m", *launcher, "-m", "repae_lite", *command.words]
     return [sys.executable, "-m", "repae_lite", *command.words]
+
+
+def typed(command: Command, processes: int = 1) -> str:
+    """The same as one would type it."""
+    if processes > 1 and command.parallel:
+        launcher = ["accelerate", "launch", "--multi_gpu", "--num_processes", str(processes)]
+        return shlex.join([*launcher, "-m", "repae_lite", *command.words])
+    return shlex.join(["repae", *command.words])

@@ -106,9 +106,9 @@ def test_a_dry_run_prints_command_lines_that_exist_and_writes_nothing(capsys, tm
     out = capsys.readouterr().out
     commands = [shlex.split(line) for line in out.splitlines() if not line.startswith("#")]
     for words in commands:
-        assert words[:3] == [sys.executable, "-m", "repae_lite"]
-        make_parser().parse_args(words[3:])
-    assert {words[3] for words in commands} == {
+        assert words[0] == "repae"
+        make_parser().parse_args(words[1:])
+    assert {words[1] for words in commands} == {
         "download",
         "preprocess",
         "train-repae",
