@@ -83,7 +83,6 @@ def main() -> None:
     judge = load_judge("tiny")
     reference = load_reference(data_small_dir() / "eval" / "images.h5", judge)
     record = head(f"python reproduce/benchmarks/protocols.py --steps {options.steps}") | {
-        "commit": commit(),
         "seeds": options.seeds,
         "steps": options.steps,
         "default": DEFAULT,
@@ -91,7 +90,7 @@ def main() -> None:
     }
     for seed in options.seeds:
         start = time.perf_counter()
-        run = {"seed": seed, "frechet": distances(sit, vae, judge, reference, seed)}
+        run = {"seed": seed, "commit": commit(), "frechet": distances(sit, vae, judge, reference, seed)}
         record["runs"].append(run | {"seconds": round(time.perf_counter() - start, 1)})
         write_text(options.out, json.dumps(record, indent=1) + "\n")
         print(f"seed {seed}: {DEFAULT}: {run['frechet'][DEFAULT]:.3f}, {record['runs'][-1]['seconds']:.0f} s")
