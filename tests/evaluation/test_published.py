@@ -86,7 +86,7 @@ def test_evaluate_prints_what_a_preset_names(tmp_path, capsys):
     words += ["--samples", str(tmp_path / "samples.npz"), "--reference", str(tmp_path / "reference.npz")]
     assert main([*words, "--preset", "repae-sdvae"]) == 0
     printed = capsys.readouterr().out
-    assert "Table 1; README A: FID 4.07, sFID 4.6, IS 161.8 under adm-sde250-random" in printed
+    assert "Tables 1, 7 and 11; README A: FID 4.07, sFID 4.6, IS 161.8 under adm-sde250-random" in printed
     assert "FID 1.67 under adm-sde250-random, guidance 2.2 on [0.0, 0.65], step 400,000" in printed
     assert printed.count("not comparable, differs in") == 4
     assert "4.07" not in json.dumps(json.loads((tmp_path / "samples-mine.json").read_text()))
