@@ -10,9 +10,11 @@ from pathlib import Path
 import nbformat
 import papermill
 import pytest
+from PIL import Image
 
 from repae_lite.commands import row_results
 from repae_lite.commands.rows import STAGES
+from repae_lite.data.datasets import load_embedded
 
 FOLDER = Path(__file__).resolve().parents[1] / "reproduce"
 
@@ -50,6 +52,18 @@ def test_notebooks_are_templates_of_one_form(name):
     assert not re.search(r"[\"' (]/(home|root|Users|tmp)/", path.read_text(encoding="utf-8"))
 
 
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    """Some of the embedded images as files, one folder per class: all of them take a minute more."""
+    folder = tmp_path_factory.mktemp("images")
+    pixels, labels = load_embedded("train")
+    for i in range(96):
+        path = folder / str(labels[i].item()) / f"{i}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(pixels[i].permute(1, 2, 0).numpy()).save(path)
+    return folder
+
+
 def papermilled(name: str, row: str, folder: Path, **parameters):
     """The copy of a notebook that papermill makes."""
     parameters = {"ROW": row, "FOLDER": str(folder), "STEPS": 3, "SAMPLES": 60, "DEVICE": "cpu", **parameters}
@@ -63,14 +77,14 @@ def papermilled(name: str, row: str, folder: Path, **parameters):
 
 
 @pytest.mark.timeout(600)  # a loaded machine takes its time
-def test_a_row_from_its_images_to_its_result(tmp_path, monkeypatch):
+def test_a_row_from_its_images_to_its_result(tmp_path, images, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(FOLDER.parent), os.environ.get("PYTHONPATH", "")]))
     row, folder = "repae-sdvae", tmp_path / "sdvae"
     copies = {
-        name: papermilled(name, row, folder)
+        name: papermilled(name, row, folder, IMAGES=str(images))
         for name in ("01_preprocess", "02_train_repae", "05_generate", "06_evaluate")
     }
-    assert "6,000 images" in "".join(outputs(copies["01_preprocess"], "text/plain"))
+    assert "96 images" in "".join(outputs(copies["01_preprocess"], "text/plain"))
     trained = copies["02_train_repae"]
     assert "repae train-repae --data-dir" in "".join(outputs(trained, "stream"))
     assert any("finished after" in text for text in outputs(trained, "text/plain"))
@@ -81,7 +95,7 @@ def test_a_row_from_its_images_to_its_result(tmp_path, monkeypatch):
     said = "".join(outputs(copies["06_evaluate"], "stream"))
     assert f"{distance:.4g}" in outputs(copies["06_evaluate"], "text/html")[0]
     assert "60 images" in said and "not to be compared" in said and "nothing is published of" in said
-    assert row_results.read(folder / "result.json").data.images == 6000
+    assert row_results.read(folder / "result.json").data.images == 96
 
     # the notebooks of a frozen VAE, on the one that was just tuned
     row, ldm = "ldm-e2e-vavae", tmp_path / "ldm"

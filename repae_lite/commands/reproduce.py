@@ -443,7 +443,8 @@ def _verify(path: Path, name: str | None = None) -> int:
     if found == NOT_RUN:
         print(f"{NOT_COMPARABLE}: nothing is published of {row.name} at scale {result.scale}")
         return IS_NOT_COMPARABLE
-    print(found + (f" ({row.basis})" if row.basis and found != NOT_COMPARABLE else ""))
+    rests = row.basis and result.scale == "full" and found != NOT_COMPARABLE
+    print(found + (f" ({row.basis})" if rests else ""))
     return {OUTSIDE: IS_OUTSIDE, WITHIN: 0}.get(found, IS_NOT_COMPARABLE)
 
 
