@@ -94,7 +94,7 @@ def test_a_row_from_its_images_to_its_result(tmp_path, images, monkeypatch):
     distance = json.loads(result.read_text())["metrics"]["frechet"]
     said = "".join(outputs(copies["06_evaluate"], "stream"))
     assert f"{distance:.4g}" in outputs(copies["06_evaluate"], "text/html")[0]
-    assert "60 images" in said and "not to be compared" in said and "nothing is published of" in said
+    assert "60 images" in said and "not to be compared" in said and "trained for 3 steps, not 400" in said
     assert row_results.read(folder / "result.json").data.images == 96
 
     # the notebooks of a frozen VAE, on the one that was just tuned

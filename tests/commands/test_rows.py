@@ -106,11 +106,11 @@ def test_each_published_number_that_can_be_drawn_is_drawn_and_judged(tmp_path):
         }
         assert drawn == {
             (entry.protocol, entry.step, *entry.guidance)
-            for entry in row.published
+            for entry in row.expected("full")
             if entry.protocol not in (None, RECONSTRUCTION) and entry.guidance
         }
         vaes = {args.vae_ckpt_path for _, args in found if args.command == "reconstruct"}
-        assert bool(vaes) == any(entry.protocol == RECONSTRUCTION for entry in row.published)
+        assert bool(vaes) == any(entry.protocol == RECONSTRUCTION for entry in row.expected("full"))
         if vaes and row.preset:  # what it tunes, not what it starts from
             assert vaes == {str(tmp_path / "pretrained" / row.name / f"{row.name}.pt")}
 
