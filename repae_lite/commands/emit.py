@@ -12,9 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from textwrap import indent
 
-from repae_lite.commands.rows import Command, Plan, argv
+from repae_lite.commands.rows import INPUTS, Command, Plan, argv
 
-PLACES = {"IMAGES": "--images", "VALIDATION": "--validation", "REFERENCE": "--reference"}  # left open
 PER_NODE = 8  # GPUs of a cluster's machine
 _SLURM = """\
 #!/bin/bash
@@ -183,9 +182,9 @@ def emit(plan: Plan, kind: str) -> str:
     if plan.samples:
         raise ValueError("--samples draws by a protocol that only a run here writes: leave it or --emit out")
     for command in (command for stage in plan.stages for command in stage.commands):
-        for place in () if command.finished else PLACES.keys() & set(command.words):
+        for place in () if command.finished else INPUTS.keys() & set(command.words):
             raise ValueError(
-                f"repae {command.words[0]} needs a path that was left open: give {PLACES[place]} PATH"
+                f"repae {command.words[0]} needs a path that was left open: give {INPUTS[place][0]} PATH"
             )
     return EMITTERS[kind](plan)
 

@@ -38,14 +38,12 @@ def preflight(plan: Plan, stage: Stage) -> list[str]:
     if not left:
         return lines
     missing = _missing_inputs(plan, stage, left)
-    trained = [each for each in plan.lineage if each.preset]
     if stage.preset and left[0].words[0].startswith("train-"):
         preset = preset_of(plan, stage.run_folder.name)
         lines += _data(plan, preset, missing) + _weights(preset) + _room(plan, preset, missing)
-    elif (
-        stage is plan.stages[0] and trained
-    ):  # the disk before it is filled; who trains may be another machine
-        _room(plan, preset_of(plan, trained[-1].name), short := [])
+    elif stage is plan.stages[0] and plan.trained:
+        # The disk before it is filled; who trains may be another machine.
+        _room(plan, preset_of(plan, plan.trained[-1].name), short := [])
         missing += [reason for reason in short if "of disk" in reason]
     if scale == "full" and row.cost:
         hours = row.cost.gpu_hours

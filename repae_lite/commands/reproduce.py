@@ -30,11 +30,6 @@ but one cannot be compared, or if nothing can be judged at this scale. How to ad
 reproduce/README.md."""
 FOLDERS = Path("runs") / "reproduce"
 WIDTH = 110
-INPUTS = {  # what stands in a command where nothing was given: flag, and what it is
-    "IMAGES": ("--images", "a folder with ImageNet's training images"),
-    "VALIDATION": ("--validation", "a folder with ImageNet's 50,000 validation images"),
-    "REFERENCE": ("--reference", "ADM's VIRTUAL_imagenet256_labeled.npz"),
-}
 FLAGS = {
     "what is run": {
         "row": {"nargs": "?", "metavar": "ROW", "help": "its name; --list shows all"},
@@ -207,6 +202,8 @@ def _run(args: argparse.Namespace, result: str) -> None:
 
 def _missing(stage: "Stage") -> list[str]:
     """Flags that unfinished commands of a stage lack."""
+    from repae_lite.commands.rows import INPUTS
+
     return [
         f"{INPUTS[word][0]} ({INPUTS[word][1]})"
         for command in stage.commands
@@ -528,11 +525,11 @@ def _needs(plan: "Plan") -> list[str]:
     from repae_lite.commands.machine import GIB, needs
     from repae_lite.commands.preflight import preset_of
     from repae_lite.commands.presets import presets_dir, read_preset
-    from repae_lite.commands.row_results import cost, pixels
+    from repae_lite.commands.row_results import cost
     from repae_lite.evaluation.protocols import load_protocol
 
     lines, disk, memory = [], 0, 0
-    trained = [row for row in plan.lineage if row.preset]
+    trained = plan.trained
     for row in trained:
         preset = preset_of(plan, row.name)
         wanted = needs(preset)
@@ -545,8 +542,8 @@ def _needs(plan: "Plan") -> list[str]:
         )
     for entry, _ in plan.draws:
         count = plan.samples or load_protocol(entry.protocol).count
-        disk += 2 * count * 3 * pixels(plan.row, plan.scale) ** 2  # twice while the file is finished
-    released = plan.lineage[0].released if plan.scale != "tiny" else ()
+        disk += 2 * count * 3 * plan.resolution**2  # twice while the file is finished
+    released = plan.released
     given = {"images": plan.images, "validation": plan.validation, "reference": plan.reference}
     inputs = [f"{name} {path}" for name, path in given.items() if path]
     inputs += [f"released {', '.join(released)}"] if released else []

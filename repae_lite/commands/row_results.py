@@ -22,7 +22,6 @@ from repae_lite import __version__
 from repae_lite.commands.presets import presets_dir, read_preset
 from repae_lite.commands.rows import (
     RECONSTRUCTION,
-    RESOLUTION,
     SCALES,
     STRICT,
     Plan,
@@ -32,6 +31,7 @@ from repae_lite.commands.rows import (
 )
 from repae_lite.evaluation.protocols import Protocol, differences, hash_of, load_protocol
 from repae_lite.evaluation.results import SHOWN, Expected, Scale, read_result
+from repae_lite.utils.configs import first_fault
 from repae_lite.utils.files import read_json, write_text
 
 SCHEMA = 1
@@ -142,9 +142,9 @@ def write(plan: Plan) -> Path:
             "guidance": entry.guidance,
             "result": read_result(path),
         }
-        for entry, path in _files(plan)
+        for entry, path in plan.results
     ]
-    trained = {row.name: replace(row.preset, options=plan.options(row)) for row in plan.lineage if row.preset}
+    trained = {row.name: replace(row.preset, options=plan.options(row)) for row in plan.trained}
     content = {
         "schema": SCHEMA,
         "row": plan.row.name,
@@ -176,21 +176,13 @@ def write(plan: Plan) -> Path:
     return path
 
 
-def _files(plan: Plan) -> list[tuple[Expected, Path]]:
-    """The entries of a plan, each with the result that its last stage writes."""
-    folder = plan.folder / "results"
-    found = [(entry, folder / f"{entry.protocol}_{path.stem}.json") for entry, path in plan.draws]
-    reconstructed = [e for e in plan.row.expected(plan.scale) if e.protocol == RECONSTRUCTION]
-    return found + [(entry, folder / f"{RECONSTRUCTION}.json") for entry in reconstructed[:1]]
-
-
 def trained_on(plan: Plan) -> dict[str, Any] | None:
     """How many images a plan trains on, and the SHA-256 of their names; None if it trains nothing.
 
     Raises:
         FileNotFoundError, ValueError: they are not preprocessed, or their list is damaged.
     """
-    if not any(row.preset for row in plan.lineage):
+    if not plan.trained:
         return None
     names = plan.data_dir / "images_h5.json"
     if not names.is_file():
@@ -244,10 +236,7 @@ def read(path: Path) -> Result:
             whole = each.result["protocol"]["hash"] == hash_of(each.result["protocol"]) and whole
             numbers += each.result["metrics"].values()
     except ValidationError as errors:
-        error = errors.errors()[0]
-        raise ValueError(
-            f"{path} has {'.'.join(map(str, error['loc']))} = {error['input']!r}: {error['msg']}"
-        ) from None
+        raise ValueError(f"{path} has {first_fault(errors)}") from None
     except (KeyError, TypeError, AttributeError):
         raise ValueError(f"{path} holds a number without its protocol: restore it") from None
     if not all(isinstance(value, int | float) for value in numbers):
@@ -304,7 +293,7 @@ def _obstacles(result: Result, plan: Plan) -> list[str]:
     """Why none of a result's numbers can be compared with the row's; empty if nothing speaks against it."""
     row, found = plan.row, []
     steps, samples = result.plan.steps, result.plan.samples
-    trained = [each for each in plan.lineage if each.preset]
+    trained = plan.trained
     if steps and trained:
         found.append(f"it trained for {steps:,} steps, not {plan.total_steps(trained[-1]):,}")
     if samples:
@@ -325,7 +314,7 @@ def _obstacles(result: Result, plan: Plan) -> list[str]:
 
 def _judged(expected: Expected, result: Result, plan: Plan, reasons: list[str]) -> list[Verdict]:
     """The verdicts of one published entry."""
-    trained = [each for each in plan.lineage if each.preset]
+    trained = plan.trained
     step = expected.step or (plan.total_steps(trained[-1]) if trained else None)
     ours = next(
         (
@@ -342,7 +331,7 @@ def _judged(expected: Expected, result: Result, plan: Plan, reasons: list[str]) 
         reasons.append("it was not drawn")
     else:
         reasons += [f"another protocol ({each})" for each in _unlike(expected, record)]
-        side, wanted = ours.result.get("samples", record).get("side"), pixels(plan.row, result.scale)
+        side, wanted = ours.result.get("samples", record).get("side"), plan.resolution
         if side != wanted:
             reasons.append(f"its images have {side} pixels, not {wanted}")
     found = []
@@ -368,12 +357,6 @@ def _numbers_of(measured: Measured) -> dict[str, float]:
     """The metrics of a result; of reconstructions also what was measured of their latents."""
     latents = measured.result.get("latents", {})
     return {k: v for k, v in latents.items() if isinstance(v, int | float)} | measured.result["metrics"]
-
-
-def pixels(row: Row, scale: str) -> int:
-    """The side of a row's images."""
-    own = row.preset.options if row.preset and scale == "full" else {}
-    return own.get("resolution", RESOLUTION[scale])
 
 
 def protocol_of(expected: Expected) -> Protocol:
@@ -489,7 +472,7 @@ def tables(results: dict[str, Result]) -> str:
         for expected in row.published:
             if _said(expected):
                 # what all numbers in a column have in common
-                place = -SCALES.index(expected.scale), expected.protocol, pixels(row, expected.scale)
+                place = -SCALES.index(expected.scale), expected.protocol, row.resolution(expected.scale)
                 groups.setdefault((*place, expected.guidance), []).append((row, expected))
     lines = []
     for group in sorted(groups):
@@ -506,7 +489,7 @@ def _said(expected: Expected) -> bool:
 def _table(entries: list[tuple[Row, Expected]], results: dict[str, Result], judged: dict) -> list[str]:
     first = entries[0][1]
     words = [f"{first.scale.capitalize()} scale", first.protocol, guidance(first)]
-    words += [f"{pixels(entries[0][0], first.scale)} pixels"]
+    words += [f"{entries[0][0].resolution(first.scale)} pixels"]
     lines = [f"### {', '.join(word for word in words if word)}", ""]
     if first.protocol != RECONSTRUCTION:
         lines += [_described(protocol_of(first)), ""]

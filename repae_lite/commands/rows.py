@@ -31,6 +31,7 @@ from repae_lite.commands.presets import (
 from repae_lite.evaluation.protocols import PROTOCOLS
 from repae_lite.evaluation.results import Expected
 from repae_lite.training.config import COMMANDS, OPTIONS, flag
+from repae_lite.utils.configs import first_fault
 from repae_lite.utils.files import data_small_dir, read_json, write_text
 
 SCALES = ("tiny", "mid", "full")
@@ -60,6 +61,11 @@ DATA = {"tiny": "embedded", "mid": "imagenette"}  # repae download data:NAME
 CLASSES = 10  # of these two
 RESOLUTION = {"tiny": 32, "mid": 128, "full": 256}
 DEVICES = ("auto", "cpu", "cuda", "mps")
+INPUTS = {  # what stands in a command where nothing was given: flag, and what it is
+    "IMAGES": ("--images", "a folder with ImageNet's training images"),
+    "VALIDATION": ("--validation", "a folder with ImageNet's 50,000 validation images"),
+    "REFERENCE": ("--reference", "ADM's VIRTUAL_imagenet256_labeled.npz"),
+}
 RECONSTRUCTION = "reconstruction"  # in place of a protocol's name: the number is of repae reconstruct
 STRICT = ConfigDict(extra="forbid")
 
@@ -123,6 +129,11 @@ class Row:
         """Its training options at full scale; None for rows that do not train."""
         return read_preset(self.name) if (self.command or "").startswith("train-") else None
 
+    def resolution(self, scale: str) -> int:
+        """Side of the images at a scale, pixels."""
+        options = self.preset.options if self.preset and scale == "full" else {}
+        return options.get("resolution", RESOLUTION[scale])
+
     def expected(self, scale: str) -> tuple[Expected, ...]:
         """What is known of a scale, or entries without numbers: draw or reconstruct as that scale does."""
         known = tuple(entry for entry in self.published if entry.scale == scale)
@@ -134,7 +145,11 @@ class Row:
 
 def row_names() -> list[str]:
     """Names of all rows: the presets that say where they were published."""
-    return sorted(path.stem for path in presets_dir().glob("*.yaml") if "\ntitle:" in path.read_text("utf-8"))
+    return sorted(path.stem for path in presets_dir().glob("*.yaml") if _is_row(path))
+
+
+def _is_row(path: Path) -> bool:
+    return "\ntitle:" in path.read_text("utf-8")
 
 
 def read_row(name: str) -> Row:
@@ -144,13 +159,13 @@ def read_row(name: str) -> Row:
         FileNotFoundError: no such row; the nearest names.
         ValueError: its file is not one of a row.
     """
-    if name not in row_names():
+    path = {each.stem: each for each in presets_dir().glob("*.yaml")}.get(name)
+    if path is None or not _is_row(path):
         near = get_close_matches(name, row_names(), n=3, cutoff=0.4)
         hint = f"did you mean {' or '.join(near)}? " if near else ""
         raise FileNotFoundError(
             f"there is no row {name!r}: {hint}`repae reproduce --list` shows all {len(row_names())}"
         )
-    path = presets_dir() / f"{name}.yaml"
     content = preset_content(path)
     known = {f.name for f in fields(Row)}
     values = {key: value for key, value in content.items() if key in known & OWN_KEYS | {"vae"}}
@@ -164,9 +179,7 @@ def read_row(name: str) -> Row:
     try:
         return TypeAdapter(Row).validate_python(values | {"name": name})
     except ValidationError as errors:
-        error = errors.errors()[0]
-        where = ".".join(map(str, error["loc"]))
-        raise ValueError(f"the row {path} has {where} = {error['input']!r}: {error['msg']}") from None
+        raise ValueError(f"the row {path} has {first_fault(errors)}") from None
 
 
 # ---------------------------------------------------------------- the commands of a row
@@ -261,7 +274,7 @@ class Plan:
                 f"--device is {self.device!r}: choose one of {', '.join(DEVICES)}; of several GPUs "
                 "CUDA_VISIBLE_DEVICES chooses one"
             )
-        if self.micro_batches and not any(row.preset for row in self.lineage):
+        if self.micro_batches and not self.trained:
             raise ValueError(
                 f"--micro-batches is for training, and {self.row.name} trains nothing: leave it out"
             )
@@ -334,8 +347,7 @@ class Plan:
     @property
     def resolution(self) -> int:
         """Side of the images, pixels."""
-        options = self.row.preset.options if self.row.preset and self.scale == "full" else {}
-        return options.get("resolution", RESOLUTION[self.scale])
+        return self.row.resolution(self.scale)
 
     @property
     def data_dir(self) -> Path:
@@ -378,6 +390,23 @@ class Plan:
         return tuple(rows)
 
     @cached_property
+    def trained(self) -> tuple[Row, ...]:
+        """Those of the lineage that train, in order."""
+        return tuple(row for row in self.lineage if row.preset)
+
+    @property
+    def released(self) -> tuple[str, ...]:
+        """The released sets that are downloaded first."""
+        return self.lineage[0].released if self.scale != "tiny" else ()
+
+    @property
+    def source(self) -> Path | None:
+        """The run that images are drawn from; None where nothing is trained and nothing released."""
+        if self.trained:
+            return self.folder / "exps" / self.trained[-1].name
+        return Path("pretrained") / self.row.released[0] if self.row.released else None
+
+    @cached_property
     def stages(self) -> tuple[Stage, ...]:
         """What has to be done, in order."""
         found = [self._preprocess()]
@@ -412,9 +441,8 @@ class Plan:
             words = ("download", f"data:{name}", "--output-dir", str(self.folder / "images"))
             if not self.images or self.row.command == "reconstruct":  # which needs the validation images
                 commands.append(Command(words))
-        released = self.lineage[0].released if self.scale != "tiny" else ()
-        commands += [Command(("download", name)) for name in released]
-        if any(row.preset for row in self.lineage):
+        commands += [Command(("download", name)) for name in self.released]
+        if self.trained:
             words = ("preprocess", "--imagenet-path", source or "IMAGES", "--data-dir", str(self.data_dir))
             words += ("--resolution", str(self.resolution))
             commands.append(Command(words, done=self.data_dir / "images_h5.json"))
@@ -487,35 +515,38 @@ class Plan:
     @cached_property
     def draws(self) -> tuple[tuple[Expected, Path], ...]:
         """What is drawn: entries of the row, each with its .npz; equal drawings once."""
-        trained = [row for row in self.lineage if row.preset]
-        if self.row.command == "reconstruct" or not (trained or self.row.released):
+        if self.row.command == "reconstruct" or self.source is None:
             return ()
-        source = (
-            self.folder / "exps" / trained[-1].name if trained else Path("pretrained") / self.row.released[0]
-        )
-        total = self.total_steps(trained[-1]) if trained else None
+        total = self.total_steps(self.trained[-1]) if self.trained else None
         found = {}
         for entry in self.row.expected(self.scale):
             step = total if self.steps or entry.step is None else entry.step
             if entry.protocol in (None, RECONSTRUCTION) or not entry.guidance or (total and step > total):
                 continue
             guidance = "-".join(map(str, entry.guidance))
-            name = f"{source.name}_{'last' if step is None else f'{step:07d}'}_cfg{guidance}.npz"
+            name = f"{self.source.name}_{'last' if step is None else f'{step:07d}'}_cfg{guidance}.npz"
             path = self.folder / "samples" / entry.protocol / name
             found.setdefault(path, replace(entry, step=step))
         return tuple((entry, path) for path, entry in found.items())
+
+    @cached_property
+    def results(self) -> tuple[tuple[Expected, Path], ...]:
+        """Every number: its entry, and the result that the last stage writes; those of `draws` come first."""
+        folder = self.folder / "results"
+        found = [(entry, folder / f"{entry.protocol}_{path.stem}.json") for entry, path in self.draws]
+        rebuilt = [entry for entry in self.row.expected(self.scale) if entry.protocol == RECONSTRUCTION]
+        return (*found, *((entry, folder / f"{RECONSTRUCTION}.json") for entry in rebuilt[:1]))
 
     def protocol(self, name: str) -> str:
         """A protocol's name, or the file of one with `samples` images."""
         return str(self.folder / f"{name}-{self.samples}.yaml") if self.samples else name
 
     def _generate(self) -> Stage:
-        trained, commands = [row for row in self.lineage if row.preset], []
-        source = self.folder / "exps" / trained[-1].name if trained else None
+        commands = []
         for entry, path in self.draws:
-            words = ["generate", "--exp-path", str(source or Path("pretrained") / self.row.released[0])]
+            words = ["generate", "--exp-path", str(self.source)]
             words += [] if entry.step is None else ["--train-steps", str(entry.step)]
-            if not source and self.row.released[1:]:  # a run on a frozen VAE has none of its own
+            if not self.trained and self.row.released[1:]:  # a run on a frozen VAE has none of its own
                 words += ["--vae-ckpt", str(Path("pretrained") / self.row.released[1])]
             words += ["--protocol", self.protocol(entry.protocol), "--sample-dir", str(path.parent)]
             words += ["--global-seed", str(self.seed)] if self.seed else []
@@ -523,20 +554,19 @@ class Plan:
             for name, value in zip(names, entry.guidance, strict=True):
                 words += [name, str(value)]
             commands.append(Command((*words, *self._device()), done=path, parallel=True))
-        return Stage(STAGES[4], tuple(commands), source)
+        return Stage(STAGES[4], tuple(commands), self.source if self.trained else None)
 
     def _evaluate(self) -> Stage:
         commands = []
-        for entry, path in self.draws:
-            result = self.folder / "results" / f"{entry.protocol}_{path.stem}.json"
+        drawn, rebuilt = self.results[: len(self.draws)], self.results[len(self.draws) :]
+        for (entry, path), (_, result) in zip(self.draws, drawn, strict=True):
             words = ("evaluate", "--samples", str(path), "--protocol", self.protocol(entry.protocol))
             reference = self.reference or {"full": "REFERENCE", "mid": str(self.data_dir)}.get(self.scale)
             words += ("--reference", reference) if reference else ()
             words += (*self._device(), "--output", str(result))
             commands.append(Command(words, done=result))
-        if any(entry.protocol == RECONSTRUCTION for entry in self.row.expected(self.scale)):
+        for _, result in rebuilt:
             vae, weights = self._vae(self.row)
-            result = self.folder / "results" / f"{RECONSTRUCTION}.json"
             words = ("reconstruct", "--vae-arch", vae, "--vae-ckpt-path", weights, "--data-dir")
             if self.scale == "tiny":
                 words += (str(data_small_dir() / "eval"), "--judge", "tiny")

@@ -40,3 +40,9 @@ def checked_config(
         f"{where} has a configuration with {field}={values[field]!r} ({error['msg']}): this version builds "
         "no such network"
     )
+
+
+def first_fault(errors: ValidationError) -> str:
+    """Where pydantic first found something wrong, the value there, and what is wrong with it."""
+    error = errors.errors()[0]
+    return f"{'.'.join(map(str, error['loc']))} = {error['input']!r}: {error['msg']}"

@@ -72,7 +72,7 @@ def finished(tmp_path, monkeypatch):
         names = [f"{i}.png" for i in range(min(images, 10))]
         (plan.data_dir / "images_h5.json").write_text(json.dumps(names))
         monkeypatch.setattr(row_results, "trained_on", lambda plan: {"images": images, "names": "0" * 16})
-        for i, (entry, path) in enumerate(row_results._files(plan)):
+        for i, (entry, path) in enumerate(plan.results):
             path.parent.mkdir(exist_ok=True)
             value = (values or {}).get(i, entry.metrics.get("frechet", 1.0))
             path.write_text(json.dumps(evaluated(entry, value=value, side=side)))
@@ -165,7 +165,7 @@ def stubs(tmp_path, monkeypatch):
     notebooks, folder = tmp_path / "notebooks", tmp_path / "run"
     plan = Plan.open(ROW, "tiny", folder, steps=3)
     writes = {stage.name: {str(c.done): "" for c in stage.commands if c.done} for stage in plan.stages}
-    ((entry, path),) = row_results._files(plan)
+    ((entry, path),) = plan.results
     writes["01_preprocess"][str(plan.data_dir / "images_h5.json")] = '["a.png"]'
     writes["06_evaluate"][str(path)] = json.dumps(evaluated(entry))
     notebooks.mkdir()
