@@ -6,14 +6,17 @@
     python data_small/train_networks.py vae           # the VAE all experiments start from (needs perceptual)
     python data_small/train_networks.py vae_only      # that VAE after 400 steps of chapter 05's control
     python data_small/train_networks.py vae_e2e       # that VAE after 400 steps of REPA-E, as in chapter 05
+    python data_small/train_networks.py sit_long      # 20,000 steps of REPA on that VAE, frozen
+    python data_small/train_networks.py pair_long     # 20,000 steps of REPA-E: a VAE and its SiT, in two files
 
-The last two need all the others. Teacher, perceptual network and evaluator see different images (each has its
+The last four need all the others. Teacher, perceptual network and evaluator see different images (each has its
 own seed of the image maker), learn different tasks (the teacher class, pose and the parts in every patch; the
 perceptual network quarter turns, without labels; the evaluator class) and have different architectures. On
 one machine the same command gives the same bytes: one thread, fixed seeds, deterministic algorithms.
 """
 
 import argparse
+import dataclasses
 import json
 import platform
 import sys
@@ -27,13 +30,14 @@ from make_images import PART_NAMES, POSE_NAMES, make_split, record_checksums, sh
 from torch import Tensor
 from tqdm import tqdm
 
-from repae_lite.checkpoints.models import save_vae
+from repae_lite.checkpoints.models import save_sit, save_vae
 from repae_lite.data.datasets import load_embedded
 from repae_lite.evaluation.evaluation_net import EvaluationNet
 from repae_lite.evaluation.metrics import psnr
 from repae_lite.method.losses import TinyPerceptualLoss, VAELossConfig, vae_regularization_loss
 from repae_lite.networks.encoders import TinyViT
 from repae_lite.networks.latent_stats import LatentStats
+from repae_lite.networks.sit import SiT
 from repae_lite.networks.vae import AutoencoderKL
 from repae_lite.teaching.small_scale import SmallScale
 from repae_lite.utils.files import write_text
@@ -41,8 +45,9 @@ from repae_lite.utils.pixels import CLASS_NAMES, to_unit_range
 from repae_lite.utils.state_dicts import save_weights
 
 FOLDER = Path(__file__).resolve().parent
-# Of the weights and of the image maker; the last two are chapter 05's seed.
-SEEDS = {"teacher": 101, "perceptual": 102, "evaluator": 103, "vae": 104, "vae_only": 0, "vae_e2e": 0}
+# Of the weights and of the image maker; from the fifth on they are chapter 05's seed.
+SEEDS = {"teacher": 101, "perceptual": 102, "evaluator": 103, "vae": 104}
+SEEDS |= {"vae_only": 0, "vae_e2e": 0, "sit_long": 0, "pair_long": 0}
 # Of the images on which progress is measured, disjoint from training images and evaluation split.
 HELD_OUT_SEED = 199
 
@@ -219,6 +224,22 @@ def tune_vae(method: str, steps: int) -> tuple[AutoencoderKL, dict]:
     return state.vae, {"images": len(small.images), "method": method, "curve": curve}
 
 
+def train_long(method: str, steps: int) -> tuple[dict[str, torch.nn.Module], dict]:
+    """Chapter 05's recipe for far longer: the averaged SiT, and the VAE if the method trains it."""
+    small = SmallScale.load()
+    state = small.new_state(method)
+    state.config = dataclasses.replace(state.config, ema_decay=0.999)
+    losses = small.train(state, steps, targets=small.tokens, seed=torch.initial_seed(), label=method)
+    every = max(steps // 40, 1)  # the log holds means over this many steps
+    curve = [
+        {"step": end}
+        | {k: round(sum(step[k] for step in losses[end - every : end]) / every, 4) for k in losses[0]}
+        for end in range(every, steps + 1, every)
+    ]
+    networks = {"sit_long": state.ema} if method == "repa" else {"vae_pair": state.vae, "sit_pair": state.ema}
+    return networks, {"images": len(small.images), "method": method, "curve": curve}
+
+
 @torch.no_grad()
 def latent_statistics(vae: AutoencoderKL, x: Tensor) -> LatentStats:
     """Of sampled latents."""
@@ -233,6 +254,8 @@ TRAINERS = {
     "vae": (train_vae, 9000),
     "vae_only": (lambda steps: tune_vae("vae-only", steps), 400),
     "vae_e2e": (lambda steps: tune_vae("repa-e", steps), 400),
+    "sit_long": (lambda steps: train_long("repa", steps), 20000),
+    "pair_long": (lambda steps: train_long("repa-e", steps), 20000),
 }
 
 
@@ -251,16 +274,20 @@ def main() -> None:
     trainer, steps = TRAINERS[args.network]
     steps = args.steps or steps
     start = time.perf_counter()
-    net, log = trainer(steps)
-    path = args.out / f"{args.network}.safetensors"
-    if isinstance(net, AutoencoderKL):
-        save_vae(path, net, latent_statistics(net, to_unit_range(load_embedded("train")[0])))
-    else:
-        save_weights(path, net)
-    record_checksums(args.out, {path.name: sha256(path.read_bytes())})
+    trained, log = trainer(steps)
+    networks = trained if isinstance(trained, dict) else {args.network: trained}
+    for name, net in networks.items():
+        path = args.out / f"{name}.safetensors"
+        if isinstance(net, AutoencoderKL):
+            save_vae(path, net, latent_statistics(net, to_unit_range(load_embedded("train")[0])))
+        elif isinstance(net, SiT):
+            save_sit(path, net.half())  # half the size; a sample's pixels change by a level at most
+        else:
+            save_weights(path, net)
+        record_checksums(args.out, {path.name: sha256(path.read_bytes())})
     log = {
         "network": args.network,
-        "parameters": sum(p.numel() for p in net.parameters()),
+        "parameters": sum(p.numel() for net in networks.values() for p in net.parameters()),
         "steps": steps,
         "seed": SEEDS[args.network],
         "minutes": round((time.perf_counter() - start) / 60, 1),
@@ -270,7 +297,7 @@ def main() -> None:
         **log,
     }
     write_text(args.out / "logs" / f"{args.network}.json", json.dumps(log, indent=1) + "\n")
-    print(f"wrote {path.name} ({path.stat().st_size / 1e6:.2f} MB) and its log", file=sys.stderr)
+    print(f"wrote {', '.join(networks)} and a log", file=sys.stderr)
 
 
 if __name__ == "__main__":
