@@ -7,12 +7,13 @@
     python data_small/train_networks.py vae_only      # that VAE after 400 steps of chapter 05's control
     python data_small/train_networks.py vae_e2e       # that VAE after 400 steps of REPA-E, as in chapter 05
     python data_small/train_networks.py sit_long      # 20,000 steps of REPA on that VAE, frozen
-    python data_small/train_networks.py pair_long     # 20,000 steps of REPA-E: a VAE and its SiT, in two files
+    python data_small/train_networks.py pair_long     # 20,000 steps of REPA-E: a VAE and its SiT, two files
 
-The last four need all the others. Teacher, perceptual network and evaluator see different images (each has its
-own seed of the image maker), learn different tasks (the teacher class, pose and the parts in every patch; the
-perceptual network quarter turns, without labels; the evaluator class) and have different architectures. On
-one machine the same command gives the same bytes: one thread, fixed seeds, deterministic algorithms.
+The last four need all the others. Teacher, perceptual network and evaluator see different images (each has
+its own seed of the image maker), learn different tasks (the teacher class, pose and the parts in every
+patch; the perceptual network quarter turns, without labels; the evaluator class) and have different
+architectures. On one machine the same command gives the same bytes: one thread, fixed seeds, deterministic
+algorithms.
 """
 
 import argparse

@@ -7,7 +7,7 @@ nothing is trained with. Taught in `notebooks/00_map.ipynb`.
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -178,6 +178,7 @@ class SmallScale:
         seed: int = 0,
         warmup: int = 50,
         label: str = "training",
+        moving_step: Callable[..., dict[str, float]] = repae_step,
     ) -> list[dict[str, float]]:
         """Trains a state from `new_state`, in place, with a progress bar.
 
@@ -193,6 +194,7 @@ class SmallScale:
             seed: Seed of batches, times and noise.
             warmup: Steps over which the learning rates rise.
             label: Name of the progress bar.
+            moving_step: What a step is where the VAE trains; another for study.
 
         Returns:
             The losses of each step.
@@ -209,7 +211,7 @@ class SmallScale:
             labels, tokens = self.labels[index], None if targets is None else targets[index]
             if mean is None:
                 x = to_unit_range(self.images[index])
-                history.append(repae_step(state, x, labels, tokens, eps_posterior=noise[0], **draws))
+                history.append(moving_step(state, x, labels, tokens, eps_posterior=noise[0], **draws))
             else:
                 history.append(
                     latent_step(state, mean[index] + std[index] * noise[0], labels, tokens, **draws)
