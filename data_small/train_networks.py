@@ -6,8 +6,8 @@
     python data_small/train_networks.py vae           # the VAE all experiments start from (needs perceptual)
     python data_small/train_networks.py vae_only      # that VAE after 400 steps of chapter 05's control
     python data_small/train_networks.py vae_e2e       # that VAE after 400 steps of REPA-E, as in chapter 05
-    python data_small/train_networks.py sit_long      # 20,000 steps of REPA on that VAE, frozen
-    python data_small/train_networks.py pair_long     # 20,000 steps of REPA-E: a VAE and its SiT, two files
+    python data_small/train_networks.py sit           # a SiT: 20,000 steps of REPA on that VAE, frozen
+    python data_small/train_networks.py e2e_20k       # 20,000 steps of REPA-E: a VAE and its SiT, two files
 
 The last four need all the others. Teacher, perceptual network and evaluator see different images (each has
 its own seed of the image maker), learn different tasks (the teacher class, pose and the parts in every
@@ -48,7 +48,7 @@ from repae_lite.utils.state_dicts import save_weights
 FOLDER = Path(__file__).resolve().parent
 # Of the weights and of the image maker; from the fifth on they are chapter 05's seed.
 SEEDS = {"teacher": 101, "perceptual": 102, "evaluator": 103, "vae": 104}
-SEEDS |= {"vae_only": 0, "vae_e2e": 0, "sit_long": 0, "pair_long": 0}
+SEEDS |= {"vae_only": 0, "vae_e2e": 0, "sit": 0, "e2e_20k": 0}
 # Of the images on which progress is measured, disjoint from training images and evaluation split.
 HELD_OUT_SEED = 199
 
@@ -237,7 +237,9 @@ def train_long(method: str, steps: int) -> tuple[dict[str, torch.nn.Module], dic
         | {k: round(sum(step[k] for step in losses[end - every : end]) / every, 4) for k in losses[0]}
         for end in range(every, steps + 1, every)
     ]
-    networks = {"sit_long": state.ema} if method == "repa" else {"vae_pair": state.vae, "sit_pair": state.ema}
+    networks = (
+        {"sit": state.ema} if method == "repa" else {"vae_e2e_20k": state.vae, "sit_e2e_20k": state.ema}
+    )
     return networks, {"images": len(small.images), "method": method, "curve": curve}
 
 
@@ -255,8 +257,8 @@ TRAINERS = {
     "vae": (train_vae, 9000),
     "vae_only": (lambda steps: tune_vae("vae-only", steps), 400),
     "vae_e2e": (lambda steps: tune_vae("repa-e", steps), 400),
-    "sit_long": (lambda steps: train_long("repa", steps), 20000),
-    "pair_long": (lambda steps: train_long("repa-e", steps), 20000),
+    "sit": (lambda steps: train_long("repa", steps), 20000),
+    "e2e_20k": (lambda steps: train_long("repa-e", steps), 20000),
 }
 
 

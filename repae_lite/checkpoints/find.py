@@ -24,10 +24,11 @@ from repae_lite.utils.files import data_small_dir, read_json
 from repae_lite.utils.state_dicts import RESTORE, plain_state, read_weights
 from repae_lite.utils.weight_files import REMEDY, DamagedFile, is_safetensors, unreadable
 
-SHIPPED = {
-    "tiny": "vae.safetensors",
-    "tiny-e2e": "vae_e2e.safetensors",
-    "tiny-vae-only": "vae_only.safetensors",
+SHIPPED = {  # by name and network: the files of data_small
+    "tiny": {"vae": "vae.safetensors", "sit": "sit.safetensors"},
+    "tiny-e2e": {"vae": "vae_e2e.safetensors"},
+    "tiny-e2e-20k": {"vae": "vae_e2e_20k.safetensors", "sit": "sit_e2e_20k.safetensors"},
+    "tiny-vae-only": {"vae": "vae_only.safetensors"},
 }
 OPTIONS = "args.json"
 DISCRIMINATOR = "-discriminator-ckpt.pt"
@@ -183,7 +184,7 @@ def resolve(source: str | Path, which: str, *, ema: bool = True, step: int | Non
     """
     if not str(source).strip():
         raise ValueError("the source of the weights is empty: give a file, a folder or a Hub id")
-    path = data_small_dir() / SHIPPED[str(source)] if str(source) in SHIPPED else Path(source)
+    path = _shipped(str(source), which) if str(source) in SHIPPED else Path(source)
     try:
         if path.is_dir():
             next(path.iterdir(), None)  # a folder that may not be read looks empty to glob
@@ -203,6 +204,16 @@ def resolve(source: str | Path, which: str, *, ema: bool = True, step: int | Non
             f"the weights {source} do not exist: check the path, or give a Hub id as in REPA-E/e2e-vavae"
         )
     return fetch(*hub_id, lambda names: choose(names, which, f"{source} on the Hub", ema=ema, step=step))
+
+
+def _shipped(name: str, which: str) -> Path:
+    files = SHIPPED[name]
+    if (file := files.get("vae" if which == "stats" else which)) is None:
+        others = ", ".join(other for other, names in SHIPPED.items() if which in names) or "none"
+        raise FileNotFoundError(
+            f"no {_NOUNS[which]} ships under the name {name}: choose one of those that have one ({others})"
+        )
+    return data_small_dir() / file
 
 
 @dataclass(frozen=True)

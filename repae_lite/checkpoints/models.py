@@ -71,8 +71,8 @@ def load_vae(
 ) -> AutoencoderKL:
     """Loads a VAE in eval mode.
 
-    "tiny" ships with the project, and so does what became of it in 400 steps of chapter 05: "tiny-e2e"
-    (REPA-E) and "tiny-vae-only" (the control).
+    "tiny" ships with the project, and so does what became of it: in 400 steps of chapter 05 "tiny-e2e"
+    (REPA-E) and "tiny-vae-only" (the control), in 20,000 steps of REPA-E "tiny-e2e-20k".
 
     Args:
         source: one of these names; a file (safetensors, an official .pt, or a training checkpoint of VA-VAE
@@ -104,6 +104,9 @@ def load_sit(
     source: str | Path, *, ema: bool = True, config: SiTConfig | None = None, step: int | None = None
 ) -> SiT:
     """Loads a SiT in eval mode; sources, `step` and errors as for `load_vae`.
+
+    Two ship with the project, averaged and trained for 20,000 steps: "tiny" with REPA on the VAE of that
+    name, and "tiny-e2e-20k" with REPA-E, together with its VAE.
 
     Args:
         ema: of a run's two SiTs the averaged one, which samples are drawn from; a file with a single SiT
