@@ -204,8 +204,8 @@ class SmallScale:
         """
         if targets is None and state.config.proj_coeff:
             raise ValueError(
-                f"the method aligns SiT (proj_coeff {state.config.proj_coeff}) but there are no targets: pass "
-                "the tokens, or make the state for 'sit'"
+                f"the method aligns SiT (proj_coeff {state.config.proj_coeff}) but there are no targets: "
+                "pass the tokens, or make the state for 'sit'"
             )
         rates = {name: optimizer.param_groups[0]["lr"] for name, optimizer in state.optimizers.items()}
         mean, std = self.latents(state.vae) if "vae" not in state.optimizers else (None, None)
