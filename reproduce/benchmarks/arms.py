@@ -99,7 +99,7 @@ def targets_of(small: SmallScale, kind: str) -> Tensor:
     """Targets (6000, 16, 128): the teacher's tokens, or what is left of them."""
     tokens = small.tokens
     if kind == "label only":  # the mean token of the image's class, at each position
-        return torch.stack([tokens[small.labels == label].mean(0) for label in range(10)])[small.labels]
+        return by_label(tokens, small.labels)
     if kind == "shuffled":  # the tokens of another image, always the same one
         return tokens[torch.randperm(len(tokens), generator=torch.Generator().manual_seed(7))]
     if kind == "no mean token":  # where in the object, not which object
@@ -178,9 +178,31 @@ def judge(small: SmallScale, sit: SiT, vae: AutoencoderKL, seed: int) -> dict:
         found["width"][name] = float(std.mean())
         found["scores"] |= {name: score(z), f"{name}, widened": score((z - mean) / std)}
     latents = small.eval_latents(vae)
+    found["residual_alignment"] = residual_alignment(small, sit, latents, seed)
     found["structure"] = metrics.latent_structure(latents)
     found["structure"]["effective_dimensions"] = metrics.effective_dimensions(latents)
     return found
+
+
+def residual_alignment(small: SmallScale, sit: SiT, z: Tensor, seed: int) -> dict[str, float]:
+    """Cosine of projected features and tokens by noise level, both less their mean per class and position.
+
+    It is 0 for whatever depends on label and position alone (chapter 03, section 4).
+    """
+    labels, z = small.eval_labels, sit.normalize(z)
+    tokens = torch.cat([small.encoder(part) for part in small.eval_images.split(500)])
+    eps, found = torch.randn(z.shape, generator=small.generator(seed)), {}
+    for t in (0.1, 0.3, 0.5, 0.7, 0.9):
+        parts = zip(((1 - t) * z + t * eps).split(250), labels.split(250), strict=True)
+        h = torch.cat([sit.projectors[0](sit.features(x, torch.full((len(x),), t), y)) for x, y in parts])
+        pair = (values - by_label(values, labels) for values in (h, tokens))
+        found[str(t)] = float(torch.nn.functional.cosine_similarity(*pair, dim=-1).mean())
+    return found
+
+
+def by_label(values: Tensor, labels: Tensor) -> Tensor:
+    """For every image the mean over all images of its class, of the same shape as values (N, ...)."""
+    return torch.stack([values[labels == label].mean(0) for label in range(10)])[labels]
 
 
 def run(small: SmallScale, name: str, steps: int, seed: int, *, compiled: bool) -> dict:
