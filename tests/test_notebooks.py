@@ -186,3 +186,14 @@ def test_named_and_linked_files_exist(path, notebook):
             assert (FOLDER.parent / name).exists(), name
         for link in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", prose(book)):
             assert (file.parent / link).exists(), link
+
+
+def test_glossary_is_in_order_and_has_every_term_that_is_linked():
+    text = (FOLDER / "glossary.md").read_text(encoding="utf-8")
+    terms = re.findall(r"^### (.+)$", text, re.MULTILINE)
+    assert terms == sorted(terms, key=str.lower)
+    anchors = {re.sub(r"[^\w -]", "", term.lower()).replace(" ", "-") for term in terms}
+    assert len(anchors) == len(terms)
+    chapters = [prose(nbformat.read(path, as_version=4)) for path in NOTEBOOKS]
+    linked = {anchor for chapter in chapters for anchor in re.findall(r"glossary\.md#([\w-]+)\)", chapter)}
+    assert linked | set(re.findall(r"\]\(#([\w-]+)\)", text)) <= anchors

@@ -14,10 +14,11 @@ from repae_lite.teaching.figures import GREY, METHOD_COLORS, Figure, styled
 LIT = {  # the parts that each chapter highlights; everything else turns grey
     "vae": "x enc z dec xhat rec disc g_rec",
     "diffusion": "z bn noise sit1 sit2 v den g_den",
-    "repa": "x teacher enc z bn noise sit1 tap align g_align",
-    "stopgrad": "x enc z bn noise sit1 sit2 v den g_den stop",
-    "end-to-end": "x teacher enc z bn noise sit1 tap align g_align g_align_vae dec xhat rec disc g_rec",
-    "drop-in": "x enc z bn noise sit1 sit2 v den g_den dec xhat",
+    "repa": "x teacher enc z bn noise sit1 tap align g_align sit2 v den g_den",
+    "stopgrad": "x enc z bn noise sit1 sit2 v den g_den stop dec xhat rec g_rec",
+    "end-to-end": "x teacher enc z bn noise sit1 tap align g_align g_align_vae sit2 v den g_den stop "
+    "dec xhat rec disc g_rec",
+    "drop-in": "x teacher enc z bn noise sit1 tap align g_align sit2 v den g_den dec xhat",
 }
 TITLES = {
     None: "REPA-E: three losses, three gradient paths",
@@ -50,20 +51,27 @@ def method_map(highlight: str | None = None) -> Figure:
     m.text("title", 1.5, 50, TITLES[highlight], size=13, weight="bold", ha="left")
     m.text("title", 88.5, 50, "dashed: frozen", size=9, ha="right", color=GREY)
 
-    # Gradients: each has its own lane, beside the path along which it runs back.
-    m.lane("g_rec", orange, (58, 6), (58, 2.2), (14.5, 2.2), (14.5, 21.6))
-    m.lane("g_rec", orange, (41, 2.2), (38, 2.2), (38, 4.7))
-    m.text("g_rec", 16.2, 4.6, "reconstruction gradient\n→ VAE only", color="#9A6A00", ha="left")
-    m.lane("g_align_vae", green, (54, 36), (54, 33), (14.5, 33), (14.5, 30.4))
-    m.lane("g_align", green, (54, 40), (54, 33), (51.5, 33), (51.5, 30.2))
-    m.text("g_align", 33.5, 34.6, "alignment gradient → SiT", color="#00694D", ha="right")
-    m.text("g_align_vae", 34, 34.6, "and through it the VAE", color="#00694D", ha="left")
-    m.lane("g_den", blue, (84, 23), (84, 19), (28.7, 19), head=False)
-    for x in (67.5, 51.5):
-        m.lane("g_den", blue, (x + 3, 19), (x, 19), (x, 21.8))
-    m.text("g_den", 38, 17.3, "denoising gradient → SiT only", color="#00507D", ha="left")
-    m.lane("stop", red, (28.5, 16.8), (28.5, 21.2), head=False, width=6)
-    m.text("stop", 30.3, 15.5, "stop-gradient", color=red, weight="bold")
+    # Gradients run back beside the values, from box to box: over the arrow or under it, left or right of it.
+    over, under = mid + 1.4, mid - 1.4
+    m.lane("g_align", green, (58.1, 40), (58.1, 36.9))
+    m.lane("g_align", green, (58.1, 33.5), (58.1, over), (56, over))
+    m.lane("g_align_vae", green, (47, over), (39, over))
+    m.lane("g_align_vae", green, (32, over), (25.3, over))
+    m.lane("g_align_vae", green, (21.8, over), (18.5, over))
+    m.text("g_align", 54.3, 37.3, "alignment gradient → SiT's first blocks", color="#00694D", ha="right")
+    m.text("g_align_vae", 54.3, 35, "and back through them → VAE encoder", color="#00694D", ha="right")
+    m.lane("g_den", blue, (79, under), (72, under))
+    m.lane("g_den", blue, (63, under), (56, under))
+    m.lane("g_den", blue, (47, under), (39, under))
+    m.lane("stop", blue, (32, under), (29.4, under), head=False)
+    m.text("g_den", 54.5, 19.6, "denoising gradient → SiT only", color="#00507D", ha="left")
+    m.lane("stop", red, (29, 22.6), (29, 25.7), head=False, width=6)
+    m.text("stop", 26.4, 21, "stop-gradient", color=red, weight="bold", ha="left")
+    m.lane("g_rec", orange, (54, low - 1.4), (51, low - 1.4))
+    m.lane("g_rec", orange, (45, low - 1.4), (42, low - 1.4))
+    m.lane("g_rec", orange, (34, low - 1.4), (22.1, low - 1.4), (22.1, 24.3))
+    m.lane("g_rec", orange, (21.8, under), (18.5, under))
+    m.text("g_rec", 21, 10, "reconstruction\ngradient\n→ VAE only", color="#9A6A00", ha="right")
 
     # Values: image -> latent -> noisy latent -> velocity.
     m.picture("x", 4.5, mid, "image x")
@@ -91,7 +99,7 @@ def method_map(highlight: str | None = None) -> Figure:
     m.arrow("teacher", (24, top), (52.5, top))
     m.text("teacher", 38, top + 1.5, "target tokens")
     m.disc("tap", 59.5, mid, 0.6, "", "#444444")
-    m.text("tap", 59.5, mid - 2, "tap")
+    m.text("tap", 61.6, mid + 1.5, "tap")
     m.arrow("tap", (59.5, mid), (59.5, 33.5))
     m.shape("tap", 59.5, 35.2, 8, (3.4, 3.4), "projector", sit)
     m.arrow("tap", (59.5, 36.9), (59.5, 40))
@@ -110,12 +118,12 @@ def method_map(highlight: str | None = None) -> Figure:
 
 
 class _Map:
-    """A canvas of 90 x 52 units, ten to the inch; marks of parts that are not lit are grey."""
+    """A canvas of 90 x 50 units, ten to the inch; marks of parts that are not lit are grey."""
 
     def __init__(self, lit: Sequence[str] | None) -> None:
         self.lit, self.frozen = lit, set()
-        self.fig = Figure(figsize=(9, 5.2))
-        self.ax = self.fig.add_axes((0, 0, 1, 1), xlim=(0, 90), ylim=(0, 52))
+        self.fig = Figure(figsize=(9, 5))
+        self.ax = self.fig.add_axes((0, 0, 1, 1), xlim=(0, 90), ylim=(2, 52))
         self.ax.set_axis_off()
 
     def paint(self, part: str, color: str, grey: str) -> str:

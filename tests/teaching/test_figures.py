@@ -214,6 +214,10 @@ def test_method_map_greys_what_is_not_lit():
     parts |= {"g_rec", "g_align", "g_align_vae", "g_den"}
     for name, lit in LIT.items():
         assert set(lit.split()) <= parts, name
+    losses = {"reconstruction": "g_rec", "denoising": "g_den", "alignment": "g_align"}
+    trained = {name: {loss for loss, lane in losses.items() if lane in LIT[name].split()} for name in LIT}
+    assert trained["repa"] == trained["drop-in"] == {"denoising", "alignment"}
+    assert trained["stopgrad"] == {"reconstruction", "denoising"} and trained["end-to-end"] == set(losses)
 
 
 def test_scoreboard_shows_uncertainty_and_escapes():
