@@ -27,6 +27,7 @@ from repae_lite.networks.encoders import VisionEncoder
 from repae_lite.networks.latent_stats import LatentStats
 from repae_lite.networks.sit import SiT
 from repae_lite.networks.vae import AutoencoderKL
+from repae_lite.utils.cores import beside_others
 from repae_lite.utils.devices import choose_device
 from repae_lite.utils.pixels import to_uint8, to_unit_range
 
@@ -301,7 +302,11 @@ def learning_rate(step: int, steps: int, warmup: int = 50) -> float:
 
 
 def progress(items: Iterable, total: int, label: str) -> Iterator:
-    """Yields the items, with tqdm's bar in a terminal, or in a notebook one that ends as a line of text."""
+    """Yields the items, with tqdm's bar in a terminal, or in a notebook one that ends as a line of text.
+
+    While it lasts, torch gets no more threads than other programs leave cores for (`repae_lite.utils.cores`).
+    """
+    items = beside_others(items)
     ipython = sys.modules.get("IPython")  # a notebook has loaded it; the library does without
     if ipython is None or ipython.get_ipython() is None:
         yield from tqdm(items, total=total, desc=label, mininterval=2)
