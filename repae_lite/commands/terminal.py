@@ -16,6 +16,7 @@ from pathlib import Path
 from repae_lite.commands.main import main, make_parser
 
 WIDTH = 108
+UNBROKEN = {"break_long_words": False, "break_on_hyphens": False}
 MODULES = {  # what starts a process without the name being on the PATH
     "repae": ("repae_lite",),
     "accelerate": ("accelerate.commands.accelerate_cli",),
@@ -60,7 +61,7 @@ class Terminal:
         if code != expect:
             raise ChildProcessError(f"exit code {code} instead of {expect}: " + "\n".join(lines[-5:]))
         for each in lines[show]:
-            print(textwrap.fill(each, WIDTH, subsequent_indent="    ", break_long_words=False) or each)
+            print(textwrap.fill(each, WIDTH, subsequent_indent="    ", **UNBROKEN) or each)
         if left := len(lines) - len(lines[show]):
             print(f"[{left} more line{'s' * (left > 1)}]")
 
@@ -113,11 +114,5 @@ def _start(words: list[str]) -> int:
 
 def typed(line: str) -> str:
     """A command line as one would type it, broken where it is long."""
-    lines = textwrap.wrap(
-        " ".join(line.split()),
-        WIDTH - 6,
-        break_long_words=False,
-        break_on_hyphens=False,
-        subsequent_indent="    ",
-    )
+    lines = textwrap.wrap(" ".join(line.split()), WIDTH - 6, subsequent_indent="    ", **UNBROKEN)
     return " \\\n".join(lines)
