@@ -20,6 +20,7 @@ CHAPTERS = {
     "04_stop_gradient",
     "05_end_to_end",
     "06_drop_in_vae",
+    "07_full_scale",
 }
 
 
