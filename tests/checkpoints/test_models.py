@@ -91,6 +91,18 @@ def test_shipped_vaes_load_with_their_statistics(name):
     assert vae.config.latent_channels == len(stats.mean) == len(stats.std) and bool((stats.std > 0).all())
 
 
+@pytest.mark.parametrize("name", [name for name, files in SHIPPED.items() if "sit" in files])
+def test_shipped_sits_load_beside_their_vaes(name):
+    sit, stats = load_sit(name), load_latent_stats(name)
+    assert sit.config.num_classes == 10 and {p.dtype for p in sit.parameters()} == {torch.float32}
+    torch.testing.assert_close(sit.latent_stats().std, stats.std, rtol=0.02, atol=0)
+
+
+def test_a_name_without_a_sit_is_refused_with_those_that_have_one():
+    with pytest.raises(FileNotFoundError, match=r"no SiT ships under the name tiny-e2e: .*tiny-e2e-20k"):
+        load_sit("tiny-e2e")
+
+
 @pytest.mark.parametrize("config", SMALL.values(), ids=SMALL)
 def test_diffusers_loads_an_export_and_reconstructs_the_same(tmp_path, config):
     diffusers = pytest.importorskip("diffusers")
