@@ -6,7 +6,9 @@ Pictures of the method and of every notebook's results; taught in `notebooks/00_
 import functools
 import html
 import io
+import itertools
 import math
+import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -15,8 +17,11 @@ import matplotlib
 import matplotlib.figure
 import numpy as np
 import torch
+from matplotlib.font_manager import FontProperties
 from matplotlib.lines import Line2D
 from matplotlib.patches import Circle, Polygon, Rectangle
+from matplotlib.textpath import text_to_path
+from matplotlib.ticker import AutoLocator, FixedLocator, LogLocator, NullLocator
 from PIL import Image, ImageChops
 from scipy.special import stdtrit
 
@@ -72,10 +77,18 @@ class Figure(matplotlib.figure.Figure):
 
 
 class Html(str):
-    """A string of HTML that a notebook renders."""
+    """A string of HTML that a notebook renders, and the plain text that stands for it elsewhere."""
+
+    def __new__(cls, markup: str, text: str = ""):
+        new = super().__new__(cls, markup)
+        new.text = text or markup
+        return new
 
     def _repr_html_(self) -> str:
         return str(self)
+
+    def __repr__(self) -> str:
+        return self.text
 
 
 def style() -> AbstractContextManager:
@@ -103,6 +116,31 @@ def _colors_and_labels(names: Sequence[str]) -> dict[str, tuple[str, str]]:
         )
     spare = dict(zip(others, _OTHER_COLORS, strict=False))
     return {name: (METHOD_COLORS.get(name) or spare[name], METHOD_LABELS.get(name, name)) for name in names}
+
+
+def _wrap_title(text: str, inches: float, size: float) -> str:
+    """A bold title in lines that are no wider than `inches`; formulas between dollar signs stay whole."""
+    points = 70 * inches  # of 72: letters fitted to pixels are a little wider
+    font, lines = FontProperties(weight="bold", size=size), []
+    for word in re.findall(r"(?:\$[^$]*\$|[^\s$])+", text):
+        longer = f"{lines[-1]} {word}" if lines else word
+        fits = text_to_path.get_text_width_height_descent(longer, font, ismath="$" in longer)[0] <= points
+        lines = [*lines[:-1], longer] if fits or not lines else [*lines, word]
+    return "\n".join(lines)
+
+
+def _wrap_titles(fig: Figure) -> None:
+    """Breaks the titles that run over the edge of their axes or of the figure, which grows by as much."""
+    fig.draw_without_rendering()  # gives the axes their widths
+    size, more = matplotlib.rcParams["axes.titlesize"], [0]
+    for ax in fig.axes:
+        inches = ax.get_window_extent().width / fig.dpi
+        ax.set_title(_wrap_title(ax.get_title(loc="left"), inches, size))
+        more.append(ax.get_title(loc="left").count("\n"))
+    above = _wrap_title(fig.get_suptitle(), 0.98 * fig.get_figwidth(), 13)
+    if above:
+        fig.suptitle(above, x=0.01, ha="left", fontsize=13, fontweight="bold")
+    fig.set_figheight(fig.get_figheight() + 0.2 * (max(more) + above.count("\n")))
 
 
 # ---- images --------------------------------------------------------------------------------------
@@ -147,15 +185,46 @@ def _tiles(images, name: str) -> np.ndarray:
     return images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()  # (B, H, W, 3)
 
 
-def _draw_tiles(rows, labels, captions, title, scale) -> Figure:
+@styled
+def difference_maps(
+    images: Mapping[str, torch.Tensor], reference, *, title: str = "", scale: int | None = None
+) -> Figure:
+    """Where rows of images differ from a reference: its row, and below it |image − reference| in grey.
+
+    The darkest grey stands for the same difference in all rows, which the caption names: the largest one,
+    leaving out the top 0.5 % of the pixels.
+
+    Args:
+        images: {row: (B, 3 or 1, H, W)}, as in `image_grid`.
+        reference: The images to compare with, of the same shape.
+        title: The finding.
+        scale: Screen pixels per image pixel, as in `image_grid`.
+    """
+    first = _tiles(reference, "reference")
+    rows = {name: _tiles(batch, name) for name, batch in images.items()}
+    if wrong := [name for name, row in rows.items() if row.shape != first.shape]:
+        raise ValueError(f"difference_maps: {wrong[0]} is {rows[wrong[0]].shape}, not {first.shape}.")
+    apart = {name: np.abs(row.astype(float) - first).mean(axis=-1) for name, row in rows.items()}
+    most = max(1.0, float(np.quantile(np.stack(list(apart.values())), 0.995)))
+    grey = {name: np.uint8(255 - 255 * (a / most).clip(0, 1)) for name, a in apart.items()}
+    tiles = [first, *(np.repeat(a[..., None], 3, axis=-1) for a in grey.values())]
+    labels = ["reference", *(METHOD_LABELS.get(name, name) for name in rows)]
+    note = f"white: no difference; black: {most:.0f} of 255 grey levels or more, in every row"
+    return _draw_tiles(tiles, labels, [()] * len(tiles), title, scale, note)
+
+
+def _draw_tiles(rows, labels, captions, title, scale, note="") -> Figure:
     base = max(row.shape[1] for row in rows)
     columns = max(len(row) for row in rows)
     margin = 8 + 7 * max(len(label) for label in labels) if any(labels) else 0
     scale = scale or max(1, min(6, (960 - margin) // (base * columns + columns)))
     side, gap = base * scale, max(3, scale)
     text = 20 if any(captions) else 0
-    width, top = margin + columns * (side + gap) - gap, 30 if title else 0
-    height = top + len(rows) * (side + gap + text) - gap
+    width = margin + columns * (side + gap) - gap
+    title = _wrap_title(title, width / 100, 12)
+    top = 12 + 18 * len(title.splitlines()) if title else 0
+    foot = top + len(rows) * (side + gap + text) - gap
+    height = foot + (18 if note else 0)
     canvas = np.full((height, width, 3), 255, np.uint8)
     fig = Figure(figsize=(width / 100, height / 100))
     ax = fig.add_axes((0, 0, 1, 1))
@@ -170,6 +239,7 @@ def _draw_tiles(rows, labels, captions, title, scale) -> Figure:
         ax.text(margin - 8, y + side / 2, labels[r], ha="right", va="center", fontsize=10)
     ax.imshow(canvas, interpolation="nearest", aspect="auto", extent=(0, width, height, 0))
     ax.text(0, 4, title, ha="left", va="top", fontsize=12, fontweight="bold")
+    ax.text(margin, foot + 4, note, ha="left", va="top", fontsize=9, color=GREY)
     ax.set_axis_off()
     return fig
 
@@ -210,19 +280,31 @@ def latent_rgb(
 
 
 def curves(
-    series: Series, *, title: str = "", xlabel: str = "step", ylabel: str = "", log=False, smooth: int = 1
+    series: Series,
+    *,
+    title: str = "",
+    xlabel: str = "step",
+    ylabel: str = "",
+    log: bool | str = False,
+    smooth: int = 1,
+    floors: Mapping[str, float] | None = None,
+    direct: bool = False,
 ) -> Figure:
     """One quantity over steps.
 
     Args:
         series: {method: (steps (T,), values (T,) or (seeds, T))}; seeds become thin lines under their mean.
+            A line that lies on an earlier one is dashed, so that both show.
         title: The finding.
         xlabel: Name and unit.
         ylabel: Name and unit.
-        log: Makes the value axis logarithmic.
+        log: True makes the value axis logarithmic, "both" the other one too.
         smooth: Width of a centred moving average, in points; it is narrower at the ends.
+        floors: {name: value} of dotted lines across the plot: what the values are compared with.
+        direct: Names the lines at their right ends instead of in a legend.
     """
-    return curve_panels({title: series}, xlabel=xlabel, ylabels=[ylabel], log=log, smooth=smooth)
+    options = {"xlabel": xlabel, "ylabels": [ylabel], "log": log, "smooth": smooth, "direct": direct}
+    return curve_panels({title: series}, floors={title: floors or {}}, **options)
 
 
 @styled
@@ -232,16 +314,19 @@ def curve_panels(
     title: str = "",
     xlabel: str = "step",
     ylabels: Sequence[str] = (),
-    log: bool | Sequence[bool] = False,
+    log: bool | str | Sequence[bool | str] = False,
     smooth: int = 1,
+    floors: Mapping[str, Mapping[str, float]] | None = None,
+    direct: bool = False,
 ) -> Figure:
-    """Several quantities side by side, {panel title: series}, with one legend; arguments as in `curves`."""
-    count = len(panels)
-    logs = [log] * count if isinstance(log, bool) else list(log)
-    looks = _colors_and_labels(list(dict.fromkeys(name for series in panels.values() for name in series)))
-    fig = Figure(figsize=(6.6 if count == 1 else 9, 3.8 if count < 3 else 3.4), layout="constrained")
-    axes = fig.subplots(1, count, squeeze=False)[0]
-    for i, (ax, (heading, series)) in enumerate(zip(axes, panels.items(), strict=True)):
+    """Several quantities side by side, {panel title: series}, with one legend.
+
+    Arguments as in `curves`, with one `ylabels` and, unless all are alike, one `log` per panel, and `floors`
+    by panel title.
+    """
+    fig, axes, looks = _panels(panels, xlabel, ylabels, log)
+    for ax, (heading, series) in zip(axes, panels.items(), strict=True):
+        means = {}
         for name, (steps, values) in series.items():
             steps, values = _floats(steps), np.atleast_2d(_floats(values))  # (seeds, T)
             if values.shape[1] != len(steps):
@@ -251,11 +336,178 @@ def curve_panels(
                 ax.plot(steps, _moving_average(values, smooth).T, color=color, lw=0.8, alpha=0.35)
             elif smooth > 1:
                 ax.plot(steps, mean, color=color, lw=0.8, alpha=0.3)
-            ax.plot(steps, _moving_average(mean[None], smooth)[0], color=color, lw=2, label=looks[name][1])
-        ax.set(title=heading, xlabel=xlabel, yscale="log" if logs[i] else "linear")
-        ax.set_ylabel(ylabels[i] if ylabels else "")
-    _legend(fig, looks, title)
+            means[name] = steps, _moving_average(mean[None], smooth)[0]
+        dashes = _dashes(means, ax.get_yscale() == "log")
+        for name, (steps, mean) in means.items():
+            ax.plot(steps, mean, color=looks[name][0], lw=2, ls=dashes[name], label=looks[name][1])
+        _floors(ax, (floors or {}).get(heading, {}), means)
+    _finish(fig, axes, looks, title, direct)
     return fig
+
+
+@styled
+def learning_curves(
+    panels: Mapping[str, Mapping[str, Mapping[int, Sequence[float]]]],
+    *,
+    title: str = "",
+    xlabel: str = "training steps",
+    ylabels: Sequence[str] = (),
+    log: bool | Sequence[bool] = False,
+    floors: Mapping[str, Mapping[str, float]] | None = None,
+    direct: bool = False,
+) -> Figure:
+    """Results of separate runs of several lengths: the mean over seeds and the band of its 95 % interval.
+
+    Args:
+        panels: {panel title: {arm: {steps: one value per seed}}}; a point with one seed has no band.
+        title: The finding.
+        xlabel: Name and unit; this axis is logarithmic.
+        ylabels: Name and unit, one per panel.
+        log: Makes the value axes logarithmic too, all or one by one.
+        floors: As in `curve_panels`.
+        direct: Names the lines at their right ends instead of in a legend.
+    """
+    fig, axes, looks = _panels(panels, xlabel, ylabels, log)
+    for ax, (heading, arms) in zip(axes, panels.items(), strict=True):
+        means = {}
+        for arm, by_steps in arms.items():
+            steps = sorted(by_steps)
+            mean, half = np.array([_mean_and_half(by_steps[n], f"{arm}, {n} steps") for n in steps]).T
+            ax.fill_between(steps, mean - half, mean + half, color=looks[arm][0], alpha=0.18, lw=0)
+            means[arm] = _floats(steps), mean
+        dashes = _dashes(means, ax.get_yscale() == "log")
+        for arm, (steps, mean) in means.items():
+            color, label = looks[arm]
+            ax.plot(steps, mean, "o", color=color, ms=6, mec="white", ls=dashes[arm], lw=2, label=label)
+        _floors(ax, (floors or {}).get(heading, {}), means)
+        ticks = sorted({steps for by_steps in arms.values() for steps in by_steps})
+        ax.set_xscale("log")
+        ax.set_xticks(ticks, [f"{steps:,}" for steps in ticks])
+        ax.minorticks_off()
+    _finish(fig, axes, looks, title, direct)
+    return fig
+
+
+def _panels(panels: Mapping, xlabel: str, ylabels: Sequence[str], log) -> tuple[Figure, np.ndarray, dict]:
+    """An empty figure, its axes, and each series' colour and label."""
+    count = len(panels)
+    logs = [log] * count if isinstance(log, bool | str) else list(log)
+    if unknown := [log for log in logs if log not in (False, True, "both")]:
+        raise ValueError(f'log={unknown[0]!r}: use False, True (the value axis) or "both".')
+    looks = _colors_and_labels(list(dict.fromkeys(name for series in panels.values() for name in series)))
+    fig = Figure(figsize=(6.6 if count == 1 else 9, 3.8 if count < 3 else 3.4), layout="constrained")
+    axes = fig.subplots(1, count, squeeze=False)[0]
+    for i, (ax, heading) in enumerate(zip(axes, panels, strict=True)):
+        ax.set(title=heading, xlabel=xlabel, yscale="log" if logs[i] else "linear")
+        ax.set(ylabel=ylabels[i] if ylabels else "", xscale="log" if logs[i] == "both" else "linear")
+    return fig, axes, looks
+
+
+def _dashes(means: Mapping[str, tuple[np.ndarray, np.ndarray]], log: bool) -> dict[str, object]:
+    """Line styles by name: of lines that coincide, the later ones are dashed in turn, so that all show."""
+    with np.errstate(all="ignore"):
+        values = {name: (steps, np.log10(y) if log else y) for name, (steps, y) in means.items()}
+    every = np.concatenate([y for _, y in values.values()])
+    every = every[np.isfinite(every)]
+    near = 0.015 * (np.ptp(every) if len(every) else 0.0)
+    groups: list[list[str]] = []
+    for name, (steps, y) in values.items():
+        for group in groups:
+            other_steps, other = values[group[0]]
+            if np.array_equal(steps, other_steps) and np.mean(np.abs(y - other) <= near) >= 0.5:
+                group.append(name)
+                break
+        else:
+            groups.append([name])
+    styles = {}
+    for group in groups:
+        for k, name in enumerate(group):
+            gap = 3 * (len(group) - 1)
+            styles[name] = (3 + gap - 3 * k, (3, gap)) if k else "-"
+    return styles
+
+
+def _floors(ax, floors: Mapping[str, float], means: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:
+    """Dotted lines across the plot, each named at the end and on the side where fewer curves pass."""
+    for value in floors.values():
+        ax.axhline(value, color=GREY, lw=1.3, ls=":")
+    low, high = ax.get_ylim()
+    log = ax.get_yscale() == "log"
+    for name, value in floors.items():
+        crowd = {}
+        for x, above in ((0.99, True), (0.99, False), (0.01, True), (0.01, False)):
+            ends = [y[-1 - len(y) // 4 :] if x > 0.5 else y[: 1 + len(y) // 4] for _, y in means.values()]
+            others = np.concatenate([*ends, [f for f in floors.values() if f != value]])
+            with np.errstate(all="ignore"):
+                scaled = (
+                    np.log(others / value) / np.log(high / low) if log else (others - value) / (high - low)
+                )
+            over = (scaled if above else -scaled)[np.isfinite(scaled)]
+            crowd[x, above] = int(((over >= -0.01) & (over < 0.1)).sum())
+            edge = high if above else low
+            room = np.log(edge / value) / np.log(high / low) if log else (edge - value) / (high - low)
+            crowd[x, above] += 99 * (abs(room) < 0.09)  # the note would leave the axes
+        x, above = min(crowd, key=crowd.get)
+        _note(ax, name, x, value, above=above)
+
+
+def _finish(fig: Figure, axes, looks: Mapping[str, tuple[str, str]], title: str, direct: bool) -> None:
+    """The title and either a legend or names at the lines' right ends."""
+    if title:
+        fig.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")
+    for ax in axes:
+        _plain_numbers(ax.yaxis)
+        if ax.get_xscale() == "log" and not isinstance(ax.xaxis.get_major_locator(), FixedLocator):
+            _plain_numbers(ax.xaxis)
+    labels = [_name_lines(ax) for ax in axes] if direct else []
+    if not direct:
+        _legend(fig, looks)
+    _wrap_titles(fig)
+    if direct:
+        fig.draw_without_rendering()
+        for ax, notes in zip(axes, labels, strict=True):
+            _spread_out(ax, notes)
+
+
+def _plain_numbers(axis) -> None:
+    """Ticks of a logarithmic axis over few decades: 2, 5, 10, 20 instead of powers of ten."""
+    low, high = sorted(axis.get_view_interval())
+    if axis.get_scale() == "log" and high / low < 1000:
+        axis.set_major_locator(AutoLocator() if high / low < 5 else LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter("{x:,g}")
+        axis.set_minor_locator(NullLocator())
+
+
+def _name_lines(ax) -> list:
+    """One note per labelled line, in its colour, to the right of its last finite value."""
+    notes = []
+    for line in ax.lines:
+        x, y = (_floats(line.get_xdata()), _floats(line.get_ydata()))
+        if line.get_label().startswith("_") or not np.isfinite(y).any():
+            continue
+        last = np.flatnonzero(np.isfinite(y))[-1]
+        look = {"color": line.get_color(), "va": "center", "fontsize": 10, "fontweight": "bold"}
+        place = {"textcoords": "offset points", "annotation_clip": False}
+        name = _wrapped(line.get_label(), 16)
+        notes.append(ax.annotate(name, (x[last], y[last]), xytext=(7, 0), **place, **look))
+    return notes
+
+
+def _spread_out(ax, notes: list) -> None:
+    """Moves notes at the right of an axes up and down until none hides another."""
+    points = 72 / ax.figure.dpi
+    ends = [points * ax.transData.transform(note.xy)[1] for note in notes]
+    heights = [13.5 * (1 + note.get_text().count("\n")) for note in notes]
+    order = sorted(range(len(notes)), key=ends.__getitem__)
+    places = {i: ends[i] for i in order}
+    for _ in range(100):
+        for low, high in itertools.pairwise(order):
+            short = (heights[low] + heights[high]) / 2 - (places[high] - places[low])
+            if short > 0:
+                places[low] -= short / 2
+                places[high] += short / 2
+    for i, note in enumerate(notes):
+        note.set_position((7, places[i] - ends[i]))
 
 
 def _moving_average(values: np.ndarray, width: int) -> np.ndarray:
@@ -264,13 +516,22 @@ def _moving_average(values: np.ndarray, width: int) -> np.ndarray:
     return np.stack([np.convolve(row, kernel, "same") / weight for row in values])
 
 
-def _legend(fig: Figure, looks: Mapping[str, tuple[str, str]], title: str) -> None:
+def _legend(fig: Figure, looks: Mapping[str, tuple[str, str]]) -> None:
     """One legend below all panels, in the order of the data."""
     handles = [Line2D([], [], color=color, lw=2.5, label=label) for color, label in looks.values()]
     columns = 5 if fig.get_figwidth() > 8 else 3
     fig.legend(handles=handles, loc="outside lower center", ncols=columns, handlelength=1.4)
-    if title:
-        fig.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")
+
+
+def _mean_and_half(values, name: str) -> tuple[float, float]:
+    """The mean over seeds, and half the width of its 95 % interval (Student's t); 0 for one seed."""
+    seeds = _floats(values)
+    if seeds.ndim != 1 or not len(seeds) or not np.isfinite(seeds).all():
+        raise ValueError(f"{name}: needs one finite value per seed, got {seeds.tolist()}.")
+    if len(seeds) == 1:
+        return float(seeds[0]), 0.0
+    half = stdtrit(len(seeds) - 1, 0.975) * seeds.std(ddof=1) / math.sqrt(len(seeds))
+    return float(seeds.mean()), float(half)
 
 
 @styled
@@ -281,6 +542,7 @@ def dots_with_spread(
     ylabel: str = "",
     lower_is_better: bool = True,
     band: tuple[float, float, str] | None = None,
+    paired: bool = False,
 ) -> Figure:
     """Every seed as a dot, the mean as a bar, its 95 % confidence interval (Student's t) as a whisker.
 
@@ -292,26 +554,31 @@ def dots_with_spread(
         ylabel: Name and unit.
         lower_is_better: Written on the axis, either way.
         band: (low, high, name) of a grey reference band.
+        paired: Joins the dots of each seed by a thin grey line; every method has the same seeds in the same
+            order.
     """
+    if paired and len({len(seeds) for seeds in values.values()}) > 1:
+        counts = {name: len(seeds) for name, seeds in values.items()}
+        raise ValueError(f"paired=True needs the same seeds everywhere, got {counts}.")
     looks = _colors_and_labels(list(values))
     fig = Figure(figsize=(max(5.5, 1.5 + 1.35 * len(values)), 4), layout="constrained")
     ax = fig.subplots()
-    extremes = list(band[:2]) if band else []
-    for i, (name, seeds) in enumerate(values.items()):
-        seeds = _floats(seeds)
-        if seeds.ndim != 1 or not len(seeds) or not np.isfinite(seeds).all():
-            raise ValueError(f"{name}: needs one finite value per seed, got {seeds.tolist()}.")
-        color, mean, half = looks[name][0], seeds.mean(), 0.0
+    extremes, places = list(band[:2]) if band else [], []
+    for i, (name, given) in enumerate(values.items()):
+        (mean, half), seeds, color = _mean_and_half(given, name), _floats(given), looks[name][0]
         if len(seeds) > 1:
-            half = stdtrit(len(seeds) - 1, 0.975) * seeds.std(ddof=1) / math.sqrt(len(seeds))
             ax.errorbar(i + 0.22, mean, half, color=color, lw=1.6, capsize=4)
         xs = i + (np.linspace(-0.14, 0.14, len(seeds)) if len(seeds) > 1 else np.zeros(1))
+        places.append(np.stack([xs, seeds]))
         ax.plot(xs, seeds, "o", color=color, ms=6.5, alpha=0.8, mec="white", mew=0.8, zorder=4)
         ax.plot([i - 0.24, i + 0.3], [mean, mean], color=color, lw=2.6, solid_capstyle="butt")
         box = {"boxstyle": "square,pad=0.1", "fc": "white", "ec": "none"}  # hides the line at zero
         look = {"color": color, "va": "center", "fontsize": 10, "fontweight": "bold", "bbox": box}
         ax.annotate(f"{mean:.3g}", (i + 0.33, mean), **look)
         extremes += [mean - half, mean + half, *seeds]
+    if paired:
+        xs, ys = np.stack(places).transpose(1, 0, 2)  # (groups, seeds) each: one line per seed
+        ax.plot(xs, ys, color="#B5B5B5", lw=0.8, zorder=1.5)
     low, high = min(extremes), max(extremes)
     if band:
         ax.axhspan(band[0], band[1], color="#DDDDDD", zorder=0)
@@ -333,13 +600,16 @@ def dots_with_spread(
     ax.set_xticks(range(len(names)), names)
     ax.grid(axis="x", visible=False)
     ax.tick_params(axis="x", length=0)
+    _wrap_titles(fig)
     return fig
 
 
-def _wrapped(label: str) -> str:
-    """A label in lines of about 14 characters, broken after commas and between words."""
+def _wrapped(label: str, width: int = 14) -> str:
+    """A label in lines of about `width` characters, broken after commas and between words."""
     return "\n".join(
-        line for part in label.replace(", ", ",\n").splitlines() for line in textwrap.wrap(part, 14)
+        line
+        for part in label.replace(", ", ",\n").splitlines()
+        for line in textwrap.wrap(part, width, break_on_hyphens=False)
     )
 
 
@@ -376,7 +646,8 @@ def spectrum(z_by_method: Mapping[str, torch.Tensor], *, title: str = "") -> Fig
     ax.text(0.99, 0.97, "high frequencies", color=GREY, fontsize=9, **corner)
     labels = {"xlabel": "radial frequency (1 = Nyquist)", "ylabel": "relative power"}
     ax.set(title=title, yscale="log", xlim=(0, 1.42), **labels)
-    _legend(fig, looks, "")
+    _legend(fig, looks)
+    _wrap_titles(fig)
     return fig
 
 
@@ -407,16 +678,21 @@ def routing_table(
         raise ValueError(f"routing_table: unknown entries {sorted(unknown)}: use {list(_MARKS)} or ''.")
     left = 0.25 + 0.085 * max(map(len, rows))
     cell = min(1.35, (9.2 - left) / len(columns))
-    width, height = left + cell * len(columns), 0.5 * len(rows) + 1.6
+    width = left + cell * len(columns)
+    title = _wrap_title(title, width - 0.2, 12)
+    more = 0.2 * title.count("\n")  # room for the title's other lines
+    height = 0.5 * len(rows) + 1.6 + more
     fig = Figure(figsize=(width, height))
     ax = fig.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0))
     ax.set_axis_off()
-    ax.text(0.1, 0.25, title, fontsize=12, fontweight="bold", va="center")
+    ax.text(0.1, 0.15, title, fontsize=12, fontweight="bold", va="top")
     for c, name in enumerate(columns):
         head = name if "\n" in name else name.replace(" ", "\n", 1)
-        ax.text(left + cell * (c + 0.5), 0.78, head, ha="center", va="center", weight="bold", fontsize=8.5)
+        ax.text(
+            left + cell * (c + 0.5), 0.78 + more, head, ha="center", va="center", weight="bold", fontsize=8.5
+        )
     for r, (name, row) in enumerate(zip(rows, entries, strict=True)):
-        y = 1.3 + 0.5 * r
+        y = 1.3 + more + 0.5 * r
         ax.add_patch(Rectangle((0, y - 0.25), width, 0.5, color="white" if r % 2 else "#F4F4F4", zorder=0))
         ax.text(left - 0.12, y, name, ha="right", va="center")
         for c, entry in enumerate(row):
@@ -442,28 +718,48 @@ def _mark(ax, x: float, y: float, entry: str) -> None:
 
 
 def scoreboard(rows: Mapping[str, Mapping[str, object]], columns: Sequence[str] | Mapping[str, str]) -> Html:
-    """A small table as HTML; several seeds become "mean ± standard deviation (n)", one seed "x (1)".
+    """A small table, as HTML and as text; several seeds become "mean ± standard deviation (n)", one "x (1)".
 
     Args:
         rows: {method or other name: {column: a number, one number per seed, or text}}; missing: a dash.
         columns: Column names, or {name: number format such as ".2f"}; the default format is ".3g".
     """
     formats = dict(columns) if isinstance(columns, Mapping) else dict.fromkeys(columns, ".3g")
-
-    def td(text: str, side: str = "right", tag: str = "td") -> str:
-        look = f"text-align:{side};padding:4px 12px;border-bottom:1px solid #8884"
-        return f'<{tag} style="{look}">{text}</{tag}>'
-
-    lines = [td("", tag="th") + "".join(td(html.escape(column), tag="th") for column in formats)]
-    for name, cells in rows.items():
-        if unknown := set(cells) - set(formats):
+    cells = [["", *formats]]
+    for name, row in rows.items():
+        if unknown := set(row) - set(formats):
             raise ValueError(f"scoreboard: {name} has {sorted(unknown)}, the columns are {list(formats)}.")
-        swatch = f'<span style="color:{METHOD_COLORS[name]}">&#9632;</span> ' if name in METHOD_COLORS else ""
-        line = td(swatch + html.escape(METHOD_LABELS.get(name, name)), side="left")
-        line += "".join(td(html.escape(_cell(cells.get(c, "–"), form))) for c, form in formats.items())
-        lines.append(line)
+        label = METHOD_LABELS.get(name, name)
+        cells.append([label, *(_cell(row.get(column, "–"), form) for column, form in formats.items())])
+    swatches = [
+        "",
+        *(
+            f'<span style="color:{METHOD_COLORS[r]}">&#9632;</span> ' if r in METHOD_COLORS else ""
+            for r in rows
+        ),
+    ]
+    lines = []
+    for i, (swatch, line) in enumerate(zip(swatches, cells, strict=True)):
+        tag = "td" if i else "th"
+        looks = [
+            f"text-align:{side};padding:4px 12px;border-bottom:1px solid #8884" for side in ("left", "right")
+        ]
+        texts = [swatch + html.escape(line[0]), *map(html.escape, line[1:])]
+        lines.append("".join(f'<{tag} style="{looks[c > 0]}">{text}</{tag}>' for c, text in enumerate(texts)))
     body = "".join(f"<tr>{line}</tr>" for line in lines)
-    return Html(f'<table style="border-collapse:collapse">{body}</table>')
+    return Html(f'<table style="border-collapse:collapse">{body}</table>', _text_table(cells))
+
+
+def _text_table(cells: Sequence[Sequence[str]]) -> str:
+    """Rows of texts as text: the first column to the left, the others to the right, a line below the head."""
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [
+        "  ".join(
+            [row[0].ljust(widths[0]), *(text.rjust(w) for text, w in zip(row[1:], widths[1:], strict=True))]
+        )
+        for row in cells
+    ]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
 def _floats(values) -> np.ndarray:

@@ -198,7 +198,15 @@ class SmallScale:
 
         Returns:
             The losses of each step.
+
+        Raises:
+            ValueError: The state's method aligns SiT, but there are no targets.
         """
+        if targets is None and state.config.proj_coeff:
+            raise ValueError(
+                f"the method aligns SiT (proj_coeff {state.config.proj_coeff}) but there are no targets: "
+                "pass the tokens, or make the state for 'sit'"
+            )
         rates = {name: optimizer.param_groups[0]["lr"] for name, optimizer in state.optimizers.items()}
         mean, std = self.latents(state.vae) if "vae" not in state.optimizers else (None, None)
         size, draw, history = state.sit.config, {"generator": self.generator(seed), "device": self.device}, []

@@ -23,7 +23,19 @@ import torch
 from record import commit, head
 from torch import Tensor
 
-from repae_lite import Guidance, SmallScale, repae_step, sample_ode, save_sit, save_vae, to_uint8
+from repae_lite import (
+    AutoencoderKL,
+    Guidance,
+    SiT,
+    SmallScale,
+    load_sit,
+    load_vae,
+    repae_step,
+    sample_ode,
+    save_sit,
+    save_vae,
+    to_uint8,
+)
 from repae_lite.evaluation import metrics
 from repae_lite.method.steps import Draws, TrainState, as_floats, latent_updates, vae_step
 from repae_lite.utils.devices import try_compile
@@ -67,6 +79,7 @@ ARMS["align-5, fresh draws"] = Arm("repa-e", STRONG, fresh_draws=True)
 TAPS = {depth: "repa" if depth == 2 else f"repa, tap {depth}" for depth in range(1, 7)}
 ARMS |= {name: Arm("repa", sit={"alignment_depth": depth}) for depth, name in TAPS.items() if depth != 2}
 
+SHIPPED = ("tiny", "tiny-e2e-20k")
 CURVES = ("repa", "vae-only", "repa-e", "align-5", "naive")
 CAUSES = (
     "repa",
@@ -77,6 +90,7 @@ RECORDS = {
     "learning_curves": [(arm, steps) for steps in (400, 1000, 3000) for arm in CURVES],
     "longer": [(arm, 10000) for arm in CURVES[:-1]],
     "causes": [(arm, 1000) for arm in CAUSES],
+    "shipped": [(name, 20000) for name in SHIPPED],  # trained once; the seeds are of sampling
     "taps": [(arm, 1000) for arm in ("sit", *TAPS.values())],
 }
 
@@ -145,9 +159,9 @@ def train(
 
 
 @torch.no_grad()
-def judge(small: SmallScale, state: TrainState, seed: int) -> dict:
+def judge(small: SmallScale, sit: SiT, vae: AutoencoderKL, seed: int) -> dict:
     """Scores by kind of sampling, the samples' width, and the structure of the latents."""
-    sit, vae, found = state.ema, state.vae, {"scores": {}, "width": {}}
+    found = {"scores": {}, "width": {}}
     rebuilt, labels = small.reconstruct(vae), torch.arange(SAMPLES) % 10
     size = sit.config
     shape = (SAMPLES, size.in_channels, size.input_size, size.input_size)
@@ -170,7 +184,10 @@ def judge(small: SmallScale, state: TrainState, seed: int) -> dict:
 
 
 def run(small: SmallScale, name: str, steps: int, seed: int, *, compiled: bool) -> dict:
-    """Trains and judges one arm; its weights stay in runs/arms."""
+    """Trains and judges one arm; its weights stay in runs/arms. What ships is only judged."""
+    if name in SHIPPED:
+        about = {"arm": name, "steps": steps, "seed": seed, "commit": commit(), "seconds": 0.0}
+        return about | judge(small, load_sit(name), load_vae(name), seed)
     state, history, seconds = train(small, ARMS[name], steps, seed, compiled=compiled)
     last = history[-100:]
     result = {"arm": name, "steps": steps, "seed": seed, "commit": commit(), "seconds": round(seconds, 1)}
@@ -178,7 +195,7 @@ def run(small: SmallScale, name: str, steps: int, seed: int, *, compiled: bool) 
     save_sit(path_of(name, steps, seed, "sit.safetensors"), state.ema)
     if "vae" in state.optimizers:
         save_vae(path_of(name, steps, seed, "vae.safetensors"), state.vae, state.ema.latent_stats())
-    return result | judge(small, state, seed)
+    return result | judge(small, state.ema, state.vae, seed)
 
 
 def path_of(arm: str, steps: int, seed: int, ending: str) -> Path:
@@ -186,7 +203,7 @@ def path_of(arm: str, steps: int, seed: int, ending: str) -> Path:
     return RUNS / f"{arm.replace(', ', '_').replace(' ', '-')}_{steps}_{seed}.{ending}"
 
 
-def join(record: str, seeds: list[int], compiled: bool) -> None:
+def join(record: str, seeds: list[int], device: str, compiled: bool) -> None:
     """Writes the finished runs of a record to data_small/evidence, and prints what is missing."""
     path = data_small_dir() / "evidence" / f"{record}.json"
     done = json.loads(path.read_text())["runs"] if path.is_file() else []
@@ -197,7 +214,8 @@ def join(record: str, seeds: list[int], compiled: bool) -> None:
                 known[arm, steps, seed] = json.loads(kept.read_text())
             elif (arm, steps, seed) not in known:
                 print(f"missing: {arm}, {steps} steps, seed {seed}")
-    content = head(f"python reproduce/benchmarks/arms.py {record}{' --compile' if compiled else ''}")
+    more = f" --device {device}" * (device != "cpu") + " --compile" * compiled
+    content = head(f"python reproduce/benchmarks/arms.py {record}{more}", device)
     content |= {"samples": SAMPLES, "sampler_steps": SAMPLER_STEPS, "runs": list(known.values())}
     write_text(path, json.dumps(content, indent=1) + "\n")
 
@@ -227,7 +245,7 @@ def main() -> None:
                         scores = {kind: round(each["frechet"], 2) for kind, each in result["scores"].items()}
                         print(arm, steps, seed, f"{result['seconds']:.0f} s", scores, flush=True)
     for record in options.record:
-        join(record, options.seeds, options.compile)
+        join(record, options.seeds, options.device, options.compile)
 
 
 if __name__ == "__main__":
