@@ -125,16 +125,21 @@ def test_solutions_were_run_and_are_small(path):
 
 def test_evidence_beside_signature_figures_has_five_seeds(path, notebook):
     quoted = re.findall(
-        r'"evidence" / "(\w+\.json)"', "\n".join(cell.source for cell in code_cells(notebook))
+        r'(?:"evidence" / |read\()"(\w+\.json)"', "\n".join(cell.source for cell in code_cells(notebook))
     )
     assert quoted or path.stem == "00_map"  # the map trains nothing
     for name in quoted:
         record = json.loads((FOLDER.parent / "data_small" / "evidence" / name).read_text(encoding="utf-8"))
-        assert len(set(record["seeds"])) >= 5 and len(record["runs"]) == len(record["seeds"])
-        assert [run["seed"] for run in record["runs"]] == record["seeds"]
-        assert all(record[key] for key in ("date", "machine", "command", "steps")) and all(
-            run["commit"] for run in record["runs"]
-        )
+        assert all(record[key] for key in ("date", "machine", "command"))
+        assert all(run["commit"] for run in record["runs"])
+        if "seeds" in record:  # a chapter's own: all arms of a seed in one run
+            assert len(set(record["seeds"])) >= 5 and record["steps"]
+            assert [run["seed"] for run in record["runs"]] == record["seeds"]
+        else:  # a flat list: one run for every arm, length and seed
+            seeds = {}
+            for run in record["runs"]:
+                seeds.setdefault((run["arm"], run["steps"]), []).append(run["seed"])
+            assert all(len(set(each)) == len(each) >= 5 for each in seeds.values()), seeds
 
 
 def test_has_signature_scoreboard_and_widget(notebook):
