@@ -179,10 +179,9 @@ def test_every_step_of_training_gets_its_images_its_tokens_and_independent_draws
         return {}
 
     monkeypatch.setattr(small_scale, "latent_step", step)
-    monkeypatch.setattr(small_scale, "repae_step", step)
     mean, std = 10 + torch.zeros(6000, 4, 8, 8), 2 + torch.zeros(6000, 4, 8, 8)
     monkeypatch.setattr(small, "latents", lambda vae: (mean, std))
-    small.train(state, 3, targets=small.tokens, batch=500, seed=5, warmup=2)
+    small.train(state, 3, targets=small.tokens, batch=500, seed=5, warmup=2, moving_step=step)
     for number, (call, index) in enumerate(zip(calls, small.batches(3, 500, seed=5), strict=True)):
         assert torch.equal(call["labels"], small.labels[index])
         assert torch.equal(call["tokens"], small.tokens[index])
