@@ -29,7 +29,7 @@ def arms(monkeypatch):
 
 
 def test_every_record_names_arms_and_pairs_them(arms):
-    assert {arm for runs in arms.RECORDS.values() for arm, _ in runs} <= {*arms.ARMS, *arms.SHIPPED}
+    assert {arm for runs in arms.RECORDS.values() for arm, _ in runs} <= {*arms.ARMS, *arms.PAIRS}
     causes = [arm for arm, _ in arms.RECORDS["causes"]]
     kinds = {arm.partition(", ")[2] for arm in causes if arm.startswith("repa")}
     assert kinds == {"", "label only", "shuffled", "no mean token"}
