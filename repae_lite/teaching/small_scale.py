@@ -94,7 +94,7 @@ class SmallScale:
             eval_images=eval_images,
             eval_labels=eval_labels,
             encoder=encoder,
-            perceptual=TinyPerceptualLoss.pretrained().to(device),
+            perceptual=TinyPerceptualLoss.pretrained().to(device, memory_format=torch.channels_last),
             judge=judge,
             reference=feature_stats(_judged(judge, eval_images)["pooled"]),
         )
@@ -168,6 +168,7 @@ class SmallScale:
         else:
             sit.set_latent_stats(LatentStats.from_posteriors(*self.latents(vae.to(self.device))))
         sit.to(self.device)
+        vae.to(memory_format=torch.channels_last)  # convolutions take a tenth less time
         optimizers = {"sit": make_optimizer(sit, lr=sit_lr)}
         if method in ("sit", "repa"):
             vae.requires_grad_(False)

@@ -8,8 +8,7 @@ rate that falls to 0 over the second half), so 400 steps are no part of 1,000. W
 one length start from the same weights and see the same batches, times and noise. Every run is judged by
 2,000 samples, without guidance and with it, and each set once more with its latents widened to the standard
 deviation of real ones. A finished run is kept in runs/arms, so a stopped command goes on where it was;
-`--join` writes what there is to data_small/evidence/RECORD.json. With `--compile` a step takes a sixth less
-time where the VAE trains.
+`--join` writes what there is to data_small/evidence/RECORD.json.
 """
 
 import argparse
@@ -40,7 +39,6 @@ from repae_lite import (
 from repae_lite.checkpoints.find import SHIPPED
 from repae_lite.evaluation import metrics
 from repae_lite.method.steps import Draws, TrainState, as_floats, latent_updates, vae_step
-from repae_lite.utils.devices import try_compile
 from repae_lite.utils.files import data_small_dir, write_text
 
 SAMPLES, SAMPLER_STEPS = 2000, 16
@@ -136,18 +134,13 @@ def follow_but_run(sit: torch.nn.Module) -> None:
     sit.bn.forward = by_running
 
 
-def train(
-    small: SmallScale, arm: Arm, steps: int, seed: int, *, compiled: bool
-) -> tuple[TrainState, list[dict], float]:
+def train(small: SmallScale, arm: Arm, steps: int, seed: int) -> tuple[TrainState, list[dict], float]:
     """A trained arm, its losses by step, and its seconds."""
     torch.manual_seed(seed)
     state = small.new_state(arm.method, **arm.sit)
     state.config = replace(state.config, ema_decay=0.98 if steps <= 400 else 0.995, **arm.config)
     if arm.sit_running_stats:
         follow_but_run(state.sit)
-    if compiled and "vae" in state.optimizers:
-        for module in (state.vae.encoder, state.vae.decoder, small.perceptual):
-            module.compile()
     step = fresh_step(torch.Generator().manual_seed(1000 + seed)) if arm.fresh_draws else repae_step
     targets = None if arm.method == "sit" else targets_of(small, arm.targets)
     start = time.perf_counter()
@@ -201,12 +194,12 @@ def by_label(values: Tensor, labels: Tensor) -> Tensor:
     return torch.stack([values[labels == label].mean(0) for label in range(10)])[labels]
 
 
-def run(small: SmallScale, name: str, steps: int, seed: int, *, compiled: bool) -> dict:
+def run(small: SmallScale, name: str, steps: int, seed: int) -> dict:
     """Trains and judges one arm; its weights stay in runs/arms. What ships is only judged."""
     about = {"arm": name, "steps": steps, "seed": seed, "commit": commit()}
     if name in PAIRS:
         return about | {"seconds": 0.0} | judge(small, load_sit(name), load_vae(name), seed)
-    state, history, seconds = train(small, ARMS[name], steps, seed, compiled=compiled)
+    state, history, seconds = train(small, ARMS[name], steps, seed)
     last = history[-100:]
     about |= {"seconds": round(seconds, 1)}
     about |= {"losses": {key: sum(each[key] for each in last) / len(last) for key in last[0]}}
@@ -221,7 +214,7 @@ def path_of(arm: str, steps: int, seed: int, ending: str) -> Path:
     return RUNS / f"{arm.replace(', ', '_').replace(' ', '-')}_{steps}_{seed}.{ending}"
 
 
-def join(record: str, seeds: list[int], device: str, compiled: bool) -> None:
+def join(record: str, seeds: list[int], device: str) -> None:
     """Writes the finished runs of a record to data_small/evidence, and prints what is missing."""
     path = data_small_dir() / "evidence" / f"{record}.json"
     done = json.loads(path.read_text())["runs"] if path.is_file() else []
@@ -232,7 +225,7 @@ def join(record: str, seeds: list[int], device: str, compiled: bool) -> None:
                 known[arm, steps, seed] = json.loads(kept.read_text())
             elif (arm, steps, seed) not in known:
                 print(f"missing: {arm}, {steps} steps, seed {seed}")
-    more = f" --device {device}" * (device != "cpu") + " --compile" * compiled
+    more = f" --device {device}" * (device != "cpu")
     content = head(f"python reproduce/benchmarks/arms.py {record}{more}", device)
     content |= {"samples": SAMPLES, "sampler_steps": SAMPLER_STEPS, "runs": list(known.values())}
     write_text(path, json.dumps(content, indent=1) + "\n")
@@ -244,30 +237,24 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="0 to 4")
     parser.add_argument("--steps", type=int, nargs="+", help="only runs of these lengths")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or mps")
-    parser.add_argument(
-        "--compile",
-        action="store_true",
-        help="torch.compile for a VAE that trains and its perceptual network",
-    )
     parser.add_argument("--join", action="store_true", help="only gather the finished runs")
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.set_default_device(options.device)
     if not options.join:
         small = SmallScale.load(options.device)
-        compiled = options.compile and not try_compile(torch.device(options.device))
         RUNS.mkdir(parents=True, exist_ok=True)
         for record, seed in itertools.product(options.record, options.seeds):
             for arm, steps in RECORDS[record]:
                 path = path_of(arm, steps, seed, "json")
                 if path.is_file() or (options.steps and steps not in options.steps):
                     continue
-                result = run(small, arm, steps, seed, compiled=compiled)
+                result = run(small, arm, steps, seed)
                 write_text(path, json.dumps(result) + "\n")
                 scores = {kind: round(each["frechet"], 2) for kind, each in result["scores"].items()}
                 print(arm, steps, seed, f"{result['seconds']:.0f} s", scores, flush=True)
     for record in options.record:
-        join(record, options.seeds, options.device, options.compile)
+        join(record, options.seeds, options.device)
 
 
 if __name__ == "__main__":
