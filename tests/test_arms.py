@@ -29,7 +29,7 @@ def arms(monkeypatch):
 
 
 def test_every_record_names_arms_and_pairs_them(arms):
-    assert {arm for runs in arms.RECORDS.values() for arm, _ in runs} <= {*arms.ARMS, *arms.SHIPPED}
+    assert {arm for runs in arms.RECORDS.values() for arm, _ in runs} <= {*arms.ARMS, *arms.PAIRS}
     causes = [arm for arm, _ in arms.RECORDS["causes"]]
     kinds = {arm.partition(", ")[2] for arm in causes if arm.startswith("repa")}
     assert kinds == {"", "label only", "shuffled", "no mean token"}
@@ -84,12 +84,12 @@ def test_a_run_is_judged_and_kept_and_joined(arms, small, tmp_path, monkeypatch)
     monkeypatch.setattr(arms, "RUNS", tmp_path)
     monkeypatch.setattr(arms, "RECORDS", {"two": [("repa-e", 2), ("repa", 2)]})
     monkeypatch.setattr(arms, "data_small_dir", lambda: tmp_path)
-    result = arms.run(small, "repa-e", 2, 0, compiled=False)
+    result = arms.run(small, "repa-e", 2, 0)
     assert set(result["scores"]) == {f"{kind}{end}" for kind in arms.GUIDANCE for end in ("", ", widened")}
     assert {"psnr", "frechet"} <= result["scores"]["guided"].keys() and result["losses"]["vae_align"]
     assert (tmp_path / "repa-e_2_0.vae.safetensors").is_file()
     (tmp_path / "repa-e_2_0.json").write_text(json.dumps(result))
     (tmp_path / "evidence").mkdir()
-    arms.join("two", [0], "cpu", compiled=False)
+    arms.join("two", [0], "cpu")
     record = json.loads((tmp_path / "evidence" / "two.json").read_text())
     assert [run["arm"] for run in record["runs"]] == ["repa-e"] and record["machine"] and record["date"]

@@ -184,11 +184,10 @@ def resolve(source: str | Path, which: str, *, ema: bool = True, step: int | Non
     """
     if not str(source).strip():
         raise ValueError("the source of the weights is empty: give a file, a folder or a Hub id")
-    if str(source) in SHIPPED:
-        if step is not None:
-            raise ValueError(_no_steps(step, source))
-        return _shipped(str(source), which)
-    path = Path(source)
+    shipped = str(source) in SHIPPED
+    if shipped and step is not None:
+        raise ValueError(_no_steps(step, source))
+    path = _shipped(str(source), which) if shipped else Path(source)
     try:
         if path.is_dir():
             next(path.iterdir(), None)  # a folder that may not be read looks empty to glob

@@ -7,7 +7,6 @@ The command is `repae preprocess`. `repae_lite.data.image_files` says what happe
 
 import json
 import logging
-import os
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -25,6 +24,7 @@ from repae_lite.data.hdf5 import image_name, read_bytes, reading
 from repae_lite.data.image_files import square_pngs, start_worker
 from repae_lite.data.image_lists import ImageList, list_images
 from repae_lite.data.journal import ResumableH5, check_count, fingerprint, refuse_beside, refuse_existing
+from repae_lite.utils.cores import core_count
 from repae_lite.utils.files import read_json, write_text
 from repae_lite.utils.locks import check_space, locked, writing
 from repae_lite.utils.progress import progress_bar
@@ -104,7 +104,7 @@ def preprocess(
         file.check_free(*[names] if file.state["done"] else beside, overwrite=overwrite)
         left = len(images.names) - file.state["done"]
         check_space(output, left * (3 * resolution + 1) * resolution, "the images need")
-        _encode_all(file, images, resolution, workers or _cores(), step, progress)
+        _encode_all(file, images, resolution, workers or core_count(), step, progress)
         report = _report(file.state, images, resolution)
         place = folder / REPORT if result.exists() else report_path  # the old report is the old file's
         text = json.dumps(report, indent=1)
@@ -125,10 +125,6 @@ def _is_ours(path: Path, images: ImageList) -> bool:
         return read_json(path).get("source") == str(images.root)
     except (ValueError, OSError):
         return False
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 # ---------------------------------------------------------------- what is refused

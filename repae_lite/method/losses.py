@@ -402,9 +402,8 @@ class TinyPerceptualLoss(nn.Module):
     def forward(self, x: Tensor, x_hat: Tensor) -> Tensor:
         """Distances (B,) of images (B, 3, 32, 32) in [-1, 1]."""
         _check_alike(x, x_hat, "images and reconstructions")
-        features = self.features(torch.cat([x, x_hat]))
         distances = []
-        for stage in features:
-            real, fake = F.normalize(stage, dim=1, eps=1e-4).chunk(2)
+        for stages in zip(self.features(x), self.features(x_hat), strict=True):
+            real, fake = (F.normalize(stage, dim=1, eps=1e-4) for stage in stages)
             distances.append((real - fake).square().sum(1).mean((1, 2)))
         return torch.stack(distances).mean(0)

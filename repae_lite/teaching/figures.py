@@ -731,19 +731,13 @@ def scoreboard(rows: Mapping[str, Mapping[str, object]], columns: Sequence[str] 
             raise ValueError(f"scoreboard: {name} has {sorted(unknown)}, the columns are {list(formats)}.")
         label = METHOD_LABELS.get(name, name)
         cells.append([label, *(_cell(row.get(column, "–"), form) for column, form in formats.items())])
-    swatches = [
-        "",
-        *(
-            f'<span style="color:{METHOD_COLORS[r]}">&#9632;</span> ' if r in METHOD_COLORS else ""
-            for r in rows
-        ),
+    looks = [
+        f"text-align:{side};padding:4px 12px;border-bottom:1px solid #8884" for side in ("left", "right")
     ]
     lines = []
-    for i, (swatch, line) in enumerate(zip(swatches, cells, strict=True)):
-        tag = "td" if i else "th"
-        looks = [
-            f"text-align:{side};padding:4px 12px;border-bottom:1px solid #8884" for side in ("left", "right")
-        ]
+    for name, line in zip(["", *rows], cells, strict=True):
+        tag = "td" if lines else "th"
+        swatch = f'<span style="color:{METHOD_COLORS[name]}">&#9632;</span> ' if name in METHOD_COLORS else ""
         texts = [swatch + html.escape(line[0]), *map(html.escape, line[1:])]
         lines.append("".join(f'<{tag} style="{looks[c > 0]}">{text}</{tag}>' for c, text in enumerate(texts)))
     body = "".join(f"<tr>{line}</tr>" for line in lines)

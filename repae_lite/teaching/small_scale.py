@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -89,11 +90,11 @@ class SmallScale:
         return cls(
             images=images,
             labels=labels,
-            tokens=torch.cat([encoder(batch) for batch in images.split(500)]),
+            tokens=_tokens(encoder, images),
             eval_images=eval_images,
             eval_labels=eval_labels,
             encoder=encoder,
-            perceptual=TinyPerceptualLoss.pretrained().to(device),
+            perceptual=TinyPerceptualLoss.pretrained().to(device, memory_format=torch.channels_last),
             judge=judge,
             reference=feature_stats(_judged(judge, eval_images)["pooled"]),
         )
@@ -102,6 +103,11 @@ class SmallScale:
     def device(self) -> torch.device:
         """Where everything is and runs."""
         return self.images.device
+
+    @cached_property
+    def eval_tokens(self) -> Tensor:
+        """The teacher's tokens for the evaluation images (2000, 16, 128), for measuring only."""
+        return _tokens(self.encoder, self.eval_images)
 
     @property
     def evaluator(self) -> EvaluationNet:
@@ -162,6 +168,7 @@ class SmallScale:
         else:
             sit.set_latent_stats(LatentStats.from_posteriors(*self.latents(vae.to(self.device))))
         sit.to(self.device)
+        vae.to(memory_format=torch.channels_last)  # convolutions take a tenth less time
         optimizers = {"sit": make_optimizer(sit, lr=sit_lr)}
         if method in ("sit", "repa"):
             vae.requires_grad_(False)
@@ -324,6 +331,11 @@ def progress(items: Iterable, total: int, label: str) -> Iterator:
             handle.update(HTML(f"{label} {bar} {done + 1} of {total}, {left:.0f} s left"))
             shown = now
     handle.update(HTML(f"{label}: {total} in {time.perf_counter() - start:.0f} s"))
+
+
+def _tokens(encoder: VisionEncoder, images: Tensor) -> Tensor:
+    """Tokens (N, 16, 128) of images (N, 3, 32, 32) uint8."""
+    return torch.cat([encoder(batch) for batch in images.split(500)])
 
 
 def _judged(judge: TinyFeatures, images: Tensor) -> dict[str, Tensor]:

@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterable, Iterator
 
 import psutil
-import torch
 
 
 def core_count() -> int:
@@ -64,6 +63,8 @@ def beside_others(items: Iterable, every: float = 1.0) -> Iterator:
         every: seconds from one look to the next, which happens between two items. The number of threads may
             fall and rise again, to that of the start at most; at the end it stays as it is.
     """
+    import torch  # who only counts cores does without
+
     wanted, others, last = torch.get_num_threads(), OtherPrograms(), time.monotonic()
     for item in items:
         yield item

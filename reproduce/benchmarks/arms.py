@@ -8,11 +8,11 @@ rate that falls to 0 over the second half), so 400 steps are no part of 1,000. W
 one length start from the same weights and see the same batches, times and noise. Every run is judged by
 2,000 samples, without guidance and with it, and each set once more with its latents widened to the standard
 deviation of real ones. A finished run is kept in runs/arms, so a stopped command goes on where it was;
-`--join` writes what there is to data_small/evidence/RECORD.json. With `--compile` a step takes a quarter
-less time.
+`--join` writes what there is to data_small/evidence/RECORD.json.
 """
 
 import argparse
+import itertools
 import json
 import time
 from collections.abc import Callable
@@ -36,9 +36,9 @@ from repae_lite import (
     save_vae,
     to_uint8,
 )
+from repae_lite.checkpoints.find import SHIPPED
 from repae_lite.evaluation import metrics
 from repae_lite.method.steps import Draws, TrainState, as_floats, latent_updates, vae_step
-from repae_lite.utils.devices import try_compile
 from repae_lite.utils.files import data_small_dir, write_text
 
 SAMPLES, SAMPLER_STEPS = 2000, 16
@@ -76,21 +76,17 @@ for kind in ("label only", "shuffled", "no mean token"):
 ARMS["align-5, batch statistics in the VAE step"] = Arm("repa-e", STRONG | {"vae_step_batch_stats": True})
 ARMS["align-5, running statistics in the SiT step"] = Arm("repa-e", STRONG, sit_running_stats=True)
 ARMS["align-5, fresh draws"] = Arm("repa-e", STRONG, fresh_draws=True)
+CURVES = ("repa", "vae-only", "repa-e", "align-5", "naive")
+CAUSES = ("repa", *(name for name in ARMS if name.startswith(("repa, ", "align-5"))))
 TAPS = {depth: "repa" if depth == 2 else f"repa, tap {depth}" for depth in range(1, 7)}
 ARMS |= {name: Arm("repa", sit={"alignment_depth": depth}) for depth, name in TAPS.items() if depth != 2}
 
-SHIPPED = ("tiny", "tiny-e2e-20k")
-CURVES = ("repa", "vae-only", "repa-e", "align-5", "naive")
-CAUSES = (
-    "repa",
-    "align-5",
-    *(name for name in ARMS if name.startswith(("repa, ", "align-5, ")) and "tap" not in name),
-)
+PAIRS = tuple(name for name, files in SHIPPED.items() if "sit" in files)  # a SiT and its VAE ship
 RECORDS = {
     "learning_curves": [(arm, steps) for steps in (400, 1000, 3000) for arm in CURVES],
     "longer": [(arm, 10000) for arm in CURVES[:-1]],
     "causes": [(arm, 1000) for arm in CAUSES],
-    "shipped": [(name, 20000) for name in SHIPPED],  # trained once; the seeds are of sampling
+    "shipped": [(name, 20000) for name in PAIRS],  # trained once; the seeds are of sampling
     "taps": [(arm, 1000) for arm in ("sit", *TAPS.values())],
 }
 
@@ -138,19 +134,13 @@ def follow_but_run(sit: torch.nn.Module) -> None:
     sit.bn.forward = by_running
 
 
-def train(
-    small: SmallScale, arm: Arm, steps: int, seed: int, *, compiled: bool
-) -> tuple[TrainState, list[dict], float]:
+def train(small: SmallScale, arm: Arm, steps: int, seed: int) -> tuple[TrainState, list[dict], float]:
     """A trained arm, its losses by step, and its seconds."""
     torch.manual_seed(seed)
     state = small.new_state(arm.method, **arm.sit)
     state.config = replace(state.config, ema_decay=0.98 if steps <= 400 else 0.995, **arm.config)
     if arm.sit_running_stats:
         follow_but_run(state.sit)
-    if compiled:
-        moving = (state.vae.encoder, state.vae.decoder) if "vae" in state.optimizers else ()
-        for module in (*moving, *state.sit.blocks):
-            module.compile()
     step = fresh_step(torch.Generator().manual_seed(1000 + seed)) if arm.fresh_draws else repae_step
     targets = None if arm.method == "sit" else targets_of(small, arm.targets)
     start = time.perf_counter()
@@ -190,12 +180,11 @@ def residual_alignment(small: SmallScale, sit: SiT, z: Tensor, seed: int) -> dic
     It is 0 for whatever depends on label and position alone (chapter 03, section 4).
     """
     labels, z = small.eval_labels, sit.normalize(z)
-    tokens = torch.cat([small.encoder(part) for part in small.eval_images.split(500)])
     eps, found = torch.randn(z.shape, generator=small.generator(seed)), {}
     for t in (0.1, 0.3, 0.5, 0.7, 0.9):
         parts = zip(((1 - t) * z + t * eps).split(250), labels.split(250), strict=True)
         h = torch.cat([sit.projectors[0](sit.features(x, torch.full((len(x),), t), y)) for x, y in parts])
-        pair = (values - by_label(values, labels) for values in (h, tokens))
+        pair = (values - by_label(values, labels) for values in (h, small.eval_tokens))
         found[str(t)] = float(torch.nn.functional.cosine_similarity(*pair, dim=-1).mean())
     return found
 
@@ -205,19 +194,19 @@ def by_label(values: Tensor, labels: Tensor) -> Tensor:
     return torch.stack([values[labels == label].mean(0) for label in range(10)])[labels]
 
 
-def run(small: SmallScale, name: str, steps: int, seed: int, *, compiled: bool) -> dict:
+def run(small: SmallScale, name: str, steps: int, seed: int) -> dict:
     """Trains and judges one arm; its weights stay in runs/arms. What ships is only judged."""
-    if name in SHIPPED:
-        about = {"arm": name, "steps": steps, "seed": seed, "commit": commit(), "seconds": 0.0}
-        return about | judge(small, load_sit(name), load_vae(name), seed)
-    state, history, seconds = train(small, ARMS[name], steps, seed, compiled=compiled)
+    about = {"arm": name, "steps": steps, "seed": seed, "commit": commit()}
+    if name in PAIRS:
+        return about | {"seconds": 0.0} | judge(small, load_sit(name), load_vae(name), seed)
+    state, history, seconds = train(small, ARMS[name], steps, seed)
     last = history[-100:]
-    result = {"arm": name, "steps": steps, "seed": seed, "commit": commit(), "seconds": round(seconds, 1)}
-    result["losses"] = {key: sum(each[key] for each in last) / len(last) for key in last[0]}
+    about |= {"seconds": round(seconds, 1)}
+    about |= {"losses": {key: sum(each[key] for each in last) / len(last) for key in last[0]}}
     save_sit(path_of(name, steps, seed, "sit.safetensors"), state.ema)
     if "vae" in state.optimizers:
         save_vae(path_of(name, steps, seed, "vae.safetensors"), state.vae, state.ema.latent_stats())
-    return result | judge(small, state.ema, state.vae, seed)
+    return about | judge(small, state.ema, state.vae, seed)
 
 
 def path_of(arm: str, steps: int, seed: int, ending: str) -> Path:
@@ -225,7 +214,7 @@ def path_of(arm: str, steps: int, seed: int, ending: str) -> Path:
     return RUNS / f"{arm.replace(', ', '_').replace(' ', '-')}_{steps}_{seed}.{ending}"
 
 
-def join(record: str, seeds: list[int], device: str, compiled: bool) -> None:
+def join(record: str, seeds: list[int], device: str) -> None:
     """Writes the finished runs of a record to data_small/evidence, and prints what is missing."""
     path = data_small_dir() / "evidence" / f"{record}.json"
     done = json.loads(path.read_text())["runs"] if path.is_file() else []
@@ -236,7 +225,7 @@ def join(record: str, seeds: list[int], device: str, compiled: bool) -> None:
                 known[arm, steps, seed] = json.loads(kept.read_text())
             elif (arm, steps, seed) not in known:
                 print(f"missing: {arm}, {steps} steps, seed {seed}")
-    more = f" --device {device}" * (device != "cpu") + " --compile" * compiled
+    more = f" --device {device}" * (device != "cpu")
     content = head(f"python reproduce/benchmarks/arms.py {record}{more}", device)
     content |= {"samples": SAMPLES, "sampler_steps": SAMPLER_STEPS, "runs": list(known.values())}
     write_text(path, json.dumps(content, indent=1) + "\n")
@@ -248,26 +237,24 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="0 to 4")
     parser.add_argument("--steps", type=int, nargs="+", help="only runs of these lengths")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or mps")
-    parser.add_argument("--compile", action="store_true", help="torch.compile for SiT's blocks and the VAE")
     parser.add_argument("--join", action="store_true", help="only gather the finished runs")
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.set_default_device(options.device)
     if not options.join:
         small = SmallScale.load(options.device)
-        compiled = options.compile and not try_compile(torch.device(options.device))
-        for record in options.record:
-            for seed in options.seeds:
-                for arm, steps in RECORDS[record]:
-                    path = path_of(arm, steps, seed, "json")
-                    if not path.is_file() and (not options.steps or steps in options.steps):
-                        path.parent.mkdir(parents=True, exist_ok=True)
-                        result = run(small, arm, steps, seed, compiled=compiled)
-                        write_text(path, json.dumps(result) + "\n")
-                        scores = {kind: round(each["frechet"], 2) for kind, each in result["scores"].items()}
-                        print(arm, steps, seed, f"{result['seconds']:.0f} s", scores, flush=True)
+        RUNS.mkdir(parents=True, exist_ok=True)
+        for record, seed in itertools.product(options.record, options.seeds):
+            for arm, steps in RECORDS[record]:
+                path = path_of(arm, steps, seed, "json")
+                if path.is_file() or (options.steps and steps not in options.steps):
+                    continue
+                result = run(small, arm, steps, seed)
+                write_text(path, json.dumps(result) + "\n")
+                scores = {kind: round(each["frechet"], 2) for kind, each in result["scores"].items()}
+                print(arm, steps, seed, f"{result['seconds']:.0f} s", scores, flush=True)
     for record in options.record:
-        join(record, options.seeds, options.device, options.compile)
+        join(record, options.seeds, options.device)
 
 
 if __name__ == "__main__":

@@ -16,16 +16,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from arms import ARMS, RUNS, path_of
+from arms import ARMS, RUNS, by_label, path_of
 from record import commit, head
 from torch import Tensor
 
 from repae_lite import SmallScale, load_vae
+from repae_lite.checkpoints.find import SHIPPED
 from repae_lite.evaluation import metrics
 from repae_lite.evaluation.statistics import difference_interval
 from repae_lite.utils.files import data_small_dir, write_text
 
-SHIPPED = ("tiny", "tiny-vae-only", "tiny-e2e", "tiny-e2e-20k")
 START, CONTROL = "tiny", "vae-only"
 WHOLE, PATCH = 1000.0, 10.0  # penalties: chapter 03's for whole latents, a small one for one patch's numbers
 
@@ -60,7 +60,7 @@ class Known:
         images, labels, parts, poses = map(torch.from_numpy, make_split("eval", len(small.eval_images)))
         if not torch.equal(images, small.eval_images):
             raise ValueError("the image maker no longer draws the evaluation images: restore data_small")
-        tokens = torch.cat([small.encoder(batch) for batch in small.eval_images.split(500)])
+        tokens = small.eval_tokens
         fine, beside = patch_coverage(parts.long(), 8), [PART["background"], PART["distractor"]]
         return cls(
             labels=labels,
@@ -70,11 +70,6 @@ class Known:
             poses=poses,
             object=1 - fine[..., beside].sum(-1).unflatten(1, (8, 8)),
         )
-
-
-def by_label(values: Tensor, labels: Tensor) -> Tensor:
-    """For each image, the mean over all images with its label."""
-    return torch.stack([values[labels == label].mean(0) for label in range(10)])[labels]
 
 
 def normalised(z: Tensor) -> Tensor:
