@@ -1,0 +1,243 @@
+"""Latents to look at, to paint, and to walk between: what does each of them mean to the decoder?"""
+
+import ipywidgets
+import torch
+from torch import Tensor
+
+from repae_lite.networks.vae import AutoencoderKL
+from repae_lite.teaching.explorers.material import Material, Source
+from repae_lite.teaching.explorers.parts import (
+    Board,
+    Explorer,
+    Progress,
+    Tabs,
+    enlarged,
+    heat,
+    picture,
+    pixels,
+    png_of,
+    sheet,
+    show,
+)
+from repae_lite.teaching.figures import LatentPalette
+
+PCA = "PCA to RGB"
+PAINT, ZERO, OTHER, COPY, SWAP = (
+    "paint",
+    "zero",
+    "take from the other image",
+    "copy a patch",
+    "swap two patches",
+)
+WALK = 7  # pictures between two images, both included
+
+
+def latent_explorer(
+    before: Source | AutoencoderKL = "tiny",
+    after: Source | AutoencoderKL = "tiny-e2e",
+    images: Tensor | None = None,
+    *,
+    device: str | None = None,
+) -> Tabs:
+    """Latents of one image under two VAEs, which can be painted on, and a walk between two images.
+
+    Args:
+        before: a VAE, for instance before tuning.
+        after: another with latents of the same size.
+        images: uint8 (B, 3, H, W); by default 40 of the embedded evaluation split.
+        device: where the VAEs run; None for the best there is.
+
+    Raises:
+        ValueError: the latents differ in size; images as `Material.of` says.
+        FileNotFoundError, ConnectionError: as `load_vae` says.
+    """
+    material = Material.of(images, device=device)
+    vaes = {"before tuning": material.vae(before), "after tuning": material.vae(after)}
+    latents = {name: material.latents(vae) for name, vae in vaes.items()}
+    sizes = {name: tuple(z.shape[1:]) for name, z in latents.items()}
+    if len(set(sizes.values())) > 1:
+        raise ValueError(f"the latents differ in size, {sizes}: choose two VAEs of one architecture")
+    tab = Tabs([_Painting(material, vaes, latents).explorer, _walk(material, vaes, latents)])
+    tab.titles = ["look and paint", "walk"]
+    return tab
+
+
+class _Painting:
+    """The first tab: one image's latents, with edits that end when another image or VAE is chosen."""
+
+    def __init__(self, material: Material, vaes: dict[str, AutoencoderKL], latents: dict[str, Tensor]):
+        self.material, self.vaes, self.latents = material, vaes, latents
+        self.palette = LatentPalette(list(latents.values()))
+        _, channels, rows, columns = latents["before tuning"].shape
+        self.board = Board(rows=rows, columns=columns, paint=True, side=288)
+        self.sheet, self.edited, self.undone, self.source, self.of = picture(), None, [], None, None
+        last = len(material.images) - 1
+        every = [f"channel {c}" for c in range(channels)]
+        self.brush = {
+            "action": ipywidgets.Dropdown(options=[PAINT, ZERO, OTHER, COPY, SWAP]),
+            "value": ipywidgets.FloatSlider(
+                2.0,
+                min=-4,
+                max=4,
+                step=0.25,
+                description="paint with (standard deviations)",
+                layout={"width": "420px"},
+            ),
+            "channel": ipywidgets.Dropdown(options=["all channels", *every], description="change"),
+            "size": ipywidgets.IntSlider(2, min=1, max=max(1, rows // 2), description="patch (cells)"),
+        }
+        for control in self.brush.values():
+            control.style = {"description_width": "initial"}
+        reset = ipywidgets.Button(description="Undo all")
+        reset.on_click(lambda _: self._reset())
+        self.explorer = Explorer(
+            self.draw,
+            {
+                "image": ipywidgets.IntSlider(0, min=0, max=last),
+                "other": ipywidgets.IntSlider(min(1, last), min=0, max=last, description="other image"),
+                "vae": ipywidgets.Dropdown(options=list(vaes), description="latents"),
+                "view": ipywidgets.Dropdown(options=[PCA, *every], description="show as"),
+            },
+            [
+                ipywidgets.Box([*self.brush.values(), reset], layout={"flex_flow": "row wrap"}),
+                ipywidgets.Box([self.board, self.sheet], layout={"flex_flow": "row wrap"}),
+            ],
+        )
+        self.board.observe(self._stroked, names="stroke")
+
+    def draw(self, progress: Progress, image: int, other: int, vae: str, view: str) -> None:
+        if self.of != (image, vae):
+            self.of, self.source = (image, vae), None
+            self.edited = self.latents[vae][image].clone()
+        start = self.latents[vae][image]
+        both = torch.stack([start, self.edited])
+        with torch.no_grad():
+            plain, changed = self.vaes[vae].decode(both)
+        self.board.pictures = [png_of(enlarged(self._seen(self.edited, view), 288))]
+        self.board.description = f"Latents of image {image} {vae}, {view}."
+        apart = (changed - plain).abs().mean(0)
+        top = [self.material.images[image], plain, changed, heat(apart, 0, 1, "magma")]
+        rows = {"decoded": top}
+        for name, z in self.latents.items():
+            seen = [self._seen(z[image], f"channel {c}") for c in range(min(4, z.shape[1]))]
+            rows[name] = [self._seen(z[image], PCA), self._seen(z[other], PCA), *seen]
+        captions = ["image", "as it was", "changed", f"difference\nmean {apart.mean():.3f}"]
+        show(
+            self.sheet,
+            sheet(rows, captions, tile=96),
+            f"Image {image}, decoded from its latents and from the changed ones; mean absolute difference "
+            f"{apart.mean():.3f}. Below, for both VAEs: principal components of this and the other image's latents, and channels.",
+        )
+
+    def _seen(self, z: Tensor, view: str):
+        """Latents (C, h, w) as colours."""
+        if view == PCA:
+            return pixels(self.palette(z[None])[0].float())
+        channel = int(view.split()[1])
+        return heat(z[channel], *self._range(channel), "RdBu_r")
+
+    def _range(self, channel: int) -> tuple[float, float]:
+        """One range for both VAEs, so that a colour means one number."""
+        far = max(float(z[:, channel].abs().quantile(0.99)) for z in self.latents.values())
+        return -far, far
+
+    def _reset(self) -> None:
+        self.of = None
+        self.explorer.request()
+
+    def _stroked(self, change: dict) -> None:
+        """A patch around each cell that the stroke reached since the last message."""
+        new, old = change["new"], change["old"]
+        cells = new[len(old) :] if old and new[0] == old[0] else new[1:]
+        if self.edited is None:
+            return
+        for cell in cells:
+            self._apply(cell)
+        self.explorer.request()
+
+    def _apply(self, cell: int) -> None:
+        given = {name: control.value for name, control in self.brush.items()}
+        here, channels = self._patch(cell), slice(None)
+        if given["channel"] != "all channels":
+            channels = slice(int(given["channel"].split()[1]), int(given["channel"].split()[1]) + 1)
+        values, z = self.explorer.values, self.edited
+        every = self.latents[values["vae"]]
+        if given["action"] in (COPY, SWAP):
+            if self.source is None:
+                self.source = cell
+                return
+            there, self.source = self._patch(self.source), None
+            high, wide = (min(a.stop - a.start, b.stop - b.start) for a, b in zip(here, there, strict=True))
+            one, two = (
+                (channels, slice(a.start, a.start + high), slice(b.start, b.start + wide))
+                for a, b in (here, there)
+            )
+            kept = z[one].clone()
+            z[one] = z[two].clone()
+            if given["action"] == SWAP:
+                z[two] = kept
+        elif given["action"] == PAINT:
+            mean, std = (stat[channels, None, None] for stat in (every.mean((0, 2, 3)), every.std((0, 2, 3))))
+            z[(channels, *here)] = mean + given["value"] * std
+        else:
+            z[(channels, *here)] = 0 if given["action"] == ZERO else every[values["other"]][(channels, *here)]
+
+    def _patch(self, cell: int) -> tuple[slice, slice]:
+        size, columns = self.brush["size"].value, self.board.columns
+        row, column = divmod(cell, columns)
+        row, column = (
+            max(0, min(at, most - size)) for at, most in ((row, self.board.rows), (column, columns))
+        )
+        return slice(row, row + size), slice(column, column + size)
+
+
+def _walk(material: Material, vaes: dict[str, AutoencoderKL], latents: dict[str, Tensor]) -> Explorer:
+    """The second tab: pictures on the way from one image's latents to another's, for both VAEs."""
+    where, last = picture(), len(material.images) - 1
+
+    def draw(progress: Progress, start: int, end: int, share: float, way: str) -> None:
+        kind, _, space = way.partition(" in ")
+        shares = torch.cat([torch.linspace(0, 1, WALK), torch.tensor([share])])
+        rows = {}
+        for name, vae in vaes.items():
+            z = latents[name]
+            mean, std = z.mean((0, 2, 3), keepdim=True), z.std((0, 2, 3), keepdim=True)
+            if space == "z":
+                mean, std = torch.zeros_like(mean), torch.ones_like(std)
+            a, b = (z[[start]] - mean) / std, (z[[end]] - mean) / std
+            with torch.no_grad():
+                rows[name] = list(vae.decode(between(a, b, shares.to(a), kind == "spherical") * std + mean))
+        captions = [*(f"{s:.2f}" for s in shares[:-1]), f"share {share:.2f}"]
+        show(
+            where,
+            sheet(rows, captions, tile=80),
+            f"Decoded on the way from image {start} to image {end}, {way}.",
+        )
+
+    ways = [f"{kind} in {space}" for kind in ("straight", "spherical") for space in ("z", "normalised z")]
+    controls = {
+        "start": ipywidgets.IntSlider(0, min=0, max=last),
+        "end": ipywidgets.IntSlider(min(1, last), min=0, max=last),
+        "share": ipywidgets.FloatSlider(0.5, min=0, max=1, step=0.02),
+        "way": ipywidgets.Dropdown(options=ways),
+    }
+    return Explorer(draw, controls, [where])
+
+
+def between(a: Tensor, b: Tensor, shares: Tensor, spherical: bool) -> Tensor:
+    """Points (S, C, h, w) on the way from a to b, each (1, C, h, w).
+
+    Straight, or along the great circle of their directions with the length changing evenly (Shoemake 1985).
+    """
+    shares = shares[:, None, None, None]
+    if not spherical:
+        return a + shares * (b - a)
+    lengths = a.norm(), b.norm()
+    one, two = a / lengths[0], b / lengths[1]
+    angle = torch.arccos((one * two).sum().clamp(-1, 1))
+    if (
+        float(angle.sin()) < 1e-4
+    ):  # the same direction, or opposite ones, between which no way is the shortest
+        return a + shares * (b - a)
+    way = (((1 - shares) * angle).sin() * one + (shares * angle).sin() * two) / angle.sin()
+    return way * (lengths[0] + shares * (lengths[1] - lengths[0]))

@@ -1,0 +1,283 @@
+"""What all explorers are made of: a thread for the newest request, controls with pictures, and drawing."""
+
+import base64
+import html
+import io
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import anywidget
+import ipywidgets
+import matplotlib
+import numpy as np
+import torch
+import traitlets
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from repae_lite.utils.pixels import to_uint8
+
+Progress = Callable[[int, int], None]  # done, of how many; raises Cancelled
+TILE, GAP = 72, 4  # pixels of one picture in a sheet, and between two
+FONT = ImageFont.load_default(13)
+
+
+class Cancelled(Exception):
+    """Somebody pressed Cancel, or a newer request is waiting."""
+
+
+class Latest:
+    """Runs `work` in a thread, for the newest request only: what came in between is dropped.
+
+    Args:
+        work: gets `progress` and the values of the request. Where it calls progress(done, total), it ends if
+            a newer request waits.
+        tell: gets a line of text for the reader, "" for none.
+    """
+
+    def __init__(self, work: Callable[..., None], tell: Callable[[str], None]):
+        self._work, self._tell = work, tell
+        self._lock, self._stop = threading.Lock(), threading.Event()
+        self._values, self._thread = None, None
+
+    def request(self, values: dict) -> None:
+        """Computes with these values, as soon as what is being computed lets it."""
+        with self._lock:
+            self._values = values
+            self._stop.set()
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, daemon=True)
+                self._thread.start()
+
+    def cancel(self) -> None:
+        """Ends what is being computed, at its next call of `progress`."""
+        with self._lock:
+            self._values = None
+            self._stop.set()
+
+    def wait(self) -> None:
+        """Returns when nothing is being computed."""
+        while (thread := self._thread) is not None:
+            thread.join()
+
+    def now(self, values: dict) -> None:
+        """Computes here and now; errors are the caller's."""
+        self._work(lambda done, total: None, **values)
+
+    def _run(self) -> None:
+        while True:
+            with self._lock:
+                values, self._values = self._values, None
+                if values is None:
+                    self._thread = None
+                    return
+                self._stop.clear()
+            try:
+                self._work(self._progress, **values)
+                self._tell("")
+            except Cancelled:
+                self._tell("" if self._values else "cancelled")
+            except Exception as error:  # a thread has no cell to fail in
+                self._tell(f"{type(error).__name__}: {error}")
+
+    def _progress(self, done: int, total: int) -> None:
+        if self._stop.is_set():
+            raise Cancelled
+        self._tell(f"{done} of {total}")
+
+
+class Board(anywidget.AnyWidget):
+    """A picture, and where it has rows and columns, cells to be picked or painted; see board.js.
+
+    Attributes:
+        pictures: PNG files, of which `shown` is seen.
+        names: what a menu calls them.
+        description: text for those who do not see the picture, shown below it.
+        cell: the picked one, counted row by row; -1 for none.
+        paint: whether cells are painted instead of picked.
+        stroke: number of the stroke, then its cells so far.
+        maps: names of the similarity maps beside the picture.
+        similarities: float16 (pictures, maps, cells, cells), as bytes.
+        side: width in pixels of a picture with cells.
+    """
+
+    _esm = Path(__file__).with_name("board.js")
+    pictures = traitlets.List(traitlets.Bytes()).tag(sync=True)
+    names = traitlets.List(traitlets.Unicode()).tag(sync=True)
+    shown = traitlets.Int(0).tag(sync=True)
+    rows = traitlets.Int(0).tag(sync=True)
+    columns = traitlets.Int(0).tag(sync=True)
+    description = traitlets.Unicode().tag(sync=True)
+    cell = traitlets.Int(-1).tag(sync=True)
+    paint = traitlets.Bool(False).tag(sync=True)
+    stroke = traitlets.List(traitlets.Int()).tag(sync=True)
+    maps = traitlets.List(traitlets.Unicode()).tag(sync=True)
+    similarities = traitlets.Bytes().tag(sync=True)
+    side = traitlets.Int(256).tag(sync=True)
+
+
+class Still:
+    """A widget with a picture for programs that show a notebook but no widgets, as code hosts do."""
+
+    def still(self) -> bytes:
+        """The PNG: by default, the pictures inside the widget, one below another."""
+        return stacked([self])
+
+    def _repr_mimebundle_(self, **kwargs) -> dict:
+        bundle = super()._repr_mimebundle_(**kwargs)
+        return bundle | {"image/png": base64.b64encode(self.still()).decode()}
+
+
+class Tabs(Still, ipywidgets.Tab):
+    """Several explorers behind tabs."""
+
+
+class Explorer(Still, ipywidgets.VBox):
+    """Controls above what they change, a line for progress and errors, and a still picture of it all.
+
+    Args:
+        draw: computes and shows; it gets `progress` and the value of each control by name. It runs in a
+            thread, but for the first time, when its errors are those of the cell.
+        controls: widgets by the name of draw's argument. Those without a description get their name.
+        view: what draw changes.
+        button: draw only when this button is pressed, and let it be cancelled; "" draws at every move.
+        still: makes the PNG for where widgets do not show; by default, the pictures of the view.
+    """
+
+    def __init__(
+        self,
+        draw: Callable[..., None],
+        controls: Mapping[str, ipywidgets.Widget],
+        view: Sequence[ipywidgets.Widget],
+        *,
+        button: str = "",
+        slow: bool = False,
+        still: Callable[[], bytes] | None = None,
+    ):
+        self.controls, self._still = dict(controls), still
+        self._line = ipywidgets.HTML()
+        self._latest = Latest(draw, self._tell)
+        for name, control in self.controls.items():
+            control.description = control.description or name.replace("_", " ")
+            control.style = {"description_width": "initial"}
+        shelf = ipywidgets.Box(list(self.controls.values()), layout={"flex_flow": "row wrap"})
+        buttons = []
+        if button:
+            run = ipywidgets.Button(description=button, button_style="primary")
+            run.on_click(lambda _: self.request())
+            buttons.append(run)
+        if button or slow:
+            cancel = ipywidgets.Button(description="Cancel")
+            cancel.on_click(lambda _: self._latest.cancel())
+            buttons.append(cancel)
+        self._latest.now(self.values)
+        if not button:
+            for control in self.controls.values():
+                control.observe(lambda _: self.request(), names="value")
+        super().__init__([shelf, ipywidgets.HBox([*buttons, self._line]), *view])
+
+    @property
+    def values(self) -> dict[str, object]:
+        """What the controls say, by name."""
+        return {name: control.value for name, control in self.controls.items()}
+
+    @property
+    def message(self) -> str:
+        """Progress or an error, as text."""
+        return html.unescape(self._line.value.partition(">")[2].removesuffix("</span>"))
+
+    def request(self) -> None:
+        """Draws anew, in the background."""
+        self._latest.request(self.values)
+
+    def wait(self) -> "Explorer":
+        """Returns when all is drawn."""
+        self._latest.wait()
+        return self
+
+    def _tell(self, text: str) -> None:
+        self._line.value = f'<span role="status">{html.escape(text)}</span>'
+
+    def still(self) -> bytes:
+        return self._still() if self._still else super().still()
+
+
+def picture() -> Board:
+    """Where a PNG is shown in its own size, without cells."""
+    return Board(rows=0, columns=0)
+
+
+def show(where: Board, png: bytes, description: str) -> None:
+    """Shows a PNG in place, and a text below it."""
+    where.pictures, where.description = [png], description
+
+
+# ---------------------------------------------------------------- drawing
+
+
+def pixels(image: Tensor | np.ndarray) -> np.ndarray:
+    """An image (3, H, W) in [-1, 1], or uint8, as uint8 (H, W, 3); arrays (H, W, 3) stay."""
+    if isinstance(image, np.ndarray):
+        return image
+    image = image.detach().cpu()
+    image = image if image.dtype == torch.uint8 else to_uint8(image[None].float())[0]
+    return image.permute(1, 2, 0).numpy()
+
+
+def heat(values: Tensor, low: float, high: float, colours: str = "viridis") -> np.ndarray:
+    """Numbers (h, w) as colours, uint8 (h, w, 3)."""
+    share = ((values.detach().cpu().float() - low) / max(high - low, 1e-12)).clamp(0, 1).numpy()
+    return matplotlib.colormaps[colours](share, bytes=True)[..., :3]
+
+
+def png_of(image: Image.Image) -> bytes:
+    """A PNG file."""
+    file = io.BytesIO()
+    image.save(file, "PNG", compress_level=1)
+    return file.getvalue()
+
+
+def enlarged(image: Tensor | np.ndarray, side: int) -> Image.Image:
+    """An image as wide as `side` pixels, without smoothing."""
+    made = Image.fromarray(pixels(image))
+    return made.resize((side, max(1, round(side * made.height / made.width))), Image.Resampling.NEAREST)
+
+
+def sheet(
+    rows: Mapping[str, Sequence[Tensor | np.ndarray]], captions: Sequence[str] = (), tile: int = TILE
+) -> bytes:
+    """Rows of pictures with their names as PNG; captions stand above the columns, one line for each \\n."""
+    left = 8 + max(round(FONT.getlength(line)) for name in rows for line in name.split("\n"))
+    top = 4 + 16 * max((caption.count("\n") + 1 for caption in captions), default=0)
+    widest = max(len(row) for row in rows.values())
+    made = {name: [enlarged(image, tile) for image in row] for name, row in rows.items()}
+    high = max(image.height for row in made.values() for image in row)
+    size = left + widest * (tile + GAP), top + len(rows) * (high + GAP)
+    canvas = Image.new("RGB", size, "white")
+    pen = ImageDraw.Draw(canvas)
+    for i, caption in enumerate(captions):
+        pen.multiline_text((left + i * (tile + GAP), 0), caption, fill="black", font=FONT)
+    for j, (name, row) in enumerate(made.items()):
+        y = top + j * (high + GAP)
+        pen.multiline_text((2, y + 2), name, fill="black", font=FONT)
+        for i, image in enumerate(row):
+            canvas.paste(image, (left + i * (tile + GAP), y))
+    return png_of(canvas)
+
+
+def stacked(widgets: Sequence[ipywidgets.Widget]) -> bytes:
+    """All pictures of some widgets and of those inside them, one below another, as PNG."""
+    found, waiting = [], list(widgets)
+    while waiting:
+        widget = waiting.pop(0)
+        waiting = [*getattr(widget, "children", ()), *waiting]
+        if isinstance(widget, Board) and widget.pictures:
+            image = Image.open(io.BytesIO(widget.pictures[widget.shown])).convert("RGB")
+            found.append(enlarged(np.asarray(image), widget.side) if widget.rows else image)
+    size = max(image.width for image in found), sum(image.height + GAP for image in found)
+    canvas, y = Image.new("RGB", size, "white"), 0
+    for image in found:
+        canvas.paste(image, (0, y))
+        y += image.height + GAP
+    return png_of(canvas)
