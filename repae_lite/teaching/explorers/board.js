@@ -25,7 +25,7 @@ function source(model, image, before) { // shows the chosen PNG; returns its add
   const address = png ? URL.createObjectURL(new Blob([png], { type: "image/png" })) : null;
   image.hidden = !address;
   if (address) image.src = address;
-  image.alt = model.get("description");
+  image.alt = model.get("alt") || model.get("description");
   return address;
 }
 

@@ -126,7 +126,8 @@ class _Painting:
             self.sheet,
             sheet(rows, captions, tile=96),
             f"Image {image}, decoded from its latents and from the changed ones; mean absolute difference "
-            f"{apart.mean():.3f}. Below, for both VAEs: principal components of this and the other image's latents, and channels.",
+            f"{apart.mean():.3f}. Below, for both VAEs: the latents' principal components, of this image "
+            "and of the other one, and their channels.",
         )
 
     def _seen(self, z: Tensor, view: str):

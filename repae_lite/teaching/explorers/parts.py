@@ -16,6 +16,7 @@ import traitlets
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from repae_lite.teaching.figures import Figure
 from repae_lite.utils.pixels import to_uint8
 
 Progress = Callable[[int, int], None]  # done, of how many; raises Cancelled
@@ -55,6 +56,8 @@ class Latest:
         with self._lock:
             self._values = None
             self._stop.set()
+            if self._thread is not None:
+                self._tell("cancelled")
 
     def wait(self) -> None:
         """Returns when nothing is being computed."""
@@ -93,7 +96,8 @@ class Board(anywidget.AnyWidget):
     Attributes:
         pictures: PNG files, of which `shown` is seen.
         names: what a menu calls them.
-        description: text for those who do not see the picture, shown below it.
+        description: text below the picture, read out to those who do not see it.
+        alt: what is read out to them instead.
         cell: the picked one, counted row by row; -1 for none.
         paint: whether cells are painted instead of picked.
         stroke: number of the stroke, then its cells so far.
@@ -109,6 +113,7 @@ class Board(anywidget.AnyWidget):
     rows = traitlets.Int(0).tag(sync=True)
     columns = traitlets.Int(0).tag(sync=True)
     description = traitlets.Unicode().tag(sync=True)
+    alt = traitlets.Unicode().tag(sync=True)
     cell = traitlets.Int(-1).tag(sync=True)
     paint = traitlets.Bool(False).tag(sync=True)
     stroke = traitlets.List(traitlets.Int()).tag(sync=True)
@@ -126,7 +131,8 @@ class Still:
 
     def _repr_mimebundle_(self, **kwargs) -> dict:
         bundle = super()._repr_mimebundle_(**kwargs)
-        return bundle | {"image/png": base64.b64encode(self.still()).decode()}
+        png = self.still()
+        return bundle | ({"image/png": base64.b64encode(png).decode()} if png else {})
 
 
 class Tabs(Still, ipywidgets.Tab):
@@ -169,7 +175,7 @@ class Explorer(Still, ipywidgets.VBox):
             buttons.append(run)
         if button or slow:
             cancel = ipywidgets.Button(description="Cancel")
-            cancel.on_click(lambda _: self._latest.cancel())
+            cancel.on_click(lambda _: self.cancel())
             buttons.append(cancel)
         self._latest.now(self.values)
         if not button:
@@ -191,6 +197,10 @@ class Explorer(Still, ipywidgets.VBox):
         """Draws anew, in the background."""
         self._latest.request(self.values)
 
+    def cancel(self) -> None:
+        """Ends what is being drawn."""
+        self._latest.cancel()
+
     def wait(self) -> "Explorer":
         """Returns when all is drawn."""
         self._latest.wait()
@@ -201,6 +211,38 @@ class Explorer(Still, ipywidgets.VBox):
 
     def still(self) -> bytes:
         return self._still() if self._still else super().still()
+
+
+def explore(draw: Callable[..., Figure], **controls) -> Explorer:
+    """Sliders and menus above a figure that is redrawn whenever one of them moves.
+
+    A notebook shows it when it is the last value of a cell, below the figure itself: it has no still picture.
+    It works like `ipywidgets.interact`, but the figure is a widget instead of captured output. Programs that
+    run a notebook without a browser (papermill, nbclient) handle captured output on the same socket on which
+    they wait for the end of the cell; when the two coincide, they miss the end and wait for ever.
+
+    Args:
+        draw: Makes the figure; it gets one keyword argument per control.
+        controls: Widgets, or anything that `interact` makes one from: (low, high), a list of choices or of
+            (label, value) pairs, a number, or True.
+
+    Raises:
+        TypeError: No widget can be made from a control.
+    """
+    made = {name: ipywidgets.interactive.widget_from_abbrev(given) for name, given in controls.items()}
+    if wrong := [name for name, control in made.items() if control is None]:
+        raise TypeError(
+            f"{wrong[0]}={controls[wrong[0]]!r} is not a control: give a widget, (low, high), a list of "
+            "choices, a number or True"
+        )
+    where = picture()
+
+    def redraw(progress: Progress, **values) -> None:
+        png = draw(**values)._repr_png_()
+        said = [f"{each.description} {getattr(each, 'label', each.value)}" for each in made.values()]
+        where.pictures, where.alt = [png], f"figure for {', '.join(said)}"
+
+    return Explorer(redraw, made, [where], still=lambda: b"")
 
 
 def picture() -> Board:

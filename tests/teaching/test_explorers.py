@@ -1,0 +1,421 @@
+"""The explorers: what moves, what is drawn, what is said when drawing fails; nothing is captured output."""
+
+import base64
+import io
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from repae_lite.data.datasets import load_embedded
+from repae_lite.teaching import figures
+
+ipywidgets = pytest.importorskip("ipywidgets")
+pytest.importorskip("anywidget")
+from repae_lite.teaching import explorers  # noqa: E402
+from repae_lite.teaching.explorers import explore, latents, noise, parts, samplers, tokens, training  # noqa: E402
+
+
+def tiles(name: str, count: int) -> figures.Figure:
+    if count == 3:
+        raise ValueError("three <is> too many")
+    return figures.image_grid(torch.full((count, 3, 4, 4), {"dark": -1.0, "light": 1.0}[name]), title=name)
+
+
+def opened(png: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(png))
+
+
+def shown(explorer) -> list[bytes]:
+    """All pictures of an explorer, by the order in which they stand."""
+    found, waiting = [], [explorer]
+    while waiting:
+        widget = waiting.pop(0)
+        waiting = [*getattr(widget, "children", ()), *waiting]
+        found += widget.pictures if isinstance(widget, parts.Board) else []
+    return found
+
+
+def boards(explorer) -> list[parts.Board]:
+    found, waiting = [], [explorer]
+    while waiting:
+        widget = waiting.pop(0)
+        waiting = [*getattr(widget, "children", ()), *waiting]
+        found += [widget] if isinstance(widget, parts.Board) else []
+    return found
+
+
+# ---------------------------------------------------------------- explore
+
+
+def test_moving_a_control_draws_anew():
+    box = explore(tiles, name=[("Night", "dark"), ("Day", "light")], count=(1, 4))
+    menu, slider = box.controls.values()
+    assert (menu.description, slider.description) == ("name", "count")
+    assert (menu.value, slider.value, slider.min, slider.max) == ("dark", 2, 1, 4)
+    (first,) = shown(box)
+    assert opened(first).format == "PNG" and "Night" in boards(box)[0].alt
+    menu.value = "light"
+    assert shown(box.wait()) != [first] and "Day" in boards(box)[0].alt
+    menu.value = "dark"
+    assert shown(box.wait()) == [first] == [tiles("dark", 2)._repr_png_()]
+
+    slider.value = 3
+    assert box.wait().message == "ValueError: three <is> too many" and shown(box) == [first]
+    assert "&lt;is&gt;" in box.children[1].children[-1].value
+    slider.value = 4
+    assert shown(box.wait()) == [tiles("dark", 4)._repr_png_()] and box.message == ""
+
+
+def test_controls_may_be_widgets_and_keep_their_description():
+    slider = ipywidgets.FloatSlider(1.5, min=1, max=6, description="scale")
+    seen = []
+    box = explore(lambda s: seen.append(s) or tiles("dark", 1), s=slider)
+    slider.value = 2.5
+    box.wait()
+    assert seen == [1.5, 2.5] and slider.description == "scale"
+
+
+def test_what_cannot_be_drawn_at_first_fails_in_its_cell():
+    with pytest.raises(ValueError, match="too many"):
+        explore(tiles, name=["dark"], count=ipywidgets.IntSlider(3))
+    with pytest.raises(TypeError, match=r"name=None is not a control: give a widget, \(low, high\)"):
+        explore(tiles, name=None)
+
+
+def test_nothing_is_captured_output():
+    """A cell whose output is captured can lose its end under papermill (see `explore`)."""
+    children = explore(tiles, name=["dark"], count=(1, 2)).children
+    assert not any(isinstance(child, ipywidgets.Output) for child in children)
+
+
+# ---------------------------------------------------------------- the newest request
+
+
+def test_only_the_newest_request_is_drawn_after_the_one_that_runs():
+    drawn, may_go = [], threading.Event()
+
+    def draw(progress, n):
+        may_go.wait(10)
+        drawn.append(n)
+
+    latest = parts.Latest(draw, lambda text: None)
+    for n in range(50):
+        latest.request({"n": n})
+        time.sleep(0.002)
+    may_go.set()
+    latest.wait()
+    assert drawn[-1] == 49 and len(drawn) == 2
+
+
+def test_long_work_ends_for_a_newer_request_and_for_cancel():
+    said, begun = [], threading.Event()
+
+    def work(progress, n):
+        for i in range(2000):
+            begun.set()
+            progress(i, 2000)
+            time.sleep(0.001 if n < 2 else 0)
+
+    latest = parts.Latest(work, said.append)
+    latest.request({"n": 0})
+    assert begun.wait(5)
+    latest.request({"n": 2})
+    latest.wait()
+    assert said[-2:] == ["1999 of 2000", ""] and "cancelled" not in said
+    begun.clear()
+    latest.request({"n": 1})
+    assert begun.wait(5)
+    latest.cancel()
+    latest.wait()
+    assert said[-1] == "cancelled"
+
+
+def test_two_hundred_moves_leave_no_thread_figure_or_observer():
+    box = explore(tiles, name=["dark"], count=(1, 2))
+    slider = box.controls["count"]
+    threads, observers = threading.active_count(), len(slider._trait_notifiers["value"]["change"])
+    for i in range(200):
+        slider.value = 1 + i % 2
+    box.wait()
+    assert threading.active_count() <= threads
+    assert len(slider._trait_notifiers["value"]["change"]) == observers
+    pyplot = sys.modules.get("matplotlib.pyplot")
+    assert pyplot is None or not pyplot.get_fignums()
+
+
+# ---------------------------------------------------------------- latents
+
+
+@pytest.fixture(scope="module")
+def images():
+    return load_embedded("eval")[0][:6]
+
+
+@pytest.fixture
+def tab(images):
+    return explorers.latent_explorer(images=images, device="cpu")
+
+
+def stroke(explorer, number: int, *cells: int) -> None:
+    boards(explorer)[0].stroke = [number, *cells]
+    explorer.wait()
+
+
+def brush(explorer) -> dict:
+    return {each.description: each for each in explorer.children[2].children}
+
+
+def test_painting_changes_the_patch_and_its_decoding(tab):
+    painting = tab.children[0]
+    before = shown(painting)
+    stroke(painting, 1, 0)
+    after = shown(painting)
+    assert after[0] != before[0] and after[1] != before[1]
+    changed = np.asarray(opened(after[0])) != np.asarray(opened(before[0]))
+    rows, columns = np.nonzero(changed.any(-1))
+    assert rows.max() < 2 * 36 and columns.max() < 2 * 36  # a patch of 2 x 2 cells, each 36 pixels
+    assert "difference 0.000" not in boards(painting)[1].description
+    brush(painting)["Undo all"].click()
+    assert shown(painting.wait()) == before
+
+
+@pytest.mark.parametrize("action", [latents.ZERO, latents.OTHER])
+def test_a_stroke_reaches_each_of_its_cells_once(tab, action):
+    painting = tab.children[0]
+    brush(painting)[""].value = action
+    brush(painting)["patch (cells)"].value = 1
+    first = shown(painting)[0]
+    stroke(painting, 1, 0)
+    stroke(painting, 1, 0, 9, 18)
+    changed = (np.asarray(opened(shown(painting)[0])) != np.asarray(opened(first))).any(-1)
+    cells = changed.reshape(8, 36, 8, 36).any((1, 3)).nonzero()
+    assert list(zip(*cells, strict=True)) == [(0, 0), (1, 1), (2, 2)]
+
+
+def test_copy_and_swap_take_two_picks(tab):
+    painting = tab.children[0]
+    brush(painting)["patch (cells)"].value = 2
+    brush(painting)[""].value = latents.SWAP
+    first = shown(painting)[0]
+    stroke(painting, 1, 0)
+    assert shown(painting)[0] == first
+    stroke(painting, 2, 36)
+    swapped = shown(painting)[0]
+    assert swapped != first
+    stroke(painting, 3, 36)
+    stroke(painting, 4, 0)
+    assert shown(painting)[0] == first  # swapped back
+    brush(painting)[""].value = latents.COPY
+    stroke(painting, 5, 0)
+    stroke(painting, 6, 36)
+    copied, was = np.asarray(opened(shown(painting)[0])), np.asarray(opened(first))
+    assert (copied[144:216, 144:216] == was[:72, :72]).all() and (copied[:72, :72] == was[:72, :72]).all()
+
+
+def test_edits_end_with_another_image(tab):
+    painting = tab.children[0]
+    stroke(painting, 1, 0)
+    painting.controls["image"].value = 3
+    painting.wait()
+    fresh = shown(painting)
+    painting.controls["image"].value = 0
+    painting.wait()
+    stroke(painting, 2, 0)
+    painting.controls["image"].value = 3
+    assert shown(painting.wait()) == fresh
+
+
+def test_between_two_latents():
+    a, b = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    ends = torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64)
+    for spherical in (False, True):
+        way = latents.between(a, b, ends, spherical)
+        torch.testing.assert_close(way[[0, 2]], torch.cat([a, b]))
+    straight, great = (latents.between(a, b, ends, kind)[1] for kind in (False, True))
+    torch.testing.assert_close(straight, (a + b)[0] / 2)
+    torch.testing.assert_close(great.norm(), (a.norm() + b.norm()) / 2)  # a straight line passes nearer to 0
+    assert straight.norm() < 0.9 * great.norm()
+    assert latents.between(a, 2 * a, ends, True)[1].isfinite().all()
+
+
+def test_latents_of_two_sizes_are_refused(images):
+    from repae_lite import AutoencoderKL
+
+    other = AutoencoderKL.from_preset("tiny", latent_channels=3)
+    with pytest.raises(ValueError, match=r"latents differ in size.*choose two VAEs of one architecture"):
+        explorers.latent_explorer("tiny", other, images)
+    with pytest.raises(ValueError, match=r"give uint8 \(B, 3, H, W\)"):
+        explorers.latent_explorer(images=images.float())
+    with pytest.raises(FileNotFoundError, match="do not exist"):
+        explorers.latent_explorer("nothere/vae.safetensors", images=images)
+
+
+# ---------------------------------------------------------------- time, tokens, samplers
+
+
+def fit():
+    return tuple(values[:100] for values in load_embedded("train"))
+
+
+def test_time_goes_from_the_image_to_noise(images):
+    explorer = explorers.time_explorer(images=images, fit=fit(), device="cpu")
+    (first,) = shown(explorer)
+    found = {}
+    explorer.controls["compare"].value = noise.CENTRED
+    for t in (0.02, 0.98):
+        explorer.controls["t"].value = t
+        found[t] = boards(explorer.wait())[0].description
+        assert f"t = {t:.2f}" in found[t]
+    assert shown(explorer) != [first] and explorer.message == ""
+    near, far = (float(found[t].split("REPA ")[1].split(",")[0]) for t in (0.02, 0.98))
+    assert near > far  # noise leaves only what label and position say of the tokens
+
+
+def test_linear_maps_find_what_features_hold(images):
+    """Of tokens that are linear in a layer's features, the map leaves next to nothing."""
+    material = explorers.material.Material.of(images, device="cpu")
+    sit, vae = material.sit("tiny"), material.vae("tiny")
+    z = material.latents(vae)
+    t, eps = torch.rand(len(z), generator=torch.Generator().manual_seed(0)), None
+    generator = torch.Generator().manual_seed(0)
+    t, eps = torch.rand(len(z), generator=generator), torch.randn(z.shape, generator=generator)
+    z_t = noise.interpolate(sit.normalize(z), eps, t)[0]
+    hidden, v = noise.features(sit, z_t, t, material.labels)
+    torch.testing.assert_close(v, sit(z_t, t, material.labels))
+    torch.testing.assert_close(hidden[1], sit.features(z_t, t, material.labels, 2))
+    maps = noise.Lens.fitted(sit, z, material.labels, hidden[1]).maps
+    assert noise.cosine(maps[1](hidden[1]), hidden[1]).min() > 0.99
+    assert not sit.blocks[0]._forward_hooks
+
+
+def test_similarities_in_the_browser_are_the_tokens_cosines(images):
+    from repae_lite import VisionEncoder
+
+    explorer = explorers.token_explorer(images=images, count=3, device="cpu")
+    (board,) = boards(explorer)
+    sent = np.frombuffer(board.similarities, "<f2").reshape(3, len(board.maps), 16, 16)
+    assert board.maps[0] == "encoder" and len(board.pictures) == 3 and len(board.maps) == 15
+    token = noise.tokens_of(VisionEncoder.from_name("tiny"), images[:3])
+    token = token - token.mean((0, 1))
+    direct = torch.nn.functional.cosine_similarity(token[1, 5], token[1], dim=-1)
+    np.testing.assert_allclose(sent[1, 0, 5], direct, atol=1e-3)
+    assert (np.abs(sent.diagonal(axis1=2, axis2=3) - 1) < 1e-2).all()
+
+
+def test_tokens_of_other_grids_are_refused(images):
+    from repae_lite import AutoencoderKL
+
+    wide = AutoencoderKL.from_preset("tiny", fold=1)  # latents twice as wide: patches stay the encoder's
+    explorers.token_explorer({}, {"wide": wide}, images, count=2, device="cpu")
+    sit = noise.SHIPPED["REPA"][0]
+    with pytest.raises(ValueError, match="SiT takes"):
+        explorers.token_explorer({"wrong": (sit, wide)}, {}, images, count=2, device="cpu")
+
+
+def test_both_samplers_start_from_the_same_noise_and_can_be_cancelled():
+    explorer = explorers.sampler_explorer(device="cpu")
+    moves = {"A steps": 3, "B steps": 3, "A scale": 1.0, "B scale": 1.0}
+    for name, value in moves.items():
+        explorer.controls[name].value = value
+    explorer.wait()
+    assert "difference 0.000" in boards(explorer)[0].description
+    explorer.controls["B solver"].value = "Heun"
+    explorer.wait()
+    assert "difference 0.000" not in boards(explorer)[0].description
+    assert "B: Heun, 3 steps, guidance 1 for t from 0 to 0.75" in boards(explorer)[0].description
+    explorer.controls["A steps"].value = 100
+    explorer.cancel()
+    explorer.wait()
+    assert explorer.message == "cancelled"
+    assert "A: Euler, 3 steps" in boards(explorer)[0].description
+    explorer.controls["A solver"].value = "SDE"
+    explorer.controls["A steps"].value = 2
+    assert "A: SDE, 2 steps" in boards(explorer.wait())[0].description
+
+
+@pytest.mark.parametrize("module", [latents, noise, samplers, tokens])
+def test_every_explorer_has_a_still_picture(module, images):
+    made = {
+        latents: lambda: explorers.latent_explorer(images=images, device="cpu"),
+        noise: lambda: explorers.time_explorer(images=images, fit=fit(), device="cpu"),
+        samplers: lambda: explorers.sampler_explorer(device="cpu"),
+        tokens: lambda: explorers.token_explorer(images=images, count=2, device="cpu"),
+    }[module]()
+    png = opened(base64.b64decode(made._repr_mimebundle_()["image/png"]))
+    assert png.format == "PNG" and min(png.size) > 100
+    assert len(png.convert("RGB").getcolors(1 << 20)) > 100
+
+
+# ---------------------------------------------------------------- runs
+
+
+def run_folder(path, rate: float):
+    (path / "samples").mkdir(parents=True)
+    (path / "divergence").mkdir()
+    (path / "args.json").write_text("{}")
+    lines = [
+        f'{{"step": {s}, "denoising": {rate / s}, "grad_norm_sit": 1.0, "loss_scale_sit": 8}}'
+        for s in range(1, 9)
+    ]
+    (path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_the_dashboard_shows_curves_findings_and_compares(tmp_path):
+    one, two = run_folder(tmp_path / "one", 1.0), run_folder(tmp_path / "two", 2.0)
+    (one / "divergence" / "0000007.json").write_text('{"finding": "the latents have collapsed"}')
+    board = explorers.training_dashboard([one, two])
+    assert board.controls["quantity"].options == ("denoising", "grad_norm_sit", "loss_scale_sit")
+    assert "step 7: the latents have collapsed" in board.children[3].value
+    assert len(shown(board)) == 3  # losses, health, the comparison; no samples
+    first = shown(board)
+    board.controls["run"].value = two
+    assert shown(board.wait()) != first and "collapsed" not in board.children[3].value
+    with pytest.raises(FileNotFoundError, match="there is no run folder"):
+        explorers.training_dashboard(tmp_path / "three")
+
+
+def test_a_run_is_started_paused_stopped_and_says_how_it_ended(tmp_path, monkeypatch):
+    words = [sys.executable, "-c", "import time; print('begun', flush=True); time.sleep(60)"]
+    real = training.subprocess.Popen
+    monkeypatch.setattr(training.subprocess, "Popen", lambda given, **more: real(words, **more))
+    run = training.Training(tmp_path / "run", ["train-repae"])
+    assert run.state == "not started here"
+    run.start()
+    try:
+        assert run.state == "training"
+        run.pause()
+        assert run.state.startswith("paused")
+        run.resume()
+        assert run.state == "training"
+    finally:
+        run.stop()
+    run.process.wait(10)
+    assert "ended with exit code -15: " in run.state
+
+
+def test_collapse_is_reached_in_few_steps_and_undone(small):
+    explorer = explorers.collapse_lab(small)
+    assert "1.00 of what it was" in boards(explorer)[0].description
+    for name, value in {"alignment": 0.0, "denoising": 5.0, "stop": False, "rate": 1e-3}.items():
+        explorer.controls[name].value = value
+    explorer.request()
+    explorer.wait()
+    assert explorer.message == "" and "After 20 steps" in boards(explorer)[0].description
+    share = float(boards(explorer)[0].description.split("variance is ")[1].split()[0])
+    assert share < 0.7
+    explorer.children[2].click()  # start again
+    explorer.wait()
+    assert "After 0 steps" in boards(explorer)[0].description
+
+
+@pytest.fixture(scope="module")
+def small():
+    from repae_lite import SmallScale
+
+    return SmallScale.load()
