@@ -100,11 +100,14 @@ def page(lab):
         page.route("**/*", only_here)
         page.goto(f"{lab}/lab/tree/explorers.ipynb")
         page.locator(".jp-CodeCell").nth(len(CELLS) - 1).wait_for()
+        page.get_by_text("| Idle").first.wait_for()  # what runs before the kernel is there is lost
         choose(page, "Run", "Run All Cells")
-        page.get_by_text("[5]:").first.wait_for()
-        yield page
-        page.screenshot(path=SHOTS / "last.png")
-        browser.close()
+        try:
+            page.get_by_text("[5]:").first.wait_for()
+            yield page
+        finally:
+            page.screenshot(path=SHOTS / "last.png")
+            browser.close()
     assert not outside and not errors
 
 
@@ -164,6 +167,7 @@ def test_a_click_on_a_patch_needs_no_kernel(page):
     choose(page, "Kernel", "Shut Down Kernel")
     grid, _ = cell.locator(".grid"), cell.scroll_into_view_if_needed()
     before = maps.first.get_attribute("aria-label")
+    assert maps.first.bounding_box()["width"] > 100  # the other boards of the page have no maps
     grid.click(position={"x": 20, "y": 20})
     playwright.expect(maps.first).not_to_have_attribute("aria-label", before)
     playwright.expect(cell).to_contain_text("row 1, column 1")

@@ -3,6 +3,16 @@
 
 const STOPS = [[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 231, 37]]; // viridis
 
+const STYLE = `
+  .repae-board { display: flex; flex-wrap: wrap; gap: 12px; align-items: flex-end; }
+  .repae-board figure { margin: 0; } .repae-board figcaption { font: 13px sans-serif; max-width: var(--side); }
+  .repae-board .grid { position: relative; width: var(--side); touch-action: none; cursor: crosshair; }
+  .repae-board img { width: 100%; display: block; image-rendering: pixelated; user-select: none; }
+  .repae-board .cell { position: absolute; box-sizing: border-box; pointer-events: none;
+    outline: 2px solid #fff; border: 2px solid #d55e00; }
+  .repae-board .grid:focus-visible { outline: 3px solid #0072b2; outline-offset: 2px; }
+  .repae-board canvas { width: calc(var(--side) / 2); image-rendering: pixelated; display: block; }`;
+
 function colour(share) {
   const at = Math.min(Math.max(share, 0), 1) * (STOPS.length - 1);
   const low = Math.min(Math.floor(at), STOPS.length - 2);
@@ -51,15 +61,8 @@ function render({ model, el }) {
   const paint = model.get("paint");
   if (!rows) { still(model, el); return; }
   el.classList.add("repae-board");
-  make("style", el, { textContent: `
-    .repae-board { display: flex; flex-wrap: wrap; gap: 12px; align-items: flex-end; }
-    .repae-board figure { margin: 0; } .repae-board figcaption { font: 13px sans-serif; max-width: ${side}px; }
-    .repae-board .grid { position: relative; width: ${side}px; touch-action: none; cursor: crosshair; }
-    .repae-board img { width: 100%; display: block; image-rendering: pixelated; user-select: none; }
-    .repae-board .cell { position: absolute; box-sizing: border-box; pointer-events: none;
-      outline: 2px solid #fff; border: 2px solid #d55e00; }
-    .repae-board .grid:focus-visible { outline: 3px solid #0072b2; outline-offset: 2px; }
-    .repae-board canvas { width: ${maps.length ? side / 2 : 0}px; image-rendering: pixelated; display: block; }` });
+  el.style.setProperty("--side", `${side}px`); // the rules below hold for all boards of a page
+  make("style", el, { textContent: STYLE });
 
   const main = make("figure", el);
   if (names.length > 1) {

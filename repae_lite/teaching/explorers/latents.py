@@ -1,12 +1,14 @@
 """Latents to look at, to paint, and to walk between: what does each of them mean to the decoder?"""
 
 import ipywidgets
+import numpy as np
 import torch
 from torch import Tensor
 
 from repae_lite.networks.vae import AutoencoderKL
 from repae_lite.teaching.explorers.material import Material, Source
 from repae_lite.teaching.explorers.parts import (
+    TILE,
     Board,
     Explorer,
     Progress,
@@ -22,6 +24,7 @@ from repae_lite.teaching.explorers.parts import (
 from repae_lite.teaching.figures import LatentPalette
 
 PCA = "PCA to RGB"
+RAW, NORMALISED = "as they are", "normalised, as SiT sees them"
 PAINT, ZERO, OTHER, COPY, SWAP = (
     "paint",
     "zero",
@@ -67,10 +70,21 @@ class _Painting:
 
     def __init__(self, material: Material, vaes: dict[str, AutoencoderKL], latents: dict[str, Tensor]):
         self.material, self.vaes, self.latents = material, vaes, latents
-        self.palette = LatentPalette(list(latents.values()))
+        self.stats = {name: _stats(z) for name, z in latents.items()}
+        scales = {
+            RAW: latents,
+            NORMALISED: {name: self._in(NORMALISED, name, z) for name, z in latents.items()},
+        }
+        self.palettes = {units: LatentPalette(list(z.values())) for units, z in scales.items()}
+        self.ranges = {  # one for both VAEs, so that a colour means one number
+            units: torch.stack(
+                [z.abs().movedim(1, 0).flatten(1).quantile(0.99, dim=1) for z in every.values()]
+            ).amax(0)
+            for units, every in scales.items()
+        }
         _, channels, rows, columns = latents["before tuning"].shape
         self.board = Board(rows=rows, columns=columns, paint=True, side=288)
-        self.sheet, self.edited, self.undone, self.source, self.of = picture(), None, [], None, None
+        self.sheet, self.edited, self.source, self.of = picture(), None, None, None
         last = len(material.images) - 1
         every = [f"channel {c}" for c in range(channels)]
         self.brush = {
@@ -97,6 +111,7 @@ class _Painting:
                 "other": ipywidgets.IntSlider(min(1, last), min=0, max=last, description="other image"),
                 "vae": ipywidgets.Dropdown(options=list(vaes), description="latents"),
                 "view": ipywidgets.Dropdown(options=[PCA, *every], description="show as"),
+                "units": ipywidgets.Dropdown(options=[RAW, NORMALISED], description="colours"),
             },
             [
                 ipywidgets.Box([*self.brush.values(), reset], layout={"flex_flow": "row wrap"}),
@@ -105,7 +120,7 @@ class _Painting:
         )
         self.board.observe(self._stroked, names="stroke")
 
-    def draw(self, progress: Progress, image: int, other: int, vae: str, view: str) -> None:
+    def draw(self, progress: Progress, image: int, other: int, vae: str, view: str, units: str) -> None:
         if self.of != (image, vae):
             self.of, self.source = (image, vae), None
             self.edited = self.latents[vae][image].clone()
@@ -113,34 +128,38 @@ class _Painting:
         both = torch.stack([start, self.edited])
         with torch.no_grad():
             plain, changed = self.vaes[vae].decode(both)
-        self.board.pictures = [png_of(enlarged(self._seen(self.edited, view), 288))]
-        self.board.description = f"Latents of image {image} {vae}, {view}."
+        self.board.pictures = [png_of(enlarged(self._seen(self.edited, vae, view, units), self.board.side))]
+        self.board.description = f"Latents of image {image} {vae}, {view}, {units}."
         apart = (changed - plain).abs().mean(0)
         top = [self.material.images[image], plain, changed, heat(apart, 0, 1, "magma")]
         rows = {"decoded": top}
         for name, z in self.latents.items():
-            seen = [self._seen(z[image], f"channel {c}") for c in range(min(4, z.shape[1]))]
-            rows[name] = [self._seen(z[image], PCA), self._seen(z[other], PCA), *seen]
+            rows[name] = [self._seen(z[i], name, PCA, units) for i in (image, other)]
+            rows[name] += [
+                self._seen(z[image], name, f"channel {c}", units) for c in range(min(4, len(z[0])))
+            ]
         captions = ["image", "as it was", "changed", f"difference\nmean {apart.mean():.3f}"]
         show(
             self.sheet,
-            sheet(rows, captions, tile=96),
+            sheet(rows, captions, tile=TILE),
             f"Image {image}, decoded from its latents and from the changed ones; mean absolute difference "
             f"{apart.mean():.3f}. Below, for both VAEs: the latents' principal components, of this image "
             "and of the other one, and their channels.",
         )
 
-    def _seen(self, z: Tensor, view: str):
-        """Latents (C, h, w) as colours."""
-        if view == PCA:
-            return pixels(self.palette(z[None])[0].float())
-        channel = int(view.split()[1])
-        return heat(z[channel], *self._range(channel), "RdBu_r")
+    def _in(self, units: str, name: str, z: Tensor) -> Tensor:
+        """Latents (..., C, h, w) of a VAE as they are, or normalised."""
+        mean, std = self.stats[name]
+        return z if units == RAW else (z - mean) / std
 
-    def _range(self, channel: int) -> tuple[float, float]:
-        """One range for both VAEs, so that a colour means one number."""
-        far = max(float(z[:, channel].abs().quantile(0.99)) for z in self.latents.values())
-        return -far, far
+    def _seen(self, z: Tensor, name: str, view: str, units: str) -> np.ndarray:
+        """Latents (C, h, w) of a VAE as colours (h, w, 3)."""
+        z = self._in(units, name, z)
+        if view == PCA:
+            return pixels(self.palettes[units](z[None])[0].float())
+        channel = int(view.split()[1])
+        far = float(self.ranges[units][channel])
+        return heat(z[channel], -far, far, "RdBu_r")
 
     def _reset(self) -> None:
         self.of = None
@@ -178,7 +197,7 @@ class _Painting:
             if given["action"] == SWAP:
                 z[two] = kept
         elif given["action"] == PAINT:
-            mean, std = (stat[channels, None, None] for stat in (every.mean((0, 2, 3)), every.std((0, 2, 3))))
+            mean, std = (stat[channels] for stat in self.stats[values["vae"]])
             z[(channels, *here)] = mean + given["value"] * std
         else:
             z[(channels, *here)] = 0 if given["action"] == ZERO else every[values["other"]][(channels, *here)]
@@ -202,9 +221,7 @@ def _walk(material: Material, vaes: dict[str, AutoencoderKL], latents: dict[str,
         rows = {}
         for name, vae in vaes.items():
             z = latents[name]
-            mean, std = z.mean((0, 2, 3), keepdim=True), z.std((0, 2, 3), keepdim=True)
-            if space == "z":
-                mean, std = torch.zeros_like(mean), torch.ones_like(std)
+            mean, std = _stats(z) if space == "normalised z" else (0.0, 1.0)
             a, b = (z[[start]] - mean) / std, (z[[end]] - mean) / std
             with torch.no_grad():
                 rows[name] = list(vae.decode(between(a, b, shares.to(a), kind == "spherical") * std + mean))
@@ -225,6 +242,11 @@ def _walk(material: Material, vaes: dict[str, AutoencoderKL], latents: dict[str,
     return Explorer(draw, controls, [where])
 
 
+def _stats(z: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (C, 1, 1) of each channel of latents (B, C, h, w)."""
+    return z.mean((0, 2, 3))[:, None, None], z.std((0, 2, 3))[:, None, None]
+
+
 def between(a: Tensor, b: Tensor, shares: Tensor, spherical: bool) -> Tensor:
     """Points (S, C, h, w) on the way from a to b, each (1, C, h, w).
 
@@ -236,9 +258,7 @@ def between(a: Tensor, b: Tensor, shares: Tensor, spherical: bool) -> Tensor:
     lengths = a.norm(), b.norm()
     one, two = a / lengths[0], b / lengths[1]
     angle = torch.arccos((one * two).sum().clamp(-1, 1))
-    if (
-        float(angle.sin()) < 1e-4
-    ):  # the same direction, or opposite ones, between which no way is the shortest
+    if float(angle.sin()) < 1e-4:  # one direction, or opposite ones, between which no way is the shortest
         return a + shares * (b - a)
     way = (((1 - shares) * angle).sin() * one + (shares * angle).sin() * two) / angle.sin()
     return way * (lengths[0] + shares * (lengths[1] - lengths[0]))
