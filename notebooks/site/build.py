@@ -8,7 +8,6 @@ Nothing is executed and nothing fetched: Sphinx with MyST-NB turns outputs into 
 
 import argparse
 import shutil
-import sys
 from pathlib import Path
 
 from sphinx.cmd.build import build_main
@@ -36,18 +35,26 @@ def gather(place: Path, notebooks: Path) -> None:
         shutil.copy(HERE / name, place / name)
 
 
-def main() -> int:
+def build(source: Path, output: Path) -> None:
+    """Pages from a folder of sources.
+
+    Raises:
+        RuntimeError: Sphinx failed; what it says stands above.
+    """
+    if code := build_main(["-q", "-c", str(HERE), "-j", "auto", str(source), str(output)]):
+        raise RuntimeError(f"the pages were not built (Sphinx ended with {code})")
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--notebooks", type=Path, default=ROOT / "notebooks", help="where executed ones are")
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "site", help="folder of the pages")
     options = parser.parse_args()
     source = options.output.with_name(f"{options.output.name}-source")
     gather(source, options.notebooks)
-    code = build_main(["-q", "-c", str(HERE), "-j", "auto", str(source), str(options.output)])
-    if code == 0:
-        print(f"open {options.output / 'index.html'}")
-    return code
+    build(source, options.output)
+    print(f"open {options.output / 'index.html'}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
