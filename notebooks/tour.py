@@ -334,12 +334,13 @@ def summary(notebooks: list[Path], out: Path):
         seconds += notebook.metadata.get("tour", {}).get("seconds", 0.0)
         first = next((cell.source for cell in notebook.cells if cell.cell_type == "markdown"), "")
         title = re.search(r"^#+\s+(.+)$", first, flags=re.M)
-        heading = f"## [{title[1] if title else path.stem}]({copy.name})"
+        heading = f"## [{title[1] if title else path.stem}]({path.name})"
         cells.append(text(f"{heading}\n\n" + " · ".join(facts_of(path, notebook))))
         for cell in notebook.cells:
             if not set(FOUND) & set(cell.metadata.get("tags", [])):
                 continue
-            shown = text(cell.source) if cell.cell_type == "markdown" else code(cell.source, outputs=cell.outputs)
+            outputs = {"outputs": cell.outputs} if cell.cell_type == "code" else {}
+            shown = (code if outputs else text)(cell.source, **outputs)
             shown.metadata["tags"] = ["remove-input"]
             cells.append(shown)
     count = sum(executed_copy(path, out) is not None for path in notebooks)
@@ -360,7 +361,7 @@ def build_pages(notebooks: list[Path], out: Path) -> Path:
 
     with tempfile.TemporaryDirectory(prefix="repae-tour-") as place:
         for copy in filter(None, (executed_copy(path, out) for path in notebooks)):
-            shutil.copy(copy, place)
+            shutil.copy(copy, Path(place) / copy.name.replace(".failed", ""))
         made = summary(notebooks, out)
         made.cells.append(nbformat.v4.new_markdown_cell("```{toctree}\n:hidden:\n:glob:\n\n0*\n```"))
         nbformat.write(made, Path(place) / "index.ipynb")

@@ -8,6 +8,7 @@ Nothing is executed and nothing fetched: Sphinx with MyST-NB turns outputs into 
 
 import argparse
 import shutil
+import tempfile
 from pathlib import Path
 
 from sphinx.cmd.build import build_main
@@ -21,7 +22,6 @@ PAGES += ("data_small/evidence/README.md", "notebooks/glossary.md")
 
 def gather(place: Path, notebooks: Path) -> None:
     """Lays out the pages' sources as the checkout has them, so that links from one to another hold."""
-    shutil.rmtree(place, ignore_errors=True)
     for name in PAGES:
         (place / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, place / name)
@@ -41,8 +41,11 @@ def build(source: Path, output: Path) -> None:
     Raises:
         RuntimeError: Sphinx failed; what it says stands above.
     """
-    if code := build_main(["-q", "-c", str(HERE), "-j", "auto", str(source), str(output)]):
+    made = source / "_build" / "pages"  # MyST-NB puts a folder of its own beside the pages
+    if code := build_main(["-q", "-c", str(HERE), "-j", "auto", str(source), str(made)]):
         raise RuntimeError(f"the pages were not built (Sphinx ended with {code})")
+    shutil.rmtree(output, ignore_errors=True)
+    shutil.move(made, output)
 
 
 def main() -> None:
@@ -50,9 +53,9 @@ def main() -> None:
     parser.add_argument("--notebooks", type=Path, default=ROOT / "notebooks", help="where executed ones are")
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "site", help="folder of the pages")
     options = parser.parse_args()
-    source = options.output.with_name(f"{options.output.name}-source")
-    gather(source, options.notebooks)
-    build(source, options.output)
+    with tempfile.TemporaryDirectory(prefix="repae-site-") as source:
+        gather(Path(source), options.notebooks)
+        build(Path(source), options.output)
     print(f"open {options.output / 'index.html'}")
 
 

@@ -10,14 +10,15 @@ html_theme, html_title = "furo", "repae_lite"
 html_static_path = ["static"]
 html_js_files = [("explorers.js", {"defer": "defer"})]  # no module: pages from the disk may not import any
 templates_path = []
-exclude_patterns = []
+exclude_patterns = ["_build"]
 
 nb_execution_mode = "off"
 nb_ipywidgets_js = {}  # explorers.js does without the widgets' own scripts, which come from the network
 myst_enable_extensions = ["dollarmath", "amsmath", "html_image"]
 myst_heading_anchors = 4
 html_math_renderer = "mathml"
-suppress_warnings = ["myst.xref_missing", "myst.header", "toc.not_included", "mystnb.unknown_mime_type"]
+suppress_warnings = ["myst.xref_missing", "myst.header", "mystnb.unknown_mime_type"]
+suppress_warnings += ["toc.not_included", "toc.no_title"]
 
 autosummary_generate = True
 autodoc_typehints = "signature"
