@@ -5,24 +5,18 @@
 Screenshots go to runs/browser. Needs playwright (pip) and Chromium (on Debian the package chromium).
 """
 
-import os
-import shutil
-import socket
-import subprocess
 import sys
-import time
-import urllib.request
 from pathlib import Path
 
-import nbformat
 import pytest
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(300)]
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+playwright = pytest.importorskip("playwright.sync_api")
+sys.path.append(str(Path(__file__).resolve().parents[2] / "reproduce" / "benchmarks"))
+from browser import CHROMIUM, choose, jupyterlab, run_in_browser  # noqa: E402
+
 if CHROMIUM is None:
     pytest.skip("no Chromium on the PATH", allow_module_level=True)
-playwright = pytest.importorskip("playwright.sync_api")
-
 SHOTS = Path("runs") / "browser"
 CELLS = [
     "import torch\ntorch.set_num_threads(1)\nfrom repae_lite import latent_explorer, token_explorer, explore",
@@ -39,82 +33,10 @@ explore(draw, n=(1, 4))""",
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory):
-    """Address of a JupyterLab in a folder with one notebook."""
-    folder = tmp_path_factory.mktemp("lab")
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in CELLS])
-    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3"}
-    nbformat.write(notebook, folder / "explorers.ipynb")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    words = [
-        "--no-browser",
-        "--allow-root",
-        f"--port={port}",
-        "--IdentityProvider.token=",
-        f"--notebook-dir={folder}",
-    ]
-    own = {"JUPYTER_CONFIG_DIR": str(folder / "config"), "OMP_NUM_THREADS": "1"}
-    own |= {"PYTHONPATH": os.pathsep.join(sys.path), "JUPYTER_PREFER_ENV_PATH": "1"}
-    server = subprocess.Popen(
-        [sys.executable, "-m", "jupyterlab", *words],
-        env=os.environ | own,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    address = f"http://localhost:{port}"
-    try:
-        for _ in range(240):
-            try:
-                urllib.request.urlopen(f"{address}/api", timeout=5).close()
-                break
-            except OSError:
-                assert server.poll() is None, "JupyterLab ended"
-                time.sleep(0.5)
-        yield address
-    finally:
-        server.terminate()
-        server.wait(30)
-
-
-@pytest.fixture(scope="module")
-def page(lab):
-    """The notebook, run from top to bottom."""
-    outside = []
-
-    def only_here(route):
-        if "//localhost" in route.request.url:
-            route.continue_()
-        else:
-            outside.append(route.request.url)
-            route.abort()
-
-    SHOTS.mkdir(parents=True, exist_ok=True)
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1300, "height": 1500})
-        page.set_default_timeout(120_000)
-        errors = []
-        page.on("pageerror", lambda error: errors.append(str(error)))
-        page.route("**/*", only_here)
-        page.goto(f"{lab}/lab/tree/explorers.ipynb")
-        page.locator(".jp-CodeCell").nth(len(CELLS) - 1).wait_for()
-        page.get_by_text("| Idle").first.wait_for()  # what runs before the kernel is there is lost
-        choose(page, "Run", "Run All Cells")
-        try:
-            page.get_by_text("[5]:").first.wait_for()
-            yield page
-        finally:
-            page.screenshot(path=SHOTS / "last.png")
-            browser.close()
-    assert not outside and not errors
-
-
-def choose(page, menu: str, entry: str) -> None:
-    """An entry of JupyterLab's menus."""
-    page.locator(".lm-MenuBar-item", has_text=menu).first.click()
-    page.locator(".lm-Menu-item", has_text=entry).first.click()
+def page():
+    """The notebook in JupyterLab, run from top to bottom."""
+    with jupyterlab(CELLS) as address, run_in_browser(address, len(CELLS), SHOTS) as page:
+        yield page
 
 
 def board(page, at: int):
