@@ -226,7 +226,7 @@ def make_optimizer(
     betas: tuple[float, float] = (0.9, 0.999),
     weight_decay: float = 0.0,
 ) -> torch.optim.AdamW:
-    """AdamW as in the official run, over the parameters that train, fused where it can be."""
+    """AdamW as in the official run, over the parameters that train (fused on a GPU)."""
     trainable = [p for p in parameters.parameters() if p.requires_grad]
     if not trainable:
         raise ValueError(

@@ -268,7 +268,7 @@ def run_judge(config: TrainConfig, device: torch.device) -> RunJudge | None:
 
 
 def new_optimizer(config: TrainConfig, module: nn.Module, rate: float) -> torch.optim.Optimizer:
-    """An optimiser of torch.optim by name, over the parameters that train, fused where it can be.
+    """An optimiser of torch.optim by name, over the parameters that train, fused on a GPU where it can be.
 
     Raises:
         ValueError: no such optimiser.

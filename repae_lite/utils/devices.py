@@ -314,8 +314,8 @@ def _try_precision(dtype: torch.dtype, device: torch.device) -> None:
 
 
 def fused_optimizer(device: torch.device) -> bool | None:
-    """Whether optimisers that can be are fused into one kernel: on CUDA and CPU; None leaves it to torch."""
-    return device.type in ("cuda", "cpu") or None
+    """Whether optimisers that can be are fused into one kernel: on CUDA; None leaves it to torch."""
+    return device.type == "cuda" or None
 
 
 def loading(device: torch.device, workers: int) -> dict:
