@@ -33,7 +33,10 @@ def jupyterlab(cells: Sequence[str]) -> Iterator[str]:
             port = free.getsockname()[1]
         words = ["--no-browser", "--allow-root", f"--port={port}", "--IdentityProvider.token="]
         own = {"JUPYTER_CONFIG_DIR": str(Path(folder, "config")), "JUPYTER_PREFER_ENV_PATH": "1"}
-        own |= {"PYTHONPATH": os.pathsep.join(sys.path)}
+        own |= {"PYTHONPATH": os.pathsep.join(sys.path), "JUPYTERLAB_SETTINGS_DIR": str(Path(folder, "lab"))}
+        settings = Path(folder, "lab", "@jupyterlab", "notebook-extension", "tracker.jupyterlab-settings")
+        settings.parent.mkdir(parents=True)
+        settings.write_text('{"windowingMode": "none"}')  # cells out of sight are there, too
         server = subprocess.Popen(
             [sys.executable, "-m", "jupyterlab", *words, f"--notebook-dir={folder}"],
             env=os.environ | own,
