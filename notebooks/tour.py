@@ -251,6 +251,7 @@ def execute(
     if run.notebook is None and partial.exists():
         run.notebook = nbformat.read(partial, as_version=4)
     if run.notebook is not None:
+        drop_dead_widgets(run.notebook)
         note = {
             "seconds": round(run.seconds(), 1),
             "finished": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -267,6 +268,35 @@ def execute(
         failed.unlink(missing_ok=True)
     progress.end(f"{run.line()}  {'failed' if sentence else 'done'}")
     return sentence
+
+
+VIEW, STATE = (f"application/vnd.jupyter.widget-{part}+json" for part in ("view", "state"))
+
+
+def drop_dead_widgets(notebook) -> None:
+    """Removes widgets that nothing moves without their kernel; their picture or their text stays."""
+    models = notebook.metadata.get("widgets", {}).get(STATE, {}).get("state", {})
+
+    def inside(model: str) -> set[str]:
+        """A model and all that it is made of."""
+        found, waiting = set(), {model}
+        while waiting:
+            found.add(model := waiting.pop())
+            waiting |= set(re.findall(r"IPY_MODEL_(\w+)", str(models.get(model)))) - found
+        return found
+
+    kept: set[str] = set()
+    for cell in notebook.cells:
+        for data in (output["data"] for output in cell.get("outputs", []) if VIEW in output.get("data", {})):
+            parts = inside(data[VIEW]["model_id"])
+            if any(models.get(part, {}).get("state", {}).get("maps") for part in parts):
+                kept |= parts
+            else:
+                del data[VIEW]
+    for model in set(models) - kept:
+        del models[model]
+    if not models:
+        notebook.metadata.pop("widgets", None)
 
 
 def explain(run: Run) -> str:

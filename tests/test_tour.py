@@ -1,6 +1,7 @@
 """The runner behind `make tour`, on toy notebooks in a folder whose path has a space."""
 
 import base64
+import importlib.util
 import json
 import os
 import re
@@ -202,3 +203,30 @@ def alive(pid):
 def test_wrong_options(checkout, options, sentence):
     code, _, stderr = run(checkout, *options)
     assert (code, stderr.strip()) == (2, sentence)
+
+
+def test_only_widgets_that_live_without_a_kernel_are_kept(monkeypatch):
+    spec = importlib.util.spec_from_file_location("tour", TOUR)
+    tour = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "tour", tour)  # where dataclasses look for their module
+    spec.loader.exec_module(tour)
+    models = {
+        "a1": {"state": {"children": ["IPY_MODEL_a2"]}},
+        "a2": {"state": {"layout": "IPY_MODEL_a3", "maps": ["encoder"]}},
+        "a3": {"state": {}},
+        "b1": {"state": {"children": ["IPY_MODEL_b2"]}},
+        "b2": {"state": {"maps": []}},
+    }
+    cells = [nbformat.v4.new_code_cell("") for _ in range(3)]
+    for cell, model in zip(cells, ("a1", "b1", "gone"), strict=True):
+        data = {tour.VIEW: {"model_id": model}, "image/jpeg": model}
+        cell.outputs = [nbformat.v4.new_output("display_data", data)]
+    kept = nbformat.v4.new_notebook(cells=cells, metadata={"widgets": {tour.STATE: {"state": models}}})
+    tour.drop_dead_widgets(kept)
+    assert set(kept.metadata["widgets"][tour.STATE]["state"]) == {"a1", "a2", "a3"}
+    assert [tour.VIEW in cell.outputs[0]["data"] for cell in cells] == [True, False, False]
+    assert [cell.outputs[0]["data"]["image/jpeg"] for cell in cells] == ["a1", "b1", "gone"]
+
+    kept.cells = cells[1:]
+    tour.drop_dead_widgets(kept)
+    assert "widgets" not in kept.metadata

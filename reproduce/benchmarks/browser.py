@@ -1,4 +1,4 @@
-"""JupyterLab in a real browser that reaches nothing but this machine: for tests/browser and explorers.py."""
+"""JupyterLab and pages in a real browser that reaches nothing but this machine: for tests and explorers.py."""
 
 import contextlib
 import os
@@ -64,8 +64,8 @@ def _answers(server: subprocess.Popen, address: str) -> None:
 
 
 @contextlib.contextmanager
-def run_in_browser(address: str, count: int, shots: Path) -> Iterator:
-    """A page of playwright with the notebook at `address` after its `count` cells ran.
+def browser_page(allowed: str, shots: Path, width: int = 1300) -> Iterator:
+    """A page of playwright that gets only addresses which start with `allowed`.
 
     A last screenshot goes to the folder `shots`, also after a failure.
 
@@ -76,8 +76,8 @@ def run_in_browser(address: str, count: int, shots: Path) -> Iterator:
 
     problems = []
 
-    def only_here(route) -> None:
-        if "//localhost" in route.request.url:
+    def only_these(route) -> None:
+        if route.request.url.startswith(allowed):
             route.continue_()
         else:
             problems.append(f"asked for {route.request.url}")
@@ -86,22 +86,29 @@ def run_in_browser(address: str, count: int, shots: Path) -> Iterator:
     shots.mkdir(parents=True, exist_ok=True)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1300, "height": 1500})
+        page = browser.new_page(viewport={"width": width, "height": 1500})
         page.set_default_timeout(120_000)
         page.on("pageerror", lambda error: problems.append(str(error)))
-        page.route("**/*", only_here)
+        page.route("**/*", only_these)
         try:
-            page.goto(address)
-            page.locator(".jp-CodeCell").nth(count - 1).wait_for()
-            page.get_by_text("| Idle").first.wait_for()  # what runs before the kernel is there is lost
-            choose(page, "Run", "Run All Cells")
-            page.get_by_text(f"[{count}]:").first.wait_for()
             yield page
         finally:
             page.screenshot(path=shots / "last.png")
             browser.close()
     if problems:
         raise RuntimeError("; ".join(problems))
+
+
+@contextlib.contextmanager
+def run_in_browser(address: str, count: int, shots: Path) -> Iterator:
+    """A page of `browser_page` with the notebook at `address`, in JupyterLab, after its `count` cells ran."""
+    with browser_page("http://localhost", shots) as page:
+        page.goto(address)
+        page.locator(".jp-CodeCell").nth(count - 1).wait_for()
+        page.get_by_text("| Idle").first.wait_for()  # what runs before the kernel is there is lost
+        choose(page, "Run", "Run All Cells")
+        page.get_by_text(f"[{count}]:").first.wait_for()
+        yield page
 
 
 def choose(page, menu: str, entry: str) -> None:

@@ -1,5 +1,4 @@
-// Brings explorers to life in a page without a kernel: of each widget that the notebook kept, the boards that
-// need none (clicks on patches) as they are, and of all others the pictures.
+// Brings the explorers that need no kernel (clicks on patches) to life in a page: `tour.py` keeps no others.
 
 const VIEW = 'script[type="application/vnd.jupyter.widget-view+json"]';
 const STATE = 'script[type="application/vnd.jupyter.widget-state+json"]';
@@ -34,12 +33,10 @@ function* boards(id, models) {
 }
 
 async function show(place, values) {
-  if (!values.pictures?.length) return;
   const el = place.parentElement.insertBefore(document.createElement("div"), place);
-  const still = values.maps.length ? values : { ...values, rows: 0 };
   const address = URL.createObjectURL(new Blob([values._esm], { type: "text/javascript" }));
   const { default: widget } = await import(address);
-  widget.render({ model: new Model(still), el });
+  widget.render({ model: new Model(values), el });
 }
 
 async function revive() {

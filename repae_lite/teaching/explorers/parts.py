@@ -196,6 +196,10 @@ class Explorer(Still, ipywidgets.VBox):
         """Progress or an error, as text."""
         return html.unescape(self._line.value.partition(">")[2].removesuffix("</span>"))
 
+    def __repr__(self) -> str:
+        names = ", ".join(control.description for control in self.controls.values())
+        return f"explorer ({names}): run this cell to use it" if names else "explorer"
+
     def request(self) -> None:
         """Draws anew, in the background."""
         self._latest.request(self.values)
