@@ -1,4 +1,4 @@
-"""JupyterLab and pages in a real browser that reaches nothing but this machine: for tests and explorers.py."""
+"""JupyterLab and pages in a real browser that reaches nothing elsewhere: for tests and explorers.py."""
 
 import contextlib
 import os
@@ -77,7 +77,7 @@ def browser_page(allowed: str, shots: Path, width: int = 1300) -> Iterator:
     problems = []
 
     def only_these(route) -> None:
-        if route.request.url.startswith(allowed):
+        if route.request.url.startswith((allowed, "blob:", "data:")):
             route.continue_()
         else:
             problems.append(f"asked for {route.request.url}")

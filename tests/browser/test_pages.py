@@ -1,4 +1,4 @@
-"""The pages of `make site` in a real browser, from the disk: what needs no kernel is alive, phones have room."""
+"""The pages of `make site` in a real browser, from the disk: what needs no kernel lives, phones have room."""
 
 import shutil
 import sys
@@ -40,4 +40,4 @@ def test_patches_can_be_clicked_without_a_kernel(address, width):
         playwright.expect(page.locator(".repae-board")).to_contain_text("row 1, column 1")
         playwright.expect(maps.first).not_to_have_attribute("aria-label", before)
         page.screenshot(path=SHOTS / f"page-{width}.png")
-        assert page.evaluate("document.documentElement.scrollWidth") <= width, "the page is wider than the window"
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
