@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 pytest.importorskip("myst_nb")
 pytest.importorskip("furo")
@@ -51,3 +52,13 @@ def test_nothing_is_fetched_from_elsewhere(site):
 def test_formulas_need_no_script(site):
     page = (site / "notebooks" / "01_vae.html").read_text()
     assert page.count("<math") > 10 and not re.search("mathjax[^\"]*\\.js", page, re.I)
+
+
+def test_readme_pictures_are_those_of_the_committed_chapters_and_networks(tmp_path):
+    maker = ROOT / "notebooks" / "site" / "pictures.py"
+    subprocess.run([sys.executable, str(maker), "--output", str(tmp_path)], cwd=ROOT, check=True)
+    for name in ("method.png", "tour.png"):
+        assert (tmp_path / name).read_bytes() == (ROOT / "notebooks" / "img" / name).read_bytes(), name
+    for name in re.findall(r"notebooks/img/([\w.]+)", (ROOT / "README.md").read_text()):
+        made, kept = (Image.open(place / name) for place in (tmp_path, ROOT / "notebooks" / "img"))
+        assert made.size == kept.size and made.n_frames == kept.n_frames, name

@@ -26,6 +26,8 @@ def gather(place: Path, notebooks: Path) -> None:
         (place / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, place / name)
     shutil.copytree(ROOT / "notebooks" / "img", place / "notebooks" / "img")
+    for path in (ROOT / "data_small" / "evidence").glob("*.json"):
+        shutil.copy(path, place / "data_small" / "evidence")
     for folder in ("notebooks", "notebooks/solutions", "reproduce"):
         (place / folder).mkdir(exist_ok=True)
         for path in sorted((ROOT / folder).glob("[0-9][0-9]_*.ipynb")):
