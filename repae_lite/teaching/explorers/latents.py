@@ -84,7 +84,8 @@ class _Painting:
         }
         _, channels, rows, columns = latents["before tuning"].shape
         self.board = Board(rows=rows, columns=columns, paint=True, side=288)
-        self.sheet, self.edited, self.source, self.of = picture(), None, None, None
+        self.decoded, self.compared = picture(), picture()
+        self.edited, self.source, self.of = None, None, None
         last = len(material.images) - 1
         every = [f"channel {c}" for c in range(channels)]
         self.brush = {
@@ -115,7 +116,10 @@ class _Painting:
             },
             [
                 ipywidgets.Box([*self.brush.values(), reset], layout={"flex_flow": "row wrap"}),
-                ipywidgets.Box([self.board, self.sheet], layout={"flex_flow": "row wrap"}),
+                ipywidgets.Box(
+                    [self.board, ipywidgets.VBox([self.decoded, self.compared])],
+                    layout={"flex_flow": "row wrap", "grid_gap": "12px"},
+                ),
             ],
         )
         self.board.observe(self._stroked, names="stroke")
@@ -132,20 +136,16 @@ class _Painting:
         self.board.description = f"Latents of image {image} {vae}, {view}, {units}."
         apart = (changed - plain).abs().mean(0)
         top = [self.material.images[image], plain, changed, heat(apart, 0, 1, "magma")]
-        rows = {"decoded": top}
+        captions = ["image", "as it was", "changed", f"difference\nmean {apart.mean():.3f}"]
+        told = f"Image {image}, decoded from its latents and from the changed ones; mean absolute difference "
+        show(self.decoded, sheet({"decoded": top}, captions, tile=TILE), f"{told}{apart.mean():.3f}.")
+        rows, channels = {}, [f"channel {c}" for c in range(min(4, len(start)))]
         for name, z in self.latents.items():
             rows[name] = [self._seen(z[i], name, PCA, units) for i in (image, other)]
-            rows[name] += [
-                self._seen(z[image], name, f"channel {c}", units) for c in range(min(4, len(z[0])))
-            ]
-        captions = ["image", "as it was", "changed", f"difference\nmean {apart.mean():.3f}"]
-        show(
-            self.sheet,
-            sheet(rows, captions, tile=TILE),
-            f"Image {image}, decoded from its latents and from the changed ones; mean absolute difference "
-            f"{apart.mean():.3f}. Below, for both VAEs: the latents' principal components, of this image "
-            "and of the other one, and their channels.",
-        )
+            rows[name] += [self._seen(z[image], name, channel, units) for channel in channels]
+        captions = [f"PCA,\nimage {image}", f"PCA,\nimage {other}", *(f"\n{each}" for each in channels)]
+        told = "Latents of both VAEs: principal components of this image and of the other one, and channels."
+        show(self.compared, sheet(rows, captions, tile=TILE), told)
 
     def _in(self, units: str, name: str, z: Tensor) -> Tensor:
         """Latents (..., C, h, w) of a VAE as they are, or normalised."""
