@@ -23,6 +23,7 @@ class Model { // what a widget's module asks of its model
   on(event, f) { (this.heard[event] ??= []).push(f); }
   off() {}
   save_changes() {}
+  send() {}
 }
 
 function* boards(id, models) {
@@ -44,7 +45,12 @@ async function revive() {
   if (!kept) return;
   const models = JSON.parse(kept.textContent).state;
   for (const place of document.querySelectorAll(VIEW))
-    for (const values of boards(JSON.parse(place.textContent).model_id, models)) await show(place, values);
+    for (const values of boards(JSON.parse(place.textContent).model_id, models))
+      try {
+        await show(place, values);
+      } catch (error) { // the others may still work
+        console.error(error);
+      }
 }
 
 revive();

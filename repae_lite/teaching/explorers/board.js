@@ -5,8 +5,9 @@ const STOPS = [[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 
 
 const STYLE = `
   .repae-board { display: flex; flex-wrap: wrap; gap: 12px; align-items: flex-end; }
-  .repae-board figure { margin: 0; } .repae-board figcaption { font: 13px sans-serif; max-width: var(--side); }
-  .repae-board .grid { position: relative; width: var(--side); touch-action: none; cursor: crosshair; }
+  .repae-board figure { margin: 0; }
+  .repae-board figcaption { font: 13px sans-serif; max-width: var(--side); }
+  .repae-board .grid { position: relative; width: var(--side); cursor: crosshair; }
   .repae-board img { width: 100%; display: block; image-rendering: pixelated; user-select: none; }
   .repae-board .cell { position: absolute; box-sizing: border-box; pointer-events: none;
     outline: 2px solid #fff; border: 2px solid #d55e00; }
@@ -30,28 +31,30 @@ function make(tag, parent, properties = {}) {
 }
 
 function source(model, image, before) { // shows the chosen PNG; returns its address, to be given back
-  if (before) URL.revokeObjectURL(before);
-  const png = model.get("pictures")[model.get("shown")];
-  const address = png ? URL.createObjectURL(new Blob([png], { type: "image/png" })) : null;
-  image.hidden = !address;
-  if (address) image.src = address;
   image.alt = model.get("alt") || model.get("description");
-  return address;
+  const png = model.get("pictures")[model.get("shown")];
+  if (png === image.png) return before;
+  if (before) URL.revokeObjectURL(before);
+  image.png = png;
+  image.hidden = !png;
+  if (png) image.src = URL.createObjectURL(new Blob([png], { type: "image/png" }));
+  return png ? image.src : null;
 }
 
 function still(model, el) { // a picture without cells
-  const figure = make("figure", el), image = make("img", figure), caption = make("figcaption", figure);
+  const figure = make("figure", el), image = make("img", figure, { hidden: true });
+  const caption = make("figcaption", figure);
+  caption.setAttribute("role", "status"); // it stays where it is: what it says is read out when it changes
   figure.style.margin = 0;
   image.style.maxWidth = "100%";
   caption.style.font = "13px sans-serif";
   let address = null;
-  image.onload = () => { caption.style.maxWidth = `${image.naturalWidth}px`; };
+  image.onload = () => { caption.style.maxWidth = `max(20em, ${image.naturalWidth}px)`; };
   const show = () => {
     address = source(model, image, address);
     caption.textContent = model.get("description");
   };
-  model.on("change:pictures", show);
-  model.on("change:description", show);
+  for (const name of ["pictures", "description", "alt"]) model.on(`change:${name}`, show);
   show();
 }
 
@@ -73,7 +76,8 @@ function render({ model, el }) {
   }
   const grid = make("div", main, { className: "grid", tabIndex: 0 });
   grid.setAttribute("role", "application");
-  const image = make("img", grid, { draggable: false });
+  if (paint) grid.style.touchAction = "none"; // a finger paints; where it picks, it may also scroll
+  const image = make("img", grid, { draggable: false, hidden: true });
   const mark = make("div", grid, { className: "cell" });
   const caption = make("figcaption", main);
   const spoken = make("figcaption", main);
@@ -85,13 +89,18 @@ function render({ model, el }) {
     return canvas;
   });
 
-  let cursor = Math.max(model.get("cell"), 0), stroke = [], number = 0, address = null, waiting = false;
+  let cursor = Math.max(model.get("cell"), 0), pressed = false, painted = [], address = null, waiting = false;
 
-  function send(values) { // at most once per frame
-    for (const [name, value] of Object.entries(values)) model.set(name, value);
+  function send() { // at most once per frame, and nothing is left out: strokes are not states
     if (waiting) return;
     waiting = true;
-    requestAnimationFrame(() => { waiting = false; model.save_changes(); });
+    const of = model.get("of"); // the picture that was seen
+    requestAnimationFrame(() => {
+      waiting = false;
+      if (!paint) model.save_changes();
+      else if (painted.length) model.send({ of, cells: painted });
+      painted = [];
+    });
   }
 
   function show() {
@@ -105,9 +114,14 @@ function render({ model, el }) {
   function draw() {
     const picked = paint ? cursor : model.get("cell");
     mark.hidden = picked < 0;
-    Object.assign(mark.style, { width: `${100 / columns}%`, height: `${100 / rows}%`,
-      left: `${(100 * (picked % columns)) / columns}%`, top: `${(100 * Math.floor(picked / columns)) / rows}%` });
-    if (!maps.length || picked < 0) return;
+    const size = model.get("brush"); // as `patch` in latents.py
+    const start = (at, most) => Math.max(0, Math.min(at - Math.floor((size - 1) / 2), most - size)) / most;
+    const left = start(picked % columns, columns), top = start(Math.floor(picked / columns), rows);
+    Object.assign(mark.style, { left: `${100 * left}%`, top: `${100 * top}%`,
+      width: `${(100 * size) / columns}%`, height: `${(100 * size) / rows}%` });
+    if (picked < 0) return;
+    spoken.textContent = `row ${Math.floor(picked / columns) + 1}, column ${(picked % columns) + 1}`;
+    if (!maps.length) return;
     const view = model.get("similarities"), shown = model.get("shown");
     const at = (m, other) => 2 * (((shown * maps.length + m) * cells + picked) * cells + other);
     views.forEach((canvas, m) => {
@@ -118,8 +132,10 @@ function render({ model, el }) {
       }
       canvas.getContext("2d").putImageData(pixels, 0, 0);
       const rest = found.filter((_, other) => other !== picked);
-      canvas.setAttribute("aria-label", `${maps[m]}: cosine to the other cells from ` +
-        `${Math.min(...rest).toFixed(2)} to ${Math.max(...rest).toFixed(2)}`);
+      const range = `${maps[m]}: cosine to the other cells from ` +
+        `${Math.min(...rest).toFixed(2)} to ${Math.max(...rest).toFixed(2)}`;
+      canvas.setAttribute("aria-label", range);
+      if (!m) spoken.textContent += `; ${range}`;
     });
   }
 
@@ -130,26 +146,43 @@ function render({ model, el }) {
     return row * columns + part((event.clientX - box.left) / box.width, columns);
   }
 
+  function line(from, to) { // the cells behind `from` on the straight way to `to`
+    const row = Math.floor(from / columns), column = from % columns;
+    const down = Math.floor(to / columns) - row, right = (to % columns) - column;
+    const count = Math.max(Math.abs(down), Math.abs(right));
+    const at = (share) => Math.round(row + down * share) * columns + Math.round(column + right * share);
+    return Array.from({ length: count }, (_, i) => at((i + 1) / count));
+  }
+
   function visit(cell) {
+    if (paint && pressed) painted.push(...line(cursor, cell).map((each) => [each, false]));
     cursor = cell;
-    spoken.textContent = `row ${Math.floor(cell / columns) + 1}, column ${(cell % columns) + 1}`;
-    if (paint) {
-      if (stroke.length && !stroke.includes(cell)) send({ stroke: [number, ...(stroke = [...stroke, cell])] });
-    } else send({ cell });
+    if (!paint) model.set("cell", cell);
+    send();
     draw();
   }
 
   function touch(cell) { // a stroke begins
-    if (paint) send({ stroke: [++number, ...(stroke = [cell])] });
+    if (paint) painted.push([cell, true]);
+    cursor = cell;
     visit(cell);
   }
 
-  grid.onpointerdown = (event) => { grid.setPointerCapture(event.pointerId); touch(at(event)); };
-  grid.onpointermove = (event) => { if (event.buttons && at(event) !== cursor) visit(at(event)); };
-  grid.onpointerup = () => { stroke = []; };
+  grid.onpointerdown = (event) => {
+    if (event.button || !event.isPrimary) return;
+    grid.setPointerCapture(event.pointerId);
+    touch(at(event));
+    pressed = true;
+  };
+  grid.onpointermove = (event) => {
+    if (pressed && event.isPrimary && at(event) !== cursor) visit(at(event));
+  };
+  grid.onpointerup = grid.onpointercancel = grid.onlostpointercapture = (event) => {
+    if (event.isPrimary) pressed = false;
+  };
   grid.onkeydown = (event) => {
     const moves = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] };
-    if (event.key === " " || event.key === "Enter") { touch(cursor); stroke = []; }
+    if (event.key === " " || event.key === "Enter") touch(cursor);
     else if (moves[event.key]) {
       const [down, right] = moves[event.key];
       const row = Math.min(Math.max(Math.floor(cursor / columns) + down, 0), rows - 1);
@@ -158,10 +191,8 @@ function render({ model, el }) {
     event.preventDefault();
     event.stopPropagation();
   };
-  model.on("change:pictures", show);
-  model.on("change:shown", show);
-  model.on("change:description", show);
-  model.on("change:cell", draw);
+  for (const name of ["pictures", "shown", "description", "alt"]) model.on(`change:${name}`, show);
+  for (const name of ["cell", "brush"]) model.on(`change:${name}`, draw);
   show();
   return () => { if (address) URL.revokeObjectURL(address); };
 }

@@ -3,10 +3,12 @@
 import ipywidgets
 import numpy as np
 import torch
+import traitlets
 from torch import Tensor
 
+from repae_lite.checkpoints.models import load_vae
 from repae_lite.networks.vae import AutoencoderKL
-from repae_lite.teaching.explorers.material import Material, Source
+from repae_lite.teaching.explorers.material import Material, Source, ready
 from repae_lite.teaching.explorers.parts import (
     TILE,
     Board,
@@ -25,13 +27,8 @@ from repae_lite.teaching.figures import LatentPalette
 
 PCA = "PCA to RGB"
 RAW, NORMALISED = "as they are", "normalised, as SiT sees them"
-PAINT, ZERO, OTHER, COPY, SWAP = (
-    "paint",
-    "zero",
-    "take from the other image",
-    "copy a patch",
-    "swap two patches",
-)
+PAINT, ZERO, OTHER = "paint", "zero", "take from the other image"
+COPY, SWAP = "copy a patch", "swap two patches"
 WALK = 7  # pictures between two images, both included
 
 
@@ -45,7 +42,7 @@ def latent_explorer(
     """Latents of one image under two VAEs, which can be painted on, and a walk between two images.
 
     Args:
-        before: a VAE, for instance before tuning.
+        before: a VAE, for instance before tuning; all are copied, in float32.
         after: another with latents of the same size.
         images: uint8 (B, 3, H, W); by default 40 of the embedded evaluation split.
         device: where the VAEs run; None for the best there is.
@@ -55,7 +52,8 @@ def latent_explorer(
         FileNotFoundError, ConnectionError: as `load_vae` says.
     """
     material = Material.of(images, device=device)
-    vaes = {"before tuning": material.vae(before), "after tuning": material.vae(after)}
+    vaes = {"before tuning": before, "after tuning": after}
+    vaes = {name: ready(vae, load_vae, material.device) for name, vae in vaes.items()}
     latents = {name: material.latents(vae) for name, vae in vaes.items()}
     sizes = {name: tuple(z.shape[1:]) for name, z in latents.items()}
     if len(set(sizes.values())) > 1:
@@ -66,7 +64,7 @@ def latent_explorer(
 
 
 class _Painting:
-    """The first tab: one image's latents, with edits that end when another image or VAE is chosen."""
+    """The first tab: latents to edit; edits stay with their image and VAE until they are undone."""
 
     def __init__(self, material: Material, vaes: dict[str, AutoencoderKL], latents: dict[str, Tensor]):
         self.material, self.vaes, self.latents = material, vaes, latents
@@ -85,11 +83,12 @@ class _Painting:
         _, channels, rows, columns = latents["before tuning"].shape
         self.board = Board(rows=rows, columns=columns, paint=True, side=288)
         self.decoded, self.compared = picture(), picture()
-        self.edited, self.source, self.of = None, None, None
+        self.edited: dict[tuple[int, str], Tensor] = {}  # by image and VAE
+        self.source = None  # a patch that waits for its copy: (image, VAE), cell
         last = len(material.images) - 1
         every = [f"channel {c}" for c in range(channels)]
         self.brush = {
-            "action": ipywidgets.Dropdown(options=[PAINT, ZERO, OTHER, COPY, SWAP]),
+            "action": ipywidgets.Dropdown(options=[PAINT, ZERO, OTHER, COPY, SWAP], description="brush"),
             "value": ipywidgets.FloatSlider(
                 2.0,
                 min=-4,
@@ -99,12 +98,12 @@ class _Painting:
                 layout={"width": "420px"},
             ),
             "channel": ipywidgets.Dropdown(options=["all channels", *every], description="change"),
-            "size": ipywidgets.IntSlider(2, min=1, max=max(1, rows // 2), description="patch (cells)"),
+            "size": ipywidgets.IntSlider(2, min=1, max=max(1, min(rows, columns) // 2), description="patch (cells)"),
         }
         for control in self.brush.values():
             control.style = {"description_width": "initial"}
+        traitlets.dlink((self.brush["size"], "value"), (self.board, "brush"))
         reset = ipywidgets.Button(description="Undo all")
-        reset.on_click(lambda _: self._reset())
         self.explorer = Explorer(
             self.draw,
             {
@@ -122,18 +121,21 @@ class _Painting:
                 ),
             ],
         )
-        self.board.observe(self._stroked, names="stroke")
+        self.board.on_msg(self.explorer.guarded(lambda _board, said, _buffers: self._stroked(said)))
+        reset.on_click(self.explorer.guarded(lambda _: self._reset()))
+        for control in (self.brush["action"], *(self.explorer.controls[name] for name in ("image", "vae"))):
+            control.observe(lambda _: self._unpick(), names="value")
 
     def draw(self, progress: Progress, image: int, other: int, vae: str, view: str, units: str) -> None:
-        if self.of != (image, vae):
-            self.of, self.source = (image, vae), None
-            self.edited = self.latents[vae][image].clone()
         start = self.latents[vae][image]
-        both = torch.stack([start, self.edited])
+        edited = self.edited.get((image, vae), start)
         with torch.no_grad():
-            plain, changed = self.vaes[vae].decode(both)
-        self.board.pictures = [png_of(enlarged(self._seen(self.edited, vae, view, units), self.board.side))]
-        self.board.description = f"Latents of image {image} {vae}, {view}, {units}."
+            plain, changed = self.vaes[vae].decode(torch.stack([start, edited]))
+        then = " Now click where the patch goes." if self.source else ""
+        with self.board.hold_sync():
+            self.board.pictures = [png_of(enlarged(self._seen(edited, vae, view, units), self.board.side))]
+            self.board.of = [image, vae]
+            self.board.description = f"Latents of image {image} {vae}, {view}, {units}.{then}"
         apart = (changed - plain).abs().mean(0)
         top = [self.material.images[image], plain, changed, heat(apart, 0, 1, "magma")]
         captions = ["image", "as it was", "changed", f"difference\nmean {apart.mean():.3f}"]
@@ -162,53 +164,52 @@ class _Painting:
         return heat(z[channel], -far, far, "RdBu_r")
 
     def _reset(self) -> None:
-        self.of = None
+        self.edited.clear()
+        self._unpick()
+
+    def _unpick(self) -> None:
+        self.source = None
         self.explorer.request()
 
-    def _stroked(self, change: dict) -> None:
-        """A patch around each cell that the stroke reached since the last message."""
-        new, old = change["new"], change["old"]
-        cells = new[len(old) :] if old and new[0] == old[0] else new[1:]
-        if self.edited is None:
-            return
-        for cell in cells:
-            self._apply(cell)
+    def _stroked(self, said: dict) -> None:
+        """Edits what was seen, at each cell; patches to copy or swap are picked by the first of a stroke."""
+        of, action = tuple(said["of"]), self.brush["action"].value
+        z = self.edited.setdefault(of, self.latents[of[1]][of[0]].clone())
+        for cell, begins in said["cells"]:
+            if action not in (COPY, SWAP):
+                self._paint(z, of[1], self._patch(cell))
+            elif begins:
+                self._move(z, of, cell)
         self.explorer.request()
 
-    def _apply(self, cell: int) -> None:
-        given = {name: control.value for name, control in self.brush.items()}
-        here, channels = self._patch(cell), slice(None)
-        if given["channel"] != "all channels":
-            channels = slice(int(given["channel"].split()[1]), int(given["channel"].split()[1]) + 1)
-        values, z = self.explorer.values, self.edited
-        every = self.latents[values["vae"]]
-        if given["action"] in (COPY, SWAP):
-            if self.source is None:
-                self.source = cell
-                return
-            there, self.source = self._patch(self.source), None
-            high, wide = (min(a.stop - a.start, b.stop - b.start) for a, b in zip(here, there, strict=True))
-            one, two = (
-                (channels, slice(a.start, a.start + high), slice(b.start, b.start + wide))
-                for a, b in (here, there)
-            )
-            kept = z[one].clone()
-            z[one] = z[two].clone()
-            if given["action"] == SWAP:
-                z[two] = kept
-        elif given["action"] == PAINT:
-            mean, std = (stat[channels] for stat in self.stats[values["vae"]])
-            z[(channels, *here)] = mean + given["value"] * std
+    def _paint(self, z: Tensor, vae: str, here: tuple[slice, ...]) -> None:
+        if self.brush["action"].value == PAINT:
+            mean, std = (stat[here[0]] for stat in self.stats[vae])
+            z[here] = mean + self.brush["value"].value * std
         else:
-            z[(channels, *here)] = 0 if given["action"] == ZERO else every[values["other"]][(channels, *here)]
+            other = self.latents[vae][self.explorer.values["other"]]
+            z[here] = other[here] if self.brush["action"].value == OTHER else 0
 
-    def _patch(self, cell: int) -> tuple[slice, slice]:
-        size, columns = self.brush["size"].value, self.board.columns
-        row, column = divmod(cell, columns)
-        row, column = (
-            max(0, min(at, most - size)) for at, most in ((row, self.board.rows), (column, columns))
-        )
-        return slice(row, row + size), slice(column, column + size)
+    def _move(self, z: Tensor, of: tuple[int, str], cell: int) -> None:
+        if self.source is None or self.source[0] != of:
+            self.source = of, cell
+            return
+        here, there = self._patch(cell), self._patch(self.source[1])
+        swap = self.brush["action"].value == SWAP
+        if swap and all(abs(a.start - b.start) < a.stop - a.start for a, b in zip(here[1:], there[1:], strict=True)):
+            raise ValueError("the two patches overlap: click farther away from the first")
+        kept, self.source = z[here].clone(), None
+        z[here] = z[there].clone()
+        if swap:
+            z[there] = kept
+
+    def _patch(self, cell: int) -> tuple[slice, slice, slice]:
+        """Channels, rows and columns under the brush, around a cell, moved where they would leave the grid."""
+        size, channel = self.brush["size"].value, self.brush["channel"].index - 1
+        grid = zip(divmod(cell, self.board.columns), (self.board.rows, self.board.columns), strict=True)
+        starts = (max(0, min(at - (size - 1) // 2, most - size)) for at, most in grid)
+        channels = slice(None) if channel < 0 else slice(channel, channel + 1)
+        return channels, *(slice(start, start + size) for start in starts)
 
 
 def _walk(material: Material, vaes: dict[str, AutoencoderKL], latents: dict[str, Tensor]) -> Explorer:

@@ -7,15 +7,17 @@ import ipywidgets
 import torch
 from torch import Tensor
 
+from repae_lite.checkpoints.models import load_sit, load_vae
 from repae_lite.data.datasets import load_embedded
-from repae_lite.method.interpolant import interpolate
+from repae_lite.method.interpolant import Interpolant, expand_time, get_interpolant, interpolate
 from repae_lite.networks.encoders import VisionEncoder
 from repae_lite.networks.sit import SiT
 from repae_lite.networks.vae import AutoencoderKL
-from repae_lite.teaching.explorers.material import Material, Source
+from repae_lite.teaching.explorers.material import BATCH, Material, Source, ready
 from repae_lite.teaching.explorers.parts import Explorer, Progress, heat, picture, pixels, sheet, show
 from repae_lite.teaching.figures import LatentPalette
-from repae_lite.utils.pixels import to_unit_range
+from repae_lite.teaching.small_scale import progress as bar
+from repae_lite.utils.devices import widest_float
 
 Pair = tuple[Source | SiT, Source | AutoencoderKL]  # a SiT, and the VAE that it was trained on
 SHIPPED = {"REPA": ("tiny", "tiny"), "REPA-E": ("tiny-e2e-20k", "tiny-e2e-20k")}
@@ -28,7 +30,8 @@ def time_explorer(
     labels: Tensor | None = None,
     *,
     encoder: str | VisionEncoder = "tiny",
-    fit: tuple[Tensor, Tensor] | None = None,
+    fit: tuple[Tensor, Tensor | None] | None = None,
+    path: str | Interpolant = "linear",
     device: str | None = None,
 ) -> Explorer:
     """A slider through time: noised latents, velocity, one-step denoising, alignment by layer and network.
@@ -38,65 +41,62 @@ def time_explorer(
     (ridge regression on `fit`, at random times); what is shown is the cosine of its output and the token.
 
     Args:
-        networks: (SiT, VAE) by name.
+        networks: (SiT, VAE) by name; all are copied, in float32.
         images: uint8 (B, 3, H, W) to look at; by default 40 of the embedded evaluation split.
-        labels: their classes (B,).
+        labels: their classes (B,); the null class where nobody says them.
         encoder: whose tokens the layers are compared with.
-        fit: images and labels for the linear maps; by default 500 of the embedded training split.
+        fit: images and labels for the linear maps, needed with images of your own; by default 500 of the
+            embedded training split.
+        path: from data to noise, on which the SiTs were trained.
         device: where all run; None for the best there is.
 
     Raises:
-        ValueError, FileNotFoundError, ConnectionError: as `load_sit`, `load_vae`, `Material.of` say.
+        ValueError, FileNotFoundError, ConnectionError: as `load_sit`, `load_vae`, `Material`, `Lens` say;
+            images without `fit`.
     """
-    material = Material.of(images, labels, device)
-    pairs = {name: (material.sit(sit), material.vae(vae)) for name, (sit, vae) in networks.items()}
-    teacher = VisionEncoder.from_name(encoder) if isinstance(encoder, str) else encoder
-    teacher = teacher.to(material.device)
-    fit = fit or tuple(values[:FIT] for values in load_embedded("train"))
-    fit_x, fit_labels = to_unit_range(fit[0].to(material.device)), fit[1].to(material.device)
-    fit_tokens, tokens = (
-        tokens_of(teacher, given) for given in (fit[0].to(material.device), material.images)
-    )
+    if images is not None and fit is None:
+        raise ValueError("the linear maps need images like yours: give fit=(images, labels), a few hundred")
+    material, path = Material.of(images, labels, device), get_interpolant(path)
+    fit = Material.of(*(fit or (values[:FIT] for values in load_embedded("train"))), device)
+    pairs = {name: ready_pair(pair, material.device) for name, pair in networks.items()}
+    teacher = ready(encoder, VisionEncoder.from_name, material.device)
+    fit_tokens, tokens = tokens_of(teacher, fit.images), tokens_of(teacher, material.images)
     lenses = {
-        name: Lens.fitted(sit, material.latents(vae, fit_x), fit_labels, fit_tokens)
+        name: Lens.fitted(sit, fit.latents(vae), fit.labels_for(sit), fit_tokens, path)
         for name, (sit, vae) in pairs.items()
     }
     latents = {name: sit.normalize(material.latents(vae)) for name, (sit, vae) in pairs.items()}
     palettes = {name: LatentPalette([z]) for name, z in latents.items()}
+    labels = {name: material.labels_for(sit) for name, (sit, _) in pairs.items()}
     where, depth = picture(), max(sit.config.depth for sit, _ in pairs.values())
 
     @torch.no_grad()
     def draw(progress: Progress, image: int, t: float, noise: int, compare: str) -> None:
         centre = fit_tokens.mean((0, 1)) if compare == CENTRED else 0
         rows, told = {}, []
-        for name, (sit, vae) in pairs.items():
-            z, label = latents[name][[image]], material.labels[[image]]
+        for done, (name, (sit, vae)) in enumerate(pairs.items()):
+            progress(done, len(pairs))
+            z, time = latents[name][[image]], torch.full((1,), t, device=material.device)
             eps = torch.randn(z.shape, generator=torch.Generator().manual_seed(noise)).to(z)
-            time = torch.full((1,), t).to(z)
-            z_t, _ = interpolate(z, eps, time)
-            hidden, v = features(sit, z_t, time, label)
-            clean = vae.decode(sit.denormalize(z_t - t * v))[0]  # on the linear path
+            z_t, _ = interpolate(z, eps, time, path)
+            hidden, v = features(sit, z_t, time, labels[name][[image]])
             maps = [lens(h) for lens, h in zip(lenses[name].maps, hidden, strict=True)]
             cosines = [cosine(h - centre, tokens[[image]] - centre)[0] for h in maps]
             told.append(f"{name} {max(float(c.mean()) for c in cosines):.2f}")
-            side = sit.config.grid_size
             rows[name] = [
+                material.images[image],
                 pixels(palettes[name](z_t)[0].float()),
                 heat(v[0].norm(dim=0), 0, 2 * v.shape[1] ** 0.5),
-                clean,
-                *(heat(c.unflatten(0, (side, side)), 0, 1) for c in cosines),
+                vae.decode(sit.denormalize(clean(v, z_t, time, path)))[0],
+                *(heat(c.unflatten(0, (sit.config.grid_size, -1)), 0, 1) for c in cosines),
             ]
-        captions = [
-            "z_t",
-            "|velocity|",
-            "denoised\nin one step",
-            *(f"block {k}" for k in range(1, depth + 1)),
-        ]
+        captions = ["image", "z_t", "|velocity|", "denoised\nin one step"]
+        captions += [f"block {k}" for k in range(1, depth + 1)]
         description = (
-            f"Image {image} at t = {t:.2f}. Cosine to the {compare}, from 0 (dark) to 1 (bright); mean of "
-            f"the best block: {', '.join(told)}."
+            f"Image {image} at t = {t:.2f}. |velocity| from 0 (dark) to {2 * v.shape[1] ** 0.5:.0f}. Cosine to "
+            f"the {compare}, from 0 (dark) to 1 (bright); mean of the best block: {', '.join(told)}."
         )
-        show(where, sheet({"image": [material.images[image]]} | rows, captions, tile=80), description)
+        show(where, sheet(rows, captions, tile=80), description)
 
     controls = {
         "image": ipywidgets.IntSlider(0, min=0, max=len(material.images) - 1),
@@ -118,24 +118,50 @@ class Lens:
 
     @classmethod
     @torch.no_grad()
-    def fitted(cls, sit: SiT, z: Tensor, labels: Tensor, tokens: Tensor) -> "Lens":
-        """By ridge regression on latents z (N, C, h, w) at random times, and tokens (N, T, D)."""
+    def fitted(
+        cls, sit: SiT, z: Tensor, labels: Tensor, tokens: Tensor, path: str | Interpolant = "linear"
+    ) -> "Lens":
+        """By ridge regression on latents z (N, C, h, w) at random times of a path, and tokens (N, T, D).
+
+        Raises:
+            ValueError: SiT and encoder cut images into grids of different sizes.
+        """
+        if sit.config.grid_size**2 != tokens.shape[1]:
+            raise ValueError(
+                f"the SiT has {sit.config.grid_size**2} tokens per image, the encoder {tokens.shape[1]}: choose "
+                "an encoder, or its resolution, with the SiT's grid"
+            )
         generator = torch.Generator().manual_seed(0)
         t = torch.rand(len(z), generator=generator).to(z)
-        eps = torch.randn(z.shape, generator=generator).to(z)
-        z_t, _ = interpolate(sit.normalize(z), eps, t)
-        parts = [
-            features(sit, *each)[0] for each in zip(*(v.split(100) for v in (z_t, t, labels)), strict=True)
-        ]
-        target = tokens.flatten(0, 1)
-        maps = []
-        for layer in zip(*parts, strict=True):
-            h = torch.cat(layer).flatten(0, 1)
-            mean, offset = h.mean(0), target.mean(0)
-            gram = (h - mean).T @ (h - mean) + PENALTY * torch.eye(h.shape[1], device=h.device)
-            weight = torch.linalg.solve(gram, (h - mean).T @ (target - offset))
-            maps.append(lambda h, m=mean, w=weight, o=offset: (h - m) @ w + o)
-        return cls(maps)
+        z_t, _ = interpolate(sit.normalize(z), torch.randn(z.shape, generator=generator).to(z), t, path)
+        size, wide = max(1, 8192 // tokens.shape[1]), widest_float(z.device)  # images at a time
+        parts = list(zip(*(values.split(size) for values in (z_t, t, labels, tokens)), strict=True))
+        penalty = torch.eye(sit.config.width + 1, dtype=wide, device=z.device) * PENALTY
+        penalty[-1, -1] = 0  # the offset is free
+        grams, sums = [penalty.clone() for _ in sit.blocks], [0] * len(sit.blocks)
+        for *given, target in bar(parts, len(parts), "fitting linear maps") if len(parts) > 1 else parts:
+            for k, h in enumerate(features(sit, *given)[0]):
+                h = _with_one(h.to(wide)).flatten(0, 1)
+                grams[k] += h.mT @ h
+                sums[k] = sums[k] + h.mT @ target.to(wide).flatten(0, 1)
+        weights = [torch.linalg.solve(gram, each).to(z) for gram, each in zip(grams, sums, strict=True)]
+        return cls([lambda h, w=weight: _with_one(h) @ w for weight in weights])
+
+
+def _with_one(h: Tensor) -> Tensor:
+    return torch.nn.functional.pad(h, (0, 1), value=1.0)
+
+
+def ready_pair(pair: Pair, device: torch.device) -> tuple[SiT, AutoencoderKL]:
+    """Both networks of a pair, to look at."""
+    return ready(pair[0], load_sit, device), ready(pair[1], load_vae, device)
+
+
+def clean(v: Tensor, z_t: Tensor, t: Tensor, path: Interpolant) -> Tensor:
+    """The latents z (B, C, h, w) that z_t = alpha z + sigma eps and v = alpha' z + sigma' eps say together."""
+    t = expand_time(t, z_t)
+    determinant = path.alpha(t) * path.d_sigma(t) - path.sigma(t) * path.d_alpha(t)
+    return (path.d_sigma(t) * z_t - path.sigma(t) * v) / determinant
 
 
 def features(sit: SiT, z_t: Tensor, t: Tensor, labels: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -153,7 +179,7 @@ def features(sit: SiT, z_t: Tensor, t: Tensor, labels: Tensor) -> tuple[list[Ten
 def tokens_of(encoder: VisionEncoder, images: Tensor) -> Tensor:
     """Tokens (B, N, D) of uint8 images."""
     with torch.no_grad():
-        return torch.cat([encoder(part) for part in images.split(100)]).float()
+        return torch.cat([encoder(part) for part in images.split(BATCH)]).float()
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:

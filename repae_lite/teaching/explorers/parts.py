@@ -1,10 +1,9 @@
 """What all explorers are made of: a thread for the newest request, controls with pictures, and drawing."""
 
 import base64
-import html
 import io
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import anywidget
@@ -20,7 +19,7 @@ from repae_lite.teaching.figures import Figure
 from repae_lite.utils.pixels import to_uint8
 
 Progress = Callable[[int, int], None]  # done, of how many; raises Cancelled
-TILE, GAP = 72, 4  # pixels of one picture in a sheet, and between two
+TILE, MOST, WIDE, GAP = 72, 256, 1600, 4  # pixels of a picture in a sheet, of a sheet, and between two
 FONT = ImageFont.load_default(13)
 
 
@@ -81,13 +80,18 @@ class Latest:
                 self._tell("")
             except Cancelled:
                 self._tell("" if self._values else "cancelled")
-            except Exception as error:  # a thread has no cell to fail in
-                self._tell(f"{type(error).__name__}: {error}")
+            except BaseException as error:  # a thread has no cell to fail in
+                self._tell(sentence(error))
 
     def _progress(self, done: int, total: int) -> None:
         if self._stop.is_set():
             raise Cancelled
         self._tell(f"{done} of {total}")
+
+
+def sentence(error: BaseException) -> str:
+    """What an error says, for the line below the controls."""
+    return f"{type(error).__name__}: {error}"
 
 
 class Board(anywidget.AnyWidget):
@@ -96,11 +100,15 @@ class Board(anywidget.AnyWidget):
     Attributes:
         pictures: PNG files, of which `shown` is seen.
         names: what a menu calls them.
+        rows: of cells; 0 for a picture without any.
+        columns: of cells.
         description: text below the picture, read out to those who do not see it.
         alt: what is read out to them instead.
         cell: the picked one, counted row by row; -1 for none.
-        paint: whether cells are painted instead of picked.
-        stroke: number of the stroke, then its cells so far.
+        paint: whether cells are painted instead of picked. Then messages {"of": …, "cells": [[cell, whether a
+            stroke begins there], …]} come, one for each frame, so that no stroke replaces another.
+        of: what the picture shows, sent back with what is painted on it.
+        brush: cells along each side of the marker.
         maps: names of the similarity maps beside the picture.
         similarities: float16 (pictures, maps, cells, cells), as bytes.
         side: width in pixels of a picture with cells.
@@ -116,7 +124,8 @@ class Board(anywidget.AnyWidget):
     alt = traitlets.Unicode().tag(sync=True)
     cell = traitlets.Int(-1).tag(sync=True)
     paint = traitlets.Bool(False).tag(sync=True)
-    stroke = traitlets.List(traitlets.Int()).tag(sync=True)
+    of = traitlets.List().tag(sync=True)
+    brush = traitlets.Int(1).tag(sync=True)
     maps = traitlets.List(traitlets.Unicode()).tag(sync=True)
     similarities = traitlets.Bytes().tag(sync=True)
     side = traitlets.Int(256).tag(sync=True)
@@ -126,16 +135,17 @@ class Still:
     """A widget with a picture for programs that show a notebook but no widgets, as code hosts do."""
 
     def still(self) -> bytes:
-        """The PNG: by default, the pictures inside the widget, one below another."""
+        """The PNG, b"" for none: by default, the pictures inside the widget, one below another."""
         return stacked([self])
 
-    def _repr_mimebundle_(self, **kwargs) -> dict:
+    def _repr_mimebundle_(self, **kwargs) -> dict | tuple[dict, dict]:
         bundle = super()._repr_mimebundle_(**kwargs)
         if not (png := self.still()):
             return bundle
         file = io.BytesIO()
         Image.open(io.BytesIO(png)).convert("RGB").save(file, "JPEG", quality=85)  # a third of a PNG's size
-        return bundle | {"image/jpeg": base64.b64encode(file.getvalue()).decode()}
+        told = " ".join(filter(None, (board.alt or board.description for board in boards([self]))))
+        return bundle | {"image/jpeg": base64.b64encode(file.getvalue()).decode()}, {"image/jpeg": {"alt": told}}
 
 
 class Tabs(Still, ipywidgets.Tab):
@@ -151,6 +161,7 @@ class Explorer(Still, ipywidgets.VBox):
         controls: widgets by the name of draw's argument. Those without a description get their name.
         view: what draw changes.
         button: draw only when this button is pressed, and let it be cancelled; "" draws at every move.
+        slow: lets drawing be cancelled, without a button that starts it.
         still: makes the PNG for where widgets do not show; by default, the pictures of the view.
     """
 
@@ -164,8 +175,9 @@ class Explorer(Still, ipywidgets.VBox):
         slow: bool = False,
         still: Callable[[], bytes] | None = None,
     ):
-        self.controls, self._still = dict(controls), still
-        self._line = ipywidgets.HTML()
+        self.controls, self._line = dict(controls), picture()  # a picture's text stays in place, and is read out
+        if still:
+            self.still = still
         self._latest = Latest(draw, self._tell)
         for name, control in self.controls.items():
             control.description = control.description or name.replace("_", " ")
@@ -194,7 +206,7 @@ class Explorer(Still, ipywidgets.VBox):
     @property
     def message(self) -> str:
         """Progress or an error, as text."""
-        return html.unescape(self._line.value.partition(">")[2].removesuffix("</span>"))
+        return self._line.description
 
     def __repr__(self) -> str:
         names = ", ".join(control.description for control in self.controls.values())
@@ -213,18 +225,25 @@ class Explorer(Still, ipywidgets.VBox):
         self._latest.wait()
         return self
 
-    def _tell(self, text: str) -> None:
-        self._line.value = f'<span role="status">{html.escape(text)}</span>'
+    def guarded(self, act: Callable[..., None]) -> Callable[..., None]:
+        """A callback whose errors are shown in place, where Jupyter would only log them."""
 
-    def still(self) -> bytes:
-        return self._still() if self._still else super().still()
+        def call(*given) -> None:
+            try:
+                act(*given)
+            except Exception as error:
+                self._tell(sentence(error))
+
+        return call
+
+    def _tell(self, text: str) -> None:
+        self._line.description = text
 
 
 def explore(draw: Callable[..., Figure], **controls) -> Explorer:
     """Sliders and menus above a figure that is redrawn whenever one of them moves.
 
-    A notebook shows it when it is the last value of a cell, below the figure itself: it has no still picture.
-    It works like `ipywidgets.interact`, but the figure is a widget instead of captured output. Programs that
+    A notebook shows it when it is the last value of a cell. It works like `ipywidgets.interact`, but the figure is a widget instead of captured output. Programs that
     run a notebook without a browser (papermill, nbclient) handle captured output on the same socket on which
     they wait for the end of the cell; when the two coincide, they miss the end and wait for ever.
 
@@ -237,7 +256,7 @@ def explore(draw: Callable[..., Figure], **controls) -> Explorer:
         TypeError: No widget can be made from a control.
     """
     made = {name: ipywidgets.interactive.widget_from_abbrev(given) for name, given in controls.items()}
-    if wrong := [name for name, control in made.items() if control is None]:
+    if wrong := [name for name, control in made.items() if not isinstance(control, ipywidgets.Widget)]:
         raise TypeError(
             f"{wrong[0]}={controls[wrong[0]]!r} is not a control: give a widget, (low, high), a list of "
             "choices, a number or True"
@@ -247,9 +266,9 @@ def explore(draw: Callable[..., Figure], **controls) -> Explorer:
     def redraw(progress: Progress, **values) -> None:
         png = draw(**values)._repr_png_()
         said = [f"{each.description} {getattr(each, 'label', each.value)}" for each in made.values()]
-        where.pictures, where.alt = [png], f"figure for {', '.join(said)}"
+        where.alt, where.pictures = f"figure for {', '.join(said)}", [png]
 
-    return Explorer(redraw, made, [where], still=lambda: b"")
+    return Explorer(redraw, made, [where])
 
 
 def picture() -> Board:
@@ -288,42 +307,68 @@ def png_of(image: Image.Image) -> bytes:
 
 
 def enlarged(image: Tensor | np.ndarray, side: int) -> Image.Image:
-    """An image as wide as `side` pixels, without smoothing."""
+    """An image as wide as `side` pixels: larger without smoothing, smaller without losing lines."""
     made = Image.fromarray(pixels(image))
-    return made.resize((side, max(1, round(side * made.height / made.width))), Image.Resampling.NEAREST)
+    way = Image.Resampling.NEAREST if side >= made.width else Image.Resampling.LANCZOS
+    return made.resize((side, max(1, round(side * made.height / made.width))), way)
 
 
 def sheet(
-    rows: Mapping[str, Sequence[Tensor | np.ndarray]], captions: Sequence[str] = (), tile: int = TILE
+    rows: Mapping[str, Sequence[Tensor | np.ndarray]],
+    captions: Sequence[str] | Mapping[str, Sequence[str]] = (),
+    tile: int = TILE,
 ) -> bytes:
-    """Rows of pictures with their names as PNG; captions stand above the columns, one line for each \\n."""
-    left = 8 + max(round(FONT.getlength(line)) for name in rows for line in name.split("\n"))
-    top = 4 + 16 * max((caption.count("\n") + 1 for caption in captions), default=0)
-    widest = max(len(row) for row in rows.values())
+    """Rows of pictures with their names, as PNG.
+
+    Args:
+        rows: pictures by the name of their row.
+        captions: what stands above the pictures of the first row, or of rows by name.
+        tile: width of a picture; larger for larger pictures, as long as the sheet does not become too wide.
+    """
+    captions = captions if isinstance(captions, Mapping) else {next(iter(rows)): captions}
+    widest, left = max(map(len, rows.values())), 8 + max(_size(name)[0] for name in rows)
+    own = max(pixels(image).shape[1] for row in rows.values() for image in row)
+    tile = max(tile, min(own, MOST, WIDE // widest))
     made = {name: [enlarged(image, tile) for image in row] for name, row in rows.items()}
-    high = max(image.height for row in made.values() for image in row)
-    size = left + widest * (tile + GAP), top + len(rows) * (high + GAP)
-    canvas = Image.new("RGB", size, "white")
+    above = {name: max((4 + _size(text)[1] for text in captions.get(name, ())), default=0) for name in rows}
+    high = {name: GAP + max(image.height for image in row) for name, row in made.items()}
+    size = left + widest * (tile + GAP), sum(above.values()) + sum(high.values())
+    canvas, y = Image.new("RGB", size, "white"), 0
     pen = ImageDraw.Draw(canvas)
-    for i, caption in enumerate(captions):
-        pen.multiline_text((left + i * (tile + GAP), 0), caption, fill="black", font=FONT)
-    for j, (name, row) in enumerate(made.items()):
-        y = top + j * (high + GAP)
+    for name, row in made.items():
+        for i, text in enumerate(captions.get(name, ())):
+            pen.multiline_text((left + i * (tile + GAP), y), text, fill="black", font=FONT)
+        y += above[name]
         pen.multiline_text((2, y + 2), name, fill="black", font=FONT)
         for i, image in enumerate(row):
             canvas.paste(image, (left + i * (tile + GAP), y))
+        y += high[name]
     return png_of(canvas)
 
 
+def _size(text: str) -> tuple[int, int]:
+    """Width and height in pixels of lines of text."""
+    lines = text.split("\n")
+    return max(round(FONT.getlength(line)) for line in lines), 16 * len(lines)
+
+
+def boards(widgets: Sequence[ipywidgets.Widget]) -> Iterator[Board]:
+    """All pictures among some widgets and those inside them, from top to bottom."""
+    for widget in widgets:
+        if isinstance(widget, Board):
+            yield widget
+        yield from boards(getattr(widget, "children", ()))
+
+
 def stacked(widgets: Sequence[ipywidgets.Widget]) -> bytes:
-    """All pictures of some widgets and of those inside them, one below another, as PNG."""
-    found, waiting = [], list(widgets)
-    while waiting:
-        widget = waiting.pop(0)
-        waiting = [*getattr(widget, "children", ()), *waiting]
-        if isinstance(widget, Board) and widget.pictures:
-            image = Image.open(io.BytesIO(widget.pictures[widget.shown])).convert("RGB")
-            found.append(enlarged(np.asarray(image), widget.side) if widget.rows else image)
+    """All pictures of some widgets and of those inside them, one below another, as PNG; b"" for none."""
+    found = []
+    for board in boards(widgets):
+        if board.pictures:
+            image = Image.open(io.BytesIO(board.pictures[board.shown])).convert("RGB")
+            found.append(enlarged(np.asarray(image), board.side) if board.rows else image)
+    if not found:
+        return b""
     size = max(image.width for image in found), sum(image.height + GAP for image in found)
     canvas, y = Image.new("RGB", size, "white"), 0
     for image in found:
