@@ -10,8 +10,9 @@ import itertools
 import math
 import re
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import matplotlib
 import matplotlib.figure
@@ -91,9 +92,14 @@ class Html(str):
         return self.text
 
 
-def style() -> AbstractContextManager:
+_ONE_AT_A_TIME = threading.RLock()  # matplotlib's settings are the whole process's
+
+
+@contextmanager
+def style() -> Iterator[None]:
     """The project's matplotlib settings, for a plot made elsewhere: `with figures.style(): ...`."""
-    return matplotlib.rc_context(_STYLE)
+    with _ONE_AT_A_TIME, matplotlib.rc_context(_STYLE):
+        yield
 
 
 def styled(plot: Callable[..., Figure]) -> Callable[..., Figure]:
@@ -244,7 +250,6 @@ def _draw_tiles(rows, labels, captions, title, scale, note="") -> Figure:
     return fig
 
 
-@styled
 class LatentPalette:
     """Latents as colours: the first three principal components of the vectors at all positions.
 
@@ -272,6 +277,7 @@ class LatentPalette:
         return z.detach().cpu().to(torch.float64).movedim(1, -1)
 
 
+@styled
 def latent_rgb(
     z_by_method: Mapping[str, torch.Tensor], images=None, *, joint=False, title: str = "", count: int = 8
 ) -> Figure:

@@ -7,7 +7,7 @@ import torch
 
 from repae_lite.evaluation import metrics
 from repae_lite.method.steps import repae_step
-from repae_lite.teaching.explorers.parts import Explorer, Progress, picture, show, stacked
+from repae_lite.teaching.explorers.parts import Explorer, Progress, picture, show
 from repae_lite.teaching.figures import LatentPalette, curves, image_rows, spectrum
 from repae_lite.teaching.small_scale import SmallScale
 from repae_lite.utils.pixels import to_unit_range
@@ -33,7 +33,6 @@ class _Laboratory:
         self.small, self.seed = small, seed
         self.pictures = [picture() for _ in range(3)]
         reset = ipywidgets.Button(description="Start again")
-        reset.on_click(lambda _: self._again())
         slider = {"step": 0.1, "readout_format": ".1f"}
         controls = {
             "alignment": ipywidgets.FloatSlider(
@@ -49,13 +48,9 @@ class _Laboratory:
             ),
         }
         self.start()
-        self.explorer = Explorer(
-            self.draw,
-            controls,
-            [reset, *self.pictures],
-            button=f"Train {STEPS} steps",
-            still=lambda: stacked(self.pictures),
-        )
+        view = [reset, *self.pictures]
+        self.explorer = Explorer(self.draw, controls, view, button=f"Train {STEPS} steps")
+        reset.on_click(self.explorer.guarded(lambda _: self._again()))
 
     def start(self) -> None:
         torch.manual_seed(self.seed)

@@ -98,7 +98,9 @@ class _Painting:
                 layout={"width": "420px"},
             ),
             "channel": ipywidgets.Dropdown(options=["all channels", *every], description="change"),
-            "size": ipywidgets.IntSlider(2, min=1, max=max(1, min(rows, columns) // 2), description="patch (cells)"),
+            "size": ipywidgets.IntSlider(
+                2, min=1, max=max(1, min(rows, columns) // 2), description="patch (cells)"
+            ),
         }
         for control in self.brush.values():
             control.style = {"description_width": "initial"}
@@ -196,7 +198,9 @@ class _Painting:
             return
         here, there = self._patch(cell), self._patch(self.source[1])
         swap = self.brush["action"].value == SWAP
-        if swap and all(abs(a.start - b.start) < a.stop - a.start for a, b in zip(here[1:], there[1:], strict=True)):
+        if swap and all(
+            abs(a.start - b.start) < a.stop - a.start for a, b in zip(here[1:], there[1:], strict=True)
+        ):
             raise ValueError("the two patches overlap: click farther away from the first")
         kept, self.source = z[here].clone(), None
         z[here] = z[there].clone()
@@ -204,7 +208,7 @@ class _Painting:
             z[there] = kept
 
     def _patch(self, cell: int) -> tuple[slice, slice, slice]:
-        """Channels, rows and columns under the brush, around a cell, moved where they would leave the grid."""
+        """Channels, rows and columns under the brush around a cell, shifted to stay in the grid."""
         size, channel = self.brush["size"].value, self.brush["channel"].index - 1
         grid = zip(divmod(cell, self.board.columns), (self.board.rows, self.board.columns), strict=True)
         starts = (max(0, min(at - (size - 1) // 2, most - size)) for at, most in grid)

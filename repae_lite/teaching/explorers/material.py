@@ -4,7 +4,6 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +15,10 @@ from repae_lite.utils.devices import choose_device
 from repae_lite.utils.pixels import to_unit_range
 
 Source = str | Path  # as load_vae and load_sit take it
-Network = TypeVar("Network", bound=nn.Module)
 SHOWN, BATCH = 40, 32
 
 
-def ready(source: Source | Network, load: Callable[[Source], Network], device: torch.device) -> Network:
+def ready(source: Source | nn.Module, load: Callable[..., nn.Module], device: torch.device) -> nn.Module:
     """A network to look at: float32, frozen, in eval mode, on the device.
 
     Args:

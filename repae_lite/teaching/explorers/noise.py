@@ -93,8 +93,8 @@ def time_explorer(
         captions = ["image", "z_t", "|velocity|", "denoised\nin one step"]
         captions += [f"block {k}" for k in range(1, depth + 1)]
         description = (
-            f"Image {image} at t = {t:.2f}. |velocity| from 0 (dark) to {2 * v.shape[1] ** 0.5:.0f}. Cosine to "
-            f"the {compare}, from 0 (dark) to 1 (bright); mean of the best block: {', '.join(told)}."
+            f"Image {image} at t = {t:.2f}. |velocity| from 0 (dark) to {2 * v.shape[1] ** 0.5:.0f}; cosine "
+            f"to the {compare} from 0 (dark) to 1 (bright), mean of the best block: {', '.join(told)}."
         )
         show(where, sheet(rows, captions, tile=80), description)
 
@@ -128,8 +128,8 @@ class Lens:
         """
         if sit.config.grid_size**2 != tokens.shape[1]:
             raise ValueError(
-                f"the SiT has {sit.config.grid_size**2} tokens per image, the encoder {tokens.shape[1]}: choose "
-                "an encoder, or its resolution, with the SiT's grid"
+                f"the SiT has {sit.config.grid_size**2} tokens per image, the encoder {tokens.shape[1]}: "
+                "choose an encoder, or its resolution, with the SiT's grid"
             )
         generator = torch.Generator().manual_seed(0)
         t = torch.rand(len(z), generator=generator).to(z)
@@ -158,7 +158,7 @@ def ready_pair(pair: Pair, device: torch.device) -> tuple[SiT, AutoencoderKL]:
 
 
 def clean(v: Tensor, z_t: Tensor, t: Tensor, path: Interpolant) -> Tensor:
-    """The latents z (B, C, h, w) that z_t = alpha z + sigma eps and v = alpha' z + sigma' eps say together."""
+    """The z (B, C, h, w) that solves z_t = alpha z + sigma eps and v = alpha' z + sigma' eps."""
     t = expand_time(t, z_t)
     determinant = path.alpha(t) * path.d_sigma(t) - path.sigma(t) * path.d_alpha(t)
     return (path.d_sigma(t) * z_t - path.sigma(t) * v) / determinant

@@ -4,6 +4,7 @@ import base64
 import io
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import anywidget
@@ -105,8 +106,8 @@ class Board(anywidget.AnyWidget):
         description: text below the picture, read out to those who do not see it.
         alt: what is read out to them instead.
         cell: the picked one, counted row by row; -1 for none.
-        paint: whether cells are painted instead of picked. Then messages {"of": …, "cells": [[cell, whether a
-            stroke begins there], …]} come, one for each frame, so that no stroke replaces another.
+        paint: whether cells are painted instead of picked, by messages {"of": …, "cells": [[cell, whether a
+            stroke begins there], …]}: of two messages none replaces the other, as values of a trait would.
         of: what the picture shows, sent back with what is painted on it.
         brush: cells along each side of the marker.
         maps: names of the similarity maps beside the picture.
@@ -145,7 +146,9 @@ class Still:
         file = io.BytesIO()
         Image.open(io.BytesIO(png)).convert("RGB").save(file, "JPEG", quality=85)  # a third of a PNG's size
         told = " ".join(filter(None, (board.alt or board.description for board in boards([self]))))
-        return bundle | {"image/jpeg": base64.b64encode(file.getvalue()).decode()}, {"image/jpeg": {"alt": told}}
+        return bundle | {"image/jpeg": base64.b64encode(file.getvalue()).decode()}, {
+            "image/jpeg": {"alt": told}
+        }
 
 
 class Tabs(Still, ipywidgets.Tab):
@@ -175,7 +178,10 @@ class Explorer(Still, ipywidgets.VBox):
         slow: bool = False,
         still: Callable[[], bytes] | None = None,
     ):
-        self.controls, self._line = dict(controls), picture()  # a picture's text stays in place, and is read out
+        self.controls, self._line = (
+            dict(controls),
+            picture(),
+        )  # a picture's text stays in place, and is read out
         if still:
             self.still = still
         self._latest = Latest(draw, self._tell)
@@ -243,7 +249,7 @@ class Explorer(Still, ipywidgets.VBox):
 def explore(draw: Callable[..., Figure], **controls) -> Explorer:
     """Sliders and menus above a figure that is redrawn whenever one of them moves.
 
-    A notebook shows it when it is the last value of a cell. It works like `ipywidgets.interact`, but the figure is a widget instead of captured output. Programs that
+    It works like `ipywidgets.interact`, but the figure is a widget instead of captured output. Programs that
     run a notebook without a browser (papermill, nbclient) handle captured output on the same socket on which
     they wait for the end of the cell; when the two coincide, they miss the end and wait for ever.
 
@@ -326,30 +332,33 @@ def sheet(
         tile: width of a picture; larger for larger pictures, as long as the sheet does not become too wide.
     """
     captions = captions if isinstance(captions, Mapping) else {next(iter(rows)): captions}
-    widest, left = max(map(len, rows.values())), 8 + max(_size(name)[0] for name in rows)
+    widest = max(map(len, rows.values()))
     own = max(pixels(image).shape[1] for row in rows.values() for image in row)
     tile = max(tile, min(own, MOST, WIDE // widest))
-    made = {name: [enlarged(image, tile) for image in row] for name, row in rows.items()}
-    above = {name: max((4 + _size(text)[1] for text in captions.get(name, ())), default=0) for name in rows}
-    high = {name: GAP + max(image.height for image in row) for name, row in made.items()}
-    size = left + widest * (tile + GAP), sum(above.values()) + sum(high.values())
+    left = 8 + max(round(FONT.getlength(line)) for name in rows for line in name.split("\n"))
+    strips = []
+    for name, row in rows.items():
+        texts, tiles = captions.get(name, ()), [enlarged(image, tile) for image in row]
+        top = max((4 + 16 * (text.count("\n") + 1) for text in texts), default=0)
+        size = left + widest * (tile + GAP), top + max(image.height for image in tiles)
+        strips.append(Image.new("RGB", size, "white"))
+        write = partial(ImageDraw.Draw(strips[-1]).multiline_text, fill="black", font=FONT)
+        write((2, top + 2), name)
+        for i, text in enumerate(texts):
+            write((left + i * (tile + GAP), 0), text)
+        for i, image in enumerate(tiles):
+            strips[-1].paste(image, (left + i * (tile + GAP), top))
+    return column(strips)
+
+
+def column(images: Sequence[Image.Image]) -> bytes:
+    """Images one below another, as PNG."""
+    size = max(image.width for image in images), sum(image.height + GAP for image in images)
     canvas, y = Image.new("RGB", size, "white"), 0
-    pen = ImageDraw.Draw(canvas)
-    for name, row in made.items():
-        for i, text in enumerate(captions.get(name, ())):
-            pen.multiline_text((left + i * (tile + GAP), y), text, fill="black", font=FONT)
-        y += above[name]
-        pen.multiline_text((2, y + 2), name, fill="black", font=FONT)
-        for i, image in enumerate(row):
-            canvas.paste(image, (left + i * (tile + GAP), y))
-        y += high[name]
+    for image in images:
+        canvas.paste(image, (0, y))
+        y += image.height + GAP
     return png_of(canvas)
-
-
-def _size(text: str) -> tuple[int, int]:
-    """Width and height in pixels of lines of text."""
-    lines = text.split("\n")
-    return max(round(FONT.getlength(line)) for line in lines), 16 * len(lines)
 
 
 def boards(widgets: Sequence[ipywidgets.Widget]) -> Iterator[Board]:
@@ -367,11 +376,4 @@ def stacked(widgets: Sequence[ipywidgets.Widget]) -> bytes:
         if board.pictures:
             image = Image.open(io.BytesIO(board.pictures[board.shown])).convert("RGB")
             found.append(enlarged(np.asarray(image), board.side) if board.rows else image)
-    if not found:
-        return b""
-    size = max(image.width for image in found), sum(image.height + GAP for image in found)
-    canvas, y = Image.new("RGB", size, "white"), 0
-    for image in found:
-        canvas.paste(image, (0, y))
-        y += image.height + GAP
-    return png_of(canvas)
+    return column(found) if found else b""

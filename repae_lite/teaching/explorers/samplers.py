@@ -1,16 +1,20 @@
 """Two ways of sampling side by side, from the same noise."""
 
 from functools import partial
+from itertools import count
 
 import ipywidgets
 import torch
 from torch import Tensor
 
+from repae_lite.checkpoints.models import load_sit, load_vae
+from repae_lite.method.interpolant import Interpolant
 from repae_lite.method.sampling import Guidance, sample_ode, sample_sde
 from repae_lite.networks.sit import SiT
 from repae_lite.networks.vae import AutoencoderKL
-from repae_lite.teaching.explorers.material import Material, Source
+from repae_lite.teaching.explorers.material import Source, ready
 from repae_lite.teaching.explorers.parts import Explorer, Progress, heat, picture, sheet, show
+from repae_lite.utils.devices import choose_device
 
 FRAMES = 7  # of the film strip, and images of one setting
 SIDES = "A", "B"
@@ -21,51 +25,54 @@ def sampler_explorer(
     vae: Source | AutoencoderKL = "tiny",
     *,
     class_names: list[str] | None = None,
+    path: str | Interpolant = "linear",
     device: str | None = None,
 ) -> Explorer:
     """Steps, solver, guidance and its interval, twice: film strips and samples from the same noise.
 
     Args:
-        sit: by default the one that ships, trained for 20,000 steps.
+        sit: by default the one that ships, trained for 20,000 steps; copied, in float32.
         vae: the VAE it was trained on.
         class_names: what the menu calls the classes.
+        path: from data to noise, on which the SiT was trained.
         device: where sampling runs; None for the best there is.
 
     Raises:
         ValueError, FileNotFoundError, ConnectionError: as `load_sit` and `load_vae` say.
     """
-    material = Material.of(device=device)
-    sit, vae = material.sit(sit), material.vae(vae)
-    size = sit.config
-    where = picture()
+    device = torch.device(choose_device(device))
+    sit, vae = ready(sit, load_sit, device), ready(vae, load_vae, device)
+    size, where = sit.config, picture()
 
     def draw(progress: Progress, label: int, seed: int, **given) -> None:
         shape = (FRAMES, size.in_channels, size.input_size, size.input_size)
-        eps = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(material.device)
-        labels = torch.full((FRAMES,), label, device=material.device)
+        eps = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
+        labels = torch.full((FRAMES,), label, device=device)
         settings = {side: {name[2:]: v for name, v in given.items() if name[0] == side} for side in SIDES}
-        total, done, rows, finals = sum(s["steps"] for s in settings.values()), 0, {}, {}
+        done, total = count(), sum(s["steps"] + 2 for s in settings.values())  # steps, and two decodings
+        rows, captions = {}, {}
+
+        @torch.no_grad()
+        def decoded(z: Tensor) -> Tensor:
+            progress(next(done), total)
+            return vae.decode(sit.denormalize(z.to(eps)))
+
         for side, setting in settings.items():
-            low, high = setting["interval"]
-            guidance = Guidance(setting["scale"], low, high)
-            states = [(1.0, eps)]
+            guidance, states = Guidance(setting["scale"], *setting["interval"]), [(1.0, eps)]
 
             def watch(t: float, z: Tensor, states: list = states) -> None:
-                nonlocal done
-                done += 1
-                progress(done, total)
+                progress(next(done), total)
                 states.append((t, z))
 
             solve = partial(sample_ode, solver=setting["solver"].lower())
             if setting["solver"] == "SDE":
                 solve = partial(sample_sde, generator=torch.Generator().manual_seed(seed + 1))
-            solve(sit, eps, labels, steps=setting["steps"], guidance=guidance, watch=watch)
+            solve(sit, eps, labels, steps=setting["steps"], guidance=guidance, path=path, watch=watch)
             chosen = [states[round(i)] for i in torch.linspace(0, len(states) - 1, FRAMES).tolist()]
-            with torch.no_grad():
-                film = torch.cat([vae.decode(sit.denormalize(z[:1].to(eps))) for _, z in chosen])
-                finals[side] = vae.decode(sit.denormalize(states[-1][1].to(eps)))
-            rows[f"{side}, on its\nway"], rows[f"{side}, samples"] = film, finals[side]
-        apart = (finals["A"] - finals["B"]).abs().mean(1)
+            rows[f"{side}, on its\nway"] = decoded(torch.cat([z[:1].to(eps) for _, z in chosen]))
+            captions[f"{side}, on its\nway"] = [f"t = {t:.2f}" for t, _ in chosen]
+            rows[f"{side}, samples"] = decoded(states[-1][1])
+        apart = (rows["A, samples"] - rows["B, samples"]).abs().mean(1)
         rows["A and B,\ndifference"] = [heat(each, 0, 1, "magma") for each in apart]
         text = "; ".join(
             f"{side}: {s['solver']}, {s['steps']} steps, guidance {s['scale']:g} for t from "
@@ -73,7 +80,7 @@ def sampler_explorer(
             for side, s in settings.items()
         )
         text = f"Class {label}, seed {seed}. {text}. Mean absolute difference {float(apart.mean()):.3f}."
-        show(where, sheet(rows, tile=80), text)
+        show(where, sheet(rows, captions, tile=80), text)
 
     names = class_names or [f"class {i}" for i in range(size.num_classes)]
     controls = {

@@ -1,19 +1,21 @@
 """A dashboard of run folders, also while they train, with buttons for a run started from the notebook."""
 
 import contextlib
+import fcntl
+import html
 import json
 import os
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import ipywidgets
 import psutil
 
 from repae_lite.teaching import run_plots
-from repae_lite.teaching.explorers.parts import Explorer, Progress, picture, stacked
+from repae_lite.teaching.explorers.parts import Explorer, Progress, picture
 
 POLL = 5.0  # seconds between two looks at a run that is followed
 
@@ -27,7 +29,7 @@ def training_dashboard(
         runs: a run's folder, or several to compare; the first may not exist yet where there is a command.
         command: what trains the first run, as behind `repae`: then it can be started, paused, continued and
             stopped here. Stopped, it keeps a checkpoint; started again, it goes on from there.
-        every: seconds between two looks while "follow" is ticked.
+        every: seconds between two looks while "follow" is ticked; a run that has ended is followed no more.
 
     Raises:
         FileNotFoundError: a folder is not there.
@@ -43,62 +45,61 @@ class _Dashboard:
     def __init__(self, folders: list[Path], training: "Training | None", every: float):
         self.training, self.every, self.timer = training, every, None
         self.words, self.pictures = ipywidgets.HTML(), [picture() for _ in range(4)]
-        names = [(folder.name, folder) for folder in folders]
+        above = os.path.commonpath([folder.resolve().parent for folder in folders])
+        self.folders = {str(folder.resolve().relative_to(above)): folder for folder in folders}
         self.follow = ipywidgets.Checkbox(False, description="follow while it trains")
-        self.follow.observe(lambda _: self._tick(), names="value")
-        look = ipywidgets.Button(description="Look again")
-        look.on_click(lambda _: self.explorer.request())
-        self.others = folders
-        controls = {
-            "run": ipywidgets.Dropdown(options=names),
-            "quantity": ipywidgets.Dropdown(options=self._quantities(folders), description="compare runs by"),
-        }
-        view = [ipywidgets.HBox([look, self.follow]), self.words, *self.pictures]
+        self.quantity = ipywidgets.Dropdown(options=self._quantities(), description="compare runs by")
+        run = ipywidgets.Dropdown(options=list(self.folders.items()))
+        acts = {"Look again": lambda: None}
         if training:
-            acts = (training.start, training.pause, training.resume, training.stop)
-            names = ("Start or continue", "Pause", "Go on after a pause", "Stop with a checkpoint")
-            buttons = [ipywidgets.Button(description=n, layout={"width": "auto"}) for n in names]
-            for button, act in zip(buttons, acts, strict=True):
-                button.on_click(lambda _, act=act: self._act(act))
-            view.insert(0, ipywidgets.HBox(buttons))
-        self.explorer = Explorer(self.draw, controls, view, still=self._still)
+            acts |= {"Start or continue": training.start, "Pause": training.pause}
+            acts |= {"Go on after a pause": training.resume, "Stop with a checkpoint": training.stop}
+        buttons = {name: ipywidgets.Button(description=name, layout={"width": "auto"}) for name in acts}
+        view = [ipywidgets.HBox([*buttons.values(), self.follow]), self.words, *self.pictures]
+        self.explorer = Explorer(self.draw, {"run": run, "quantity": self.quantity}, view)
+        for name, button in buttons.items():
+            button.on_click(self.explorer.guarded(lambda _, act=acts[name]: self._act(act)))
+        self.follow.observe(lambda _: self._tick(), names="value")
 
-    def draw(self, progress: Progress, run: Path, quantity: str) -> None:
+    def draw(self, progress: Progress, run: Path, quantity: str | None) -> None:
         words = [self.training.state] if self.training else []
         words += [f"the collapse guard: {finding}" for finding in findings(run)]
-        records = {folder.name: run_plots.records(folder) for folder in self.others}
         figures = [run_plots.plot_losses(run), run_plots.plot_health(run), run_plots.plot_samples(run), None]
-        if len(self.others) > 1:
+        if len(self.folders) > 1 and quantity:
+            records = {name: run_plots.records(folder) for name, folder in self.folders.items()}
             figures[3] = run_plots.compare(records, quantity)
         if not any(figures):
             words.append(f"{run} has no measurements yet")
-        self.words.value = "<br>".join(words)
+        self.words.value = "<br>".join(map(html.escape, words))
         for place, figure in zip(self.pictures, figures, strict=True):
             place.pictures = [figure._repr_png_()] if figure else []
+        if (found := self._quantities()) != self.quantity.options:
+            self.quantity.options = found
 
-    def _still(self) -> bytes:
-        return stacked([place for place in self.pictures if place.pictures] or [run_plots.empty()])
+    def _quantities(self) -> tuple[str, ...]:
+        """What the runs have measured, by now."""
+        lines = (line for folder in self.folders.values() for line in run_plots.records(folder))
+        return tuple(dict.fromkeys(key for line in lines for key in line if key not in ("step", "time")))
 
-    @staticmethod
-    def _quantities(folders: list[Path]) -> list[str]:
-        found = {key: None for folder in folders for record in run_plots.records(folder) for key in record}
-        return [key for key in found if key not in ("step", "time")] or ["denoising"]
-
-    def _act(self, act) -> None:
+    def _act(self, act: Callable[[], None]) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
             act()
-        self.follow.value = True
         self.explorer.request()
+        self.follow.value = bool(self.training and self.training.running) or self.follow.value
 
     def _tick(self) -> None:
-        """Looks again, and once more later, as long as one follows."""
+        """Looks again, and once more later, as long as one follows a run that goes on."""
         if self.timer:
             self.timer.cancel()
-        if self.follow.value:
-            self.explorer.request()
-            self.timer = threading.Timer(self.every, self._tick)
-            self.timer.daemon = True
-            self.timer.start()
+        if not self.follow.value or self.explorer.comm is None:  # closed
+            return
+        self.explorer.request()
+        if self.training and self.training.ended:
+            self.follow.value = False
+            return
+        self.timer = threading.Timer(self.every, self._tick)
+        self.timer.daemon = True
+        self.timer.start()
 
 
 class Training:
@@ -118,10 +119,15 @@ class Training:
         return self.process is not None and self.process.poll() is None
 
     @property
+    def ended(self) -> bool:
+        """Whether it was started here and runs no more."""
+        return self.process is not None and not self.running
+
+    @property
     def state(self) -> str:
         """A sentence for the reader."""
         if self.process is None:
-            return "not started here"
+            return "training, started elsewhere" if held(self.folder) else "not started here"
         if self.running:
             paused = psutil.Process(self.process.pid).status() == psutil.STATUS_STOPPED
             return "paused; its memory stays taken" if paused else "training"
@@ -129,7 +135,8 @@ class Training:
         if code == 0:
             return "finished"
         if code in (130, 143):
-            return "stopped, with a checkpoint"
+            saved = any((self.folder / "checkpoints").glob("[0-9]*"))
+            return f"stopped, {'with a' if saved else 'before its first'} checkpoint"
         said = self._log.read_text(errors="replace").strip().splitlines()
         return f"ended with exit code {code}: {said[-1] if said else 'it said nothing'}"
 
@@ -138,11 +145,12 @@ class Training:
         if self.running:
             self.resume()
             return
-        words = [*self.command, *(["--resume", "latest"] if (self.folder / "checkpoints").is_dir() else [])]
+        if held(self.folder):
+            raise ValueError(f"{self.folder} is being trained by another process: stop that one first")
         self._log.parent.mkdir(parents=True, exist_ok=True)
-        with self._log.open("wb") as log:
+        with self._log.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "repae_lite", *words],
+                [sys.executable, "-m", "repae_lite", *self.command, "--resume", "latest"],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -174,6 +182,16 @@ class Training:
     @property
     def _log(self) -> Path:
         return self.folder.with_name(f"{self.folder.name}.log")
+
+
+def held(run: Path) -> bool:
+    """Whether a process trains in a run's folder: it holds the lock, see `repae_lite.utils.locks`."""
+    try:
+        with open(run / "lock" / "lock") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return isinstance(error, BlockingIOError)
+    return False
 
 
 def findings(run: Path) -> list[str]:
