@@ -2,8 +2,9 @@
 
     python reproduce/benchmarks/explorers.py
 
-Measured inside the page, from the key or the click to the moment when the browser has loaded the new picture
-(or drawn the new map). Needs playwright (pip) and Chromium. Medians and 95 % quantiles are printed.
+Measured inside the page, from the key or the click to the moment when the browser has loaded the last of the
+new pictures (or drawn the new map), after which none came for a second. Needs playwright (pip) and Chromium.
+Medians and 95 % quantiles are printed.
 """
 
 import argparse
@@ -25,19 +26,16 @@ CELLS = [
 CLOCK = """
 (cell) => {
   const board = document.querySelectorAll('.jp-CodeCell')[cell];
-  window.times = [];
-  let begun = null;
-  board.addEventListener('keydown', () => { begun ??= performance.now(); }, true);
-  for (const image of board.querySelectorAll('img'))
-    image.addEventListener('load', () => {
-      if (begun !== null) { window.times.push(performance.now() - begun); begun = null; }
-    });
+  window.begun = window.last = null;
+  const drawn = () => { if (window.begun !== null) window.last = performance.now(); };
+  board.addEventListener('keydown', () => { window.begun ??= performance.now(); }, true);
+  for (const image of board.querySelectorAll('img')) image.addEventListener('load', drawn);
   const canvas = board.querySelector('canvas');
-  if (canvas) new MutationObserver(() => {
-    if (begun !== null) { window.times.push(performance.now() - begun); begun = null; }
-  }).observe(canvas, { attributes: true });
+  if (canvas) new MutationObserver(drawn).observe(canvas, { attributes: true });
 }
 """
+SETTLED = "() => window.last !== null && performance.now() - window.last > 1000"
+TIME = "() => { const time = window.last - window.begun; window.begun = window.last = null; return time; }"
 MOVES = {  # what is moved: (cell, what gets the keys, the keys in turn)
     "latents: another image": (1, ".widget-slider .noUi-handle", ["ArrowRight"]),
     "latents: painting": (1, ".grid", ["ArrowRight", "Space"]),
@@ -53,13 +51,15 @@ def measure(page, cell: int, what: str, keys: list[str], moves: int) -> list[flo
     place.scroll_into_view_if_needed()
     page.evaluate(CLOCK, cell)
     place.locator(what).first.focus()
+    times = []
     for i in range(moves):
-        before = page.evaluate("window.times.length")
         for key in keys if "Space" in keys else [keys[i % len(keys)]]:
             page.keyboard.press(key)
-        page.wait_for_function("(n) => window.times.length > n", arg=before)
-        page.wait_for_timeout(100)
-    return sorted(page.evaluate("window.times"))
+        page.wait_for_function(SETTLED)
+        times.append(page.evaluate(TIME))
+        if errors := [text for text in place.get_by_role("status").all_text_contents() if "Error: " in text]:
+            raise RuntimeError(f"cell {cell} of the measured notebook: {errors[0]}")
+    return sorted(times)
 
 
 def main() -> None:

@@ -43,7 +43,7 @@ def board(page, at: int):
     """The picture with cells of the explorer in cell `at`, counted from 0, and the picture below it."""
     outputs = page.locator(".jp-CodeCell").nth(at)
     outputs.scroll_into_view_if_needed()
-    return outputs.locator(".grid").first, outputs.locator("img").nth(1)
+    return outputs.locator(".grid").first, outputs.locator("img").nth(2)  # 0 is that of the line above
 
 
 def changed(image, before: str) -> None:

@@ -7,7 +7,7 @@ import torch
 
 from repae_lite.evaluation import metrics
 from repae_lite.method.steps import repae_step
-from repae_lite.teaching.explorers.parts import Explorer, Progress, picture, show
+from repae_lite.teaching.explorers.parts import Board, Explorer, Progress, show
 from repae_lite.teaching.figures import LatentPalette, curves, image_rows, spectrum
 from repae_lite.teaching.small_scale import SmallScale
 from repae_lite.utils.pixels import to_unit_range
@@ -31,16 +31,11 @@ class _Laboratory:
 
     def __init__(self, small: SmallScale, seed: int):
         self.small, self.seed = small, seed
-        self.pictures = [picture() for _ in range(3)]
-        reset = ipywidgets.Button(description="Start again")
-        slider = {"step": 0.1, "readout_format": ".1f"}
+        self.pictures = [Board() for _ in range(3)]
+        slider = {"min": 0, "step": 0.1, "readout_format": ".1f"}
         controls = {
-            "alignment": ipywidgets.FloatSlider(
-                1.5, min=0, max=10, **slider, description="weight of alignment"
-            ),
-            "denoising": ipywidgets.FloatSlider(
-                1.0, min=0, max=5, **slider, description="weight of denoising"
-            ),
+            "alignment": ipywidgets.FloatSlider(1.5, max=10, **slider, description="weight of alignment"),
+            "denoising": ipywidgets.FloatSlider(1.0, max=5, **slider, description="weight of denoising"),
             "stop": ipywidgets.Checkbox(True, description="stop-gradient: denoising does not reach the VAE"),
             "batch": ipywidgets.Checkbox(False, description="VAE step normalises by the batch's statistics"),
             "rate": ipywidgets.FloatLogSlider(
@@ -48,9 +43,8 @@ class _Laboratory:
             ),
         }
         self.start()
-        view = [reset, *self.pictures]
-        self.explorer = Explorer(self.draw, controls, view, button=f"Train {STEPS} steps")
-        reset.on_click(self.explorer.guarded(lambda _: self._again()))
+        train, again = f"Train {STEPS} steps", {"Start again": self._again}
+        self.explorer = Explorer(self.draw, controls, self.pictures, button=train, buttons=again, slow=True)
 
     def start(self) -> None:
         torch.manual_seed(self.seed)

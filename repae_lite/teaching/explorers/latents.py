@@ -17,7 +17,6 @@ from repae_lite.teaching.explorers.parts import (
     Tabs,
     enlarged,
     heat,
-    picture,
     pixels,
     png_of,
     sheet,
@@ -58,9 +57,8 @@ def latent_explorer(
     sizes = {name: tuple(z.shape[1:]) for name, z in latents.items()}
     if len(set(sizes.values())) > 1:
         raise ValueError(f"the latents differ in size, {sizes}: choose two VAEs of one architecture")
-    tab = Tabs([_Painting(material, vaes, latents).explorer, _walk(material, vaes, latents)])
-    tab.titles = ["look and paint", "walk"]
-    return tab
+    painting = _Painting(material, vaes, latents).explorer
+    return Tabs([painting, _walk(material, vaes, latents)], titles=["look and paint", "walk"])
 
 
 class _Painting:
@@ -69,43 +67,28 @@ class _Painting:
     def __init__(self, material: Material, vaes: dict[str, AutoencoderKL], latents: dict[str, Tensor]):
         self.material, self.vaes, self.latents = material, vaes, latents
         self.stats = {name: _stats(z) for name, z in latents.items()}
-        scales = {
-            RAW: latents,
-            NORMALISED: {name: self._in(NORMALISED, name, z) for name, z in latents.items()},
-        }
-        self.palettes = {units: LatentPalette(list(z.values())) for units, z in scales.items()}
-        self.ranges = {  # one for both VAEs, so that a colour means one number
-            units: torch.stack(
-                [z.abs().movedim(1, 0).flatten(1).quantile(0.99, dim=1) for z in every.values()]
-            ).amax(0)
-            for units, every in scales.items()
-        }
+        self.palettes, self.ranges = {}, {}  # one for both VAEs, so that a colour means one number
+        for units in (RAW, NORMALISED):
+            every = [self._in(units, name, z) for name, z in latents.items()]
+            self.palettes[units] = LatentPalette(every)
+            far = [z.abs().movedim(1, 0).flatten(1).quantile(0.99, dim=1) for z in every]
+            self.ranges[units] = torch.stack(far).amax(0)
         _, channels, rows, columns = latents["before tuning"].shape
         self.board = Board(rows=rows, columns=columns, paint=True, side=288)
-        self.decoded, self.compared = picture(), picture()
+        self.decoded, self.compared = Board(), Board()
         self.edited: dict[tuple[int, str], Tensor] = {}  # by image and VAE
         self.source = None  # a patch that waits for its copy: (image, VAE), cell
         last = len(material.images) - 1
         every = [f"channel {c}" for c in range(channels)]
         self.brush = {
             "action": ipywidgets.Dropdown(options=[PAINT, ZERO, OTHER, COPY, SWAP], description="brush"),
-            "value": ipywidgets.FloatSlider(
-                2.0,
-                min=-4,
-                max=4,
-                step=0.25,
-                description="paint with (standard deviations)",
-                layout={"width": "420px"},
-            ),
+            "value": ipywidgets.FloatSlider(2.0, min=-4, max=4, step=0.25, description="paint with (std)"),
             "channel": ipywidgets.Dropdown(options=["all channels", *every], description="change"),
-            "size": ipywidgets.IntSlider(
-                2, min=1, max=max(1, min(rows, columns) // 2), description="patch (cells)"
-            ),
+            "size": ipywidgets.IntSlider(2, min=1, max=min(rows, columns) // 2, description="patch (cells)"),
         }
         for control in self.brush.values():
             control.style = {"description_width": "initial"}
         traitlets.dlink((self.brush["size"], "value"), (self.board, "brush"))
-        reset = ipywidgets.Button(description="Undo all")
         self.explorer = Explorer(
             self.draw,
             {
@@ -116,15 +99,15 @@ class _Painting:
                 "units": ipywidgets.Dropdown(options=[RAW, NORMALISED], description="colours"),
             },
             [
-                ipywidgets.Box([*self.brush.values(), reset], layout={"flex_flow": "row wrap"}),
+                ipywidgets.Box(list(self.brush.values()), layout={"flex_flow": "row wrap"}),
                 ipywidgets.Box(
                     [self.board, ipywidgets.VBox([self.decoded, self.compared])],
                     layout={"flex_flow": "row wrap", "grid_gap": "12px"},
                 ),
             ],
+            buttons={"Undo all": self._reset},
         )
         self.board.on_msg(self.explorer.guarded(lambda _board, said, _buffers: self._stroked(said)))
-        reset.on_click(self.explorer.guarded(lambda _: self._reset()))
         for control in (self.brush["action"], *(self.explorer.controls[name] for name in ("image", "vae"))):
             control.observe(lambda _: self._unpick(), names="value")
 
@@ -198,9 +181,8 @@ class _Painting:
             return
         here, there = self._patch(cell), self._patch(self.source[1])
         swap = self.brush["action"].value == SWAP
-        if swap and all(
-            abs(a.start - b.start) < a.stop - a.start for a, b in zip(here[1:], there[1:], strict=True)
-        ):
+        apart = [abs(a.start - b.start) for a, b in zip(here[1:], there[1:], strict=True)]
+        if swap and max(apart) < self.brush["size"].value:
             raise ValueError("the two patches overlap: click farther away from the first")
         kept, self.source = z[here].clone(), None
         z[here] = z[there].clone()
@@ -218,7 +200,7 @@ class _Painting:
 
 def _walk(material: Material, vaes: dict[str, AutoencoderKL], latents: dict[str, Tensor]) -> Explorer:
     """The second tab: pictures on the way from one image's latents to another's, for both VAEs."""
-    where, last = picture(), len(material.images) - 1
+    where, last = Board(), len(material.images) - 1
 
     def draw(progress: Progress, start: int, end: int, share: float, way: str) -> None:
         kind, _, space = way.partition(" in ")

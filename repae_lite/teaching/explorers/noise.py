@@ -14,7 +14,7 @@ from repae_lite.networks.encoders import VisionEncoder
 from repae_lite.networks.sit import SiT
 from repae_lite.networks.vae import AutoencoderKL
 from repae_lite.teaching.explorers.material import BATCH, Material, Source, ready
-from repae_lite.teaching.explorers.parts import Explorer, Progress, heat, picture, pixels, sheet, show
+from repae_lite.teaching.explorers.parts import Board, Explorer, Progress, heat, pixels, sheet, show
 from repae_lite.teaching.figures import LatentPalette
 from repae_lite.teaching.small_scale import progress as bar
 from repae_lite.utils.devices import widest_float
@@ -68,7 +68,7 @@ def time_explorer(
     latents = {name: sit.normalize(material.latents(vae)) for name, (sit, vae) in pairs.items()}
     palettes = {name: LatentPalette([z]) for name, z in latents.items()}
     labels = {name: material.labels_for(sit) for name, (sit, _) in pairs.items()}
-    where, depth = picture(), max(sit.config.depth for sit, _ in pairs.values())
+    where, depth = Board(), max(sit.config.depth for sit, _ in pairs.values())
 
     @torch.no_grad()
     def draw(progress: Progress, image: int, t: float, noise: int, compare: str) -> None:
@@ -93,8 +93,8 @@ def time_explorer(
         captions = ["image", "z_t", "|velocity|", "denoised\nin one step"]
         captions += [f"block {k}" for k in range(1, depth + 1)]
         description = (
-            f"Image {image} at t = {t:.2f}. |velocity| from 0 (dark) to {2 * v.shape[1] ** 0.5:.0f}; cosine "
-            f"to the {compare} from 0 (dark) to 1 (bright), mean of the best block: {', '.join(told)}."
+            f"Image {image} at t = {t:.2f}. |velocity| from 0 (dark) to 2 √channels (bright); cosine to the "
+            f"{compare} from 0 (dark) to 1 (bright), mean of the best block: {', '.join(told)}."
         )
         show(where, sheet(rows, captions, tile=80), description)
 

@@ -64,10 +64,6 @@ class Latest:
         while (thread := self._thread) is not None:
             thread.join()
 
-    def now(self, values: dict) -> None:
-        """Computes here and now; errors are the caller's."""
-        self._work(lambda done, total: None, **values)
-
     def _run(self) -> None:
         while True:
             with self._lock:
@@ -145,10 +141,9 @@ class Still:
             return bundle
         file = io.BytesIO()
         Image.open(io.BytesIO(png)).convert("RGB").save(file, "JPEG", quality=85)  # a third of a PNG's size
-        told = " ".join(filter(None, (board.alt or board.description for board in boards([self]))))
-        return bundle | {"image/jpeg": base64.b64encode(file.getvalue()).decode()}, {
-            "image/jpeg": {"alt": told}
-        }
+        bundle["image/jpeg"] = base64.b64encode(file.getvalue()).decode()
+        told = " ".join(board.alt or board.description for board in boards([self]) if board.pictures)
+        return bundle, {"image/jpeg": {"alt": told}}
 
 
 class Tabs(Still, ipywidgets.Tab):
@@ -163,8 +158,9 @@ class Explorer(Still, ipywidgets.VBox):
             thread, but for the first time, when its errors are those of the cell.
         controls: widgets by the name of draw's argument. Those without a description get their name.
         view: what draw changes.
-        button: draw only when this button is pressed, and let it be cancelled; "" draws at every move.
-        slow: lets drawing be cancelled, without a button that starts it.
+        buttons: what else can be done, by name.
+        button: draw only when this button is pressed; "" draws at every move.
+        slow: whether drawing can be cancelled.
         still: makes the PNG for where widgets do not show; by default, the pictures of the view.
     """
 
@@ -174,35 +170,30 @@ class Explorer(Still, ipywidgets.VBox):
         controls: Mapping[str, ipywidgets.Widget],
         view: Sequence[ipywidgets.Widget],
         *,
+        buttons: Mapping[str, Callable[[], None]] | None = None,
         button: str = "",
         slow: bool = False,
         still: Callable[[], bytes] | None = None,
     ):
-        self.controls, self._line = (
-            dict(controls),
-            picture(),
-        )  # a picture's text stays in place, and is read out
+        self.controls = dict(controls)
+        self._line = Board()  # of which only the text below it is used, which is read out when it changes
+        self._latest = Latest(draw, self._tell)
         if still:
             self.still = still
-        self._latest = Latest(draw, self._tell)
         for name, control in self.controls.items():
             control.description = control.description or name.replace("_", " ")
             control.style = {"description_width": "initial"}
         shelf = ipywidgets.Box(list(self.controls.values()), layout={"flex_flow": "row wrap"})
-        buttons = []
-        if button:
-            run = ipywidgets.Button(description=button, button_style="primary")
-            run.on_click(lambda _: self.request())
-            buttons.append(run)
-        if button or slow:
-            cancel = ipywidgets.Button(description="Cancel")
-            cancel.on_click(lambda _: self.cancel())
-            buttons.append(cancel)
-        self._latest.now(self.values)
+        acts = {button: self.request} if button else {}
+        acts |= (buttons or {}) | ({"Cancel": self.cancel} if slow else {})
+        made = [ipywidgets.Button(description=name, layout={"width": "auto"}) for name in acts]
+        for each, act in zip(made, acts.values(), strict=True):
+            each.on_click(self.guarded(lambda _, act=act: act()))
+        draw(lambda done, total: None, **self.values)
         if not button:
             for control in self.controls.values():
                 control.observe(lambda _: self.request(), names="value")
-        super().__init__([shelf, ipywidgets.HBox([*buttons, self._line]), *view])
+        super().__init__([shelf, ipywidgets.HBox([*made, self._line]), *view])
 
     @property
     def values(self) -> dict[str, object]:
@@ -267,7 +258,7 @@ def explore(draw: Callable[..., Figure], **controls) -> Explorer:
             f"{wrong[0]}={controls[wrong[0]]!r} is not a control: give a widget, (low, high), a list of "
             "choices, a number or True"
         )
-    where = picture()
+    where = Board()
 
     def redraw(progress: Progress, **values) -> None:
         png = draw(**values)._repr_png_()
@@ -275,11 +266,6 @@ def explore(draw: Callable[..., Figure], **controls) -> Explorer:
         where.alt, where.pictures = f"figure for {', '.join(said)}", [png]
 
     return Explorer(redraw, made, [where])
-
-
-def picture() -> Board:
-    """Where a PNG is shown in its own size, without cells."""
-    return Board(rows=0, columns=0)
 
 
 def show(where: Board, png: bytes, description: str) -> None:

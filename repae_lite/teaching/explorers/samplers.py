@@ -13,7 +13,7 @@ from repae_lite.method.sampling import Guidance, sample_ode, sample_sde
 from repae_lite.networks.sit import SiT
 from repae_lite.networks.vae import AutoencoderKL
 from repae_lite.teaching.explorers.material import Source, ready
-from repae_lite.teaching.explorers.parts import Explorer, Progress, heat, picture, sheet, show
+from repae_lite.teaching.explorers.parts import Board, Explorer, Progress, heat, sheet, show
 from repae_lite.utils.devices import choose_device
 
 FRAMES = 7  # of the film strip, and images of one setting
@@ -42,7 +42,7 @@ def sampler_explorer(
     """
     device = torch.device(choose_device(device))
     sit, vae = ready(sit, load_sit, device), ready(vae, load_vae, device)
-    size, where = sit.config, picture()
+    size, where = sit.config, Board()
 
     def draw(progress: Progress, label: int, seed: int, **given) -> None:
         shape = (FRAMES, size.in_channels, size.input_size, size.input_size)
@@ -87,18 +87,12 @@ def sampler_explorer(
         "label": ipywidgets.Dropdown(options=[(n, i) for i, n in enumerate(names)], description="class"),
         "seed": ipywidgets.IntSlider(0, min=0, max=100),
     }
-    for side, scale in zip(SIDES, (1.0, 2.5), strict=True):
+    guided = {"min": 1, "max": 6, "step": 0.25, "disabled": not size.label_dropout}
+    for side, scale in zip(SIDES, (1.0, 2.5 if size.label_dropout else 1.0), strict=True):
         controls |= {
             f"{side} solver": ipywidgets.Dropdown(options=["Euler", "Heun", "SDE"]),
             f"{side} steps": ipywidgets.IntSlider(16, min=2, max=100),
-            f"{side} scale": ipywidgets.FloatSlider(
-                scale if size.label_dropout else 1.0,
-                min=1,
-                max=6,
-                step=0.25,
-                description=f"{side} guidance scale",
-                disabled=not size.label_dropout,
-            ),
+            f"{side} scale": ipywidgets.FloatSlider(scale, **guided, description=f"{side} guidance scale"),
             f"{side} interval": ipywidgets.FloatRangeSlider(
                 value=(0.0, 0.75), min=0, max=1, step=0.05, description=f"{side} guided for t in"
             ),

@@ -9,19 +9,20 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import ipywidgets
 import psutil
 
 from repae_lite.teaching import run_plots
-from repae_lite.teaching.explorers.parts import Explorer, Progress, picture
+from repae_lite.teaching.explorers.parts import Board, Explorer, Progress
 
 POLL = 5.0  # seconds between two looks at a run that is followed
 
 
 def training_dashboard(
-    runs: str | Path | Sequence[str | Path], command: Sequence[str] | None = None, *, every: float = POLL
+    runs: str | Path | Sequence[str | Path], command: Sequence[str] | None = None
 ) -> Explorer:
     """Curves, gradient norms, loss scales, latents' variance, samples and the guard's findings of runs.
 
@@ -29,7 +30,6 @@ def training_dashboard(
         runs: a run's folder, or several to compare; the first may not exist yet where there is a command.
         command: what trains the first run, as behind `repae`: then it can be started, paused, continued and
             stopped here. Stopped, it keeps a checkpoint; started again, it goes on from there.
-        every: seconds between two looks while "follow" is ticked; a run that has ended is followed no more.
 
     Raises:
         FileNotFoundError: a folder is not there.
@@ -38,27 +38,25 @@ def training_dashboard(
     for folder in folders[1 if command else 0 :]:
         if not folder.is_dir():
             raise FileNotFoundError(f"there is no run folder {folder}: check the path")
-    return _Dashboard(folders, Training(folders[0], command) if command else None, every).explorer
+    return _Dashboard(folders, Training(folders[0], command) if command else None).explorer
 
 
 class _Dashboard:
-    def __init__(self, folders: list[Path], training: "Training | None", every: float):
-        self.training, self.every, self.timer = training, every, None
-        self.words, self.pictures = ipywidgets.HTML(), [picture() for _ in range(4)]
+    def __init__(self, folders: list[Path], training: "Training | None"):
+        self.training, self.timer = training, None
+        self.words, self.pictures = ipywidgets.HTML(), [Board() for _ in range(4)]
         above = os.path.commonpath([folder.resolve().parent for folder in folders])
         self.folders = {str(folder.resolve().relative_to(above)): folder for folder in folders}
         self.follow = ipywidgets.Checkbox(False, description="follow while it trains")
         self.quantity = ipywidgets.Dropdown(options=self._quantities(), description="compare runs by")
         run = ipywidgets.Dropdown(options=list(self.folders.items()))
-        acts = {"Look again": lambda: None}
+        buttons = {"Look again": lambda: self.explorer.request()}
         if training:
-            acts |= {"Start or continue": training.start, "Pause": training.pause}
-            acts |= {"Go on after a pause": training.resume, "Stop with a checkpoint": training.stop}
-        buttons = {name: ipywidgets.Button(description=name, layout={"width": "auto"}) for name in acts}
-        view = [ipywidgets.HBox([*buttons.values(), self.follow]), self.words, *self.pictures]
-        self.explorer = Explorer(self.draw, {"run": run, "quantity": self.quantity}, view)
-        for name, button in buttons.items():
-            button.on_click(self.explorer.guarded(lambda _, act=acts[name]: self._act(act)))
+            acts = {"Start or continue": training.start, "Pause": training.pause}
+            acts |= {"Stop with a checkpoint": training.stop}
+            buttons |= {name: partial(self._act, act) for name, act in acts.items()}
+        controls, view = {"run": run, "quantity": self.quantity}, [self.follow, self.words, *self.pictures]
+        self.explorer = Explorer(self.draw, controls, view, buttons=buttons)
         self.follow.observe(lambda _: self._tick(), names="value")
 
     def draw(self, progress: Progress, run: Path, quantity: str | None) -> None:
@@ -71,10 +69,17 @@ class _Dashboard:
         if not any(figures):
             words.append(f"{run} has no measurements yet")
         self.words.value = "<br>".join(map(html.escape, words))
-        for place, figure in zip(self.pictures, figures, strict=True):
-            place.pictures = [figure._repr_png_()] if figure else []
+        what = (
+            "losses",
+            "gradient norms, latents' variance and loss scales",
+            "samples",
+            f"{quantity} of all",
+        )
+        for place, figure, name in zip(self.pictures, figures, what, strict=True):
+            place.alt, place.pictures = f"{name}, {run}", [figure._repr_png_()] if figure else []
         if (found := self._quantities()) != self.quantity.options:
             self.quantity.options = found
+            self.quantity.value = quantity if quantity in found else self.quantity.value
 
     def _quantities(self) -> tuple[str, ...]:
         """What the runs have measured, by now."""
@@ -84,8 +89,8 @@ class _Dashboard:
     def _act(self, act: Callable[[], None]) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
             act()
+        self.follow.value = True
         self.explorer.request()
-        self.follow.value = bool(self.training and self.training.running) or self.follow.value
 
     def _tick(self) -> None:
         """Looks again, and once more later, as long as one follows a run that goes on."""
@@ -93,11 +98,12 @@ class _Dashboard:
             self.timer.cancel()
         if not self.follow.value or self.explorer.comm is None:  # closed
             return
-        self.explorer.request()
-        if self.training and self.training.ended:
+        ended = self.training and self.training.process and not self.training.running
+        self.explorer.request()  # also for the last time
+        if ended:
             self.follow.value = False
             return
-        self.timer = threading.Timer(self.every, self._tick)
+        self.timer = threading.Timer(POLL, self._tick)
         self.timer.daemon = True
         self.timer.start()
 
@@ -119,11 +125,6 @@ class Training:
         return self.process is not None and self.process.poll() is None
 
     @property
-    def ended(self) -> bool:
-        """Whether it was started here and runs no more."""
-        return self.process is not None and not self.running
-
-    @property
     def state(self) -> str:
         """A sentence for the reader."""
         if self.process is None:
@@ -141,12 +142,10 @@ class Training:
         return f"ended with exit code {code}: {said[-1] if said else 'it said nothing'}"
 
     def start(self) -> None:
-        """Starts it, or goes on from the last checkpoint."""
+        """Starts it, lets it go on after a pause, or goes on from the last checkpoint."""
         if self.running:
             self.resume()
             return
-        if held(self.folder):
-            raise ValueError(f"{self.folder} is being trained by another process: stop that one first")
         self._log.parent.mkdir(parents=True, exist_ok=True)
         with self._log.open("ab") as log:
             self.process = subprocess.Popen(
