@@ -20,7 +20,12 @@ if CHROMIUM is None:
 SHOTS = Path("runs") / "browser"
 CELLS = [
     "import torch\ntorch.set_num_threads(1)\nfrom repae_lite import latent_explorer, token_explorer, explore",
-    "latent_explorer(device='cpu')",
+    """import ipywidgets
+tabs, said = latent_explorer(device='cpu'), ipywidgets.Label().add_class("said")
+def tell(board, message, buffers):
+    said.value += "".join(f"{cell}{'+' * begins} " for cell, begins in message["cells"])
+tabs.children[0].children[3].children[0].on_msg(tell)
+ipywidgets.VBox([tabs, said])""",
     "token_explorer(device='cpu', count=4)",
     "latent_explorer('tiny', 'tiny-e2e-20k', device='cpu')",
     """from repae_lite.teaching import figures
@@ -49,6 +54,31 @@ def board(page, at: int):
 def changed(image, before: str) -> None:
     """Waits until a picture is another one."""
     playwright.expect(image).not_to_have_attribute("src", before)
+
+
+def test_strokes_arrive_whole_and_one_after_another(page):
+    grid, _ = board(page, 1)
+    box = grid.bounding_box()
+
+    def move(row: int, column: int) -> None:
+        page.mouse.move(box["x"] + 36 * column + 18, box["y"] + 36 * row + 18)
+
+    def click(row: int, column: int, **how) -> None:
+        move(row, column)
+        page.mouse.down(**how)
+        page.mouse.up(**how)
+
+    move(0, 0)
+    page.mouse.down()
+    move(3, 3)  # at once: the cells between are painted, too
+    page.mouse.up()
+    click(7, 7, button="right")
+    page.keyboard.press("Escape")  # JupyterLab's menu
+    click(0, 7)
+    click(7, 0)
+    playwright.expect(page.locator(".said")).to_have_text("0+ 9 18 27 7+ 56+")
+    page.locator(".jp-CodeCell").nth(1).get_by_role("button", name="Undo all").click()
+    playwright.expect(page.locator(".jp-CodeCell").nth(1)).to_contain_text("difference 0.000")
 
 
 def test_painting_with_the_mouse_changes_the_decoding(page):

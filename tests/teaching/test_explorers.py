@@ -96,7 +96,7 @@ def test_nothing_is_captured_output():
 
 def test_a_figure_has_a_still_picture_and_its_words():
     bundle, about = explore(tiles, name=["dark"], count=(1, 2))._repr_mimebundle_()
-    assert opened(base64.b64decode(bundle["image/jpeg"])).size == opened(tiles("dark", 1)._repr_png_()).size
+    assert opened(base64.b64decode(bundle["image/jpeg"])).width == opened(tiles("dark", 1)._repr_png_()).width
     assert about == {"image/jpeg": {"alt": "figure for name dark, count 1"}}
     assert parts.stacked([]) == b"" == parts.stacked([parts.Board()])
 
