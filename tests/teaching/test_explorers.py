@@ -323,6 +323,8 @@ def fit():
 
 def test_networks_stay_as_they_are_and_run_in_float32(images):
     sit, vae = (network.bfloat16().train() for network in (load_sit("tiny"), load_vae("tiny")))
+    for network in (sit, vae):
+        network.requires_grad_(True)
     explorers.time_explorer({"own": (sit, vae)}, images, fit=fit(), device="cpu")
     for network in (sit, vae):
         assert network.training and all(value.requires_grad for value in network.parameters())
