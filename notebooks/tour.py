@@ -1,9 +1,9 @@
 """Run this folder's numbered notebooks and put their results on one page: the runner behind `make tour`.
 
 Each notebook runs in a fresh kernel of this Python; the executed copy goes to runs/tour/NAME.ipynb and
-appears there only when it is complete. runs/tour/index.html then shows, for every notebook: what it found
-(cells tagged `finding`), its figures (PNG outputs of cells tagged `signature`), its tables (outputs of cells
-tagged `scoreboard`) and the minutes it took.
+appears there only when it is complete. runs/tour/pages/index.html then shows, for every notebook, the minutes
+it took and what it found (cells tagged `finding`, `signature` or `scoreboard`); the whole of it is one click
+away. `site/build.py` makes these pages as it makes the project's.
 
     python notebooks/tour.py                      all notebooks, in order
     python notebooks/tour.py --only 03 --only 05  some of them; the page keeps the results of earlier runs
@@ -16,7 +16,6 @@ import ast
 import contextlib
 import datetime
 import hashlib
-import html
 import os
 import platform
 import re
@@ -252,6 +251,7 @@ def execute(
     if run.notebook is None and partial.exists():
         run.notebook = nbformat.read(partial, as_version=4)
     if run.notebook is not None:
+        drop_dead_widgets(run.notebook)
         note = {
             "seconds": round(run.seconds(), 1),
             "finished": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -268,6 +268,35 @@ def execute(
         failed.unlink(missing_ok=True)
     progress.end(f"{run.line()}  {'failed' if sentence else 'done'}")
     return sentence
+
+
+VIEW, STATE = (f"application/vnd.jupyter.widget-{part}+json" for part in ("view", "state"))
+
+
+def drop_dead_widgets(notebook) -> None:
+    """Removes widgets that nothing moves without their kernel; their picture or their text stays."""
+    models = notebook.metadata.get("widgets", {}).get(STATE, {}).get("state", {})
+
+    def inside(model: str) -> set[str]:
+        """A model and all that it is made of."""
+        found, waiting = set(), {model}
+        while waiting:
+            found.add(model := waiting.pop())
+            waiting |= set(re.findall(r"IPY_MODEL_(\w+)", str(models.get(model)))) - found
+        return found
+
+    kept: set[str] = set()
+    for cell in notebook.cells:
+        for data in (output["data"] for output in cell.get("outputs", []) if VIEW in output.get("data", {})):
+            parts = inside(data[VIEW]["model_id"])
+            if any(models.get(part, {}).get("state", {}).get("maps") for part in parts):
+                kept |= parts
+            else:
+                del data[VIEW]
+    for model in set(models) - kept:
+        del models[model]
+    if not models:
+        notebook.metadata.pop("widgets", None)
 
 
 def explain(run: Run) -> str:
@@ -297,93 +326,77 @@ def write(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
-# ---------------------------------------------------------------- the page
+# ---------------------------------------------------------------- the pages
+
+FOUND = ("finding", "signature", "scoreboard")  # tags of the cells that the summary shows
 
 
-def markdown(text: str) -> str:
-    """Markdown as HTML (tables and raw HTML included); formulas stay TeX, in their own style."""
-    import mistune
-
-    render = mistune.create_markdown(escape=False, plugins=["table", "strikethrough", "math"])
-    delimiters = r'(class="math">)(?:\\\(|\$\$)\s*(.*?)\s*(?:\\\)|\$\$)<'
-    return re.sub(delimiters, r"\1\2<", render(text), flags=re.S)
+def executed_copy(path: Path, out: Path) -> Path | None:
+    """A notebook's newest run in `out`, failed or not; None when it has not run there."""
+    copies = (out / f"{path.stem}.failed.ipynb", out / f"{path.stem}.ipynb")
+    return next((copy for copy in copies if copy.exists()), None)
 
 
-def outputs(cell, *kinds: str):
-    """Yield (kind, data) of each output of a cell in its first form among `kinds`; print gives text/plain."""
-    for output in cell.get("outputs", []):
-        if output.output_type == "stream":
-            data = {"text/plain": output.text} if output.name == "stdout" else {}
-        else:
-            data = output.get("data", {})
-        for kind in kinds:
-            if data.get(kind):
-                yield kind, data[kind]
-                break
-
-
-def pieces(notebook) -> dict[str, list[str]]:
-    """The HTML of a notebook's tagged cells, in their order, by tag: finding, signature, scoreboard."""
-    found: dict[str, list[str]] = {"finding": [], "signature": [], "scoreboard": []}
-    for cell in notebook.cells:
-        tags = cell.metadata.get("tags", [])
-        for tag in ("finding", "scoreboard"):
-            if tag in tags and cell.cell_type == "markdown":
-                found[tag].append(markdown(cell.source))
-            elif tag in tags:
-                for kind, data in outputs(cell, "text/html", "text/markdown", "text/plain"):
-                    if kind == "text/plain" and "signature" in tags and data.startswith("<Figure size"):
-                        continue
-                    as_html = {"text/html": str, "text/markdown": markdown}.get(kind)
-                    found[tag].append(as_html(data) if as_html else f"<pre>{html.escape(data.strip())}</pre>")
-        if "signature" in tags:
-            for _, data in outputs(cell, "image/png"):
-                png = "".join(data.split())
-                if png not in found["signature"]:  # a cell that ends in `fig` shows it twice
-                    found["signature"].append(png)
-    return found
-
-
-def title_of(notebook, default: str) -> str:
-    """The first heading of the first markdown cell, as plain text."""
-    first = next((cell.source for cell in notebook.cells if cell.cell_type == "markdown"), "")
-    heading = re.search(r"^#+\s+(.+?)\s*#*$", first, flags=re.M)
-    return re.sub(r"[*_`]{1,2}(\S.*?)[*_`]{1,2}", r"\1", heading[1]) if heading else default
-
-
-def section(path: Path, out: Path) -> tuple[str, str, float] | None:
-    """(HTML, row for the contents, seconds) of a notebook's newest run; None when it has not run here."""
-    import nbformat
-
-    executed = out / f"{path.stem}.failed.ipynb"
-    if not executed.exists():
-        executed = out / f"{path.stem}.ipynb"
-    if not executed.exists():
-        return None
-    notebook = nbformat.read(executed, as_version=4)
+def facts_of(path: Path, notebook) -> list[str]:
+    """When and how a notebook ran, and what was unusual about it."""
     note = notebook.metadata.get("tour", {})
-    title, seconds = html.escape(title_of(notebook, path.stem)), note.get("seconds", 0.0)
-    minutes = f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.0f} s"
-    facts = [minutes, note.get("finished", "")[:16].replace("T", " ")]
+    seconds = note.get("seconds", 0.0)
+    facts = [f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.0f} s"]
+    facts += [note.get("finished", "")[:16].replace("T", " ")]
     facts += ["smoke run: few steps, numbers mean nothing"] if note.get("smoke") else []
     facts += [f"{name} = {value}" for name, value in note.get("parameters", {}).items()]
     if note.get("source") != hashlib.sha256(path.read_bytes()).hexdigest():
         facts.append("the notebook has changed since")
-    found = pieces(notebook)
-    body = [f'<p class="facts">{html.escape(" · ".join(facts))}</p>']
-    if note.get("error"):
-        body.append(f'<p class="error">{html.escape(note["error"])}</p>')
-    body += [f'<div class="finding">{piece}</div>' for piece in found["finding"]]
-    for number, png in enumerate(found["signature"], 1):
-        body.append(f'<img alt="{title}, figure {number}" src="data:image/png;base64,{png}">')
-    body += [f'<div class="table">{piece}</div>' for piece in found["scoreboard"]]
-    if not any(found.values()) and not note.get("error"):
-        body.append("<p>This notebook has no tagged result.</p>")
-    body.append(f'<p><a href="{html.escape(executed.name)}">The executed notebook</a></p>')
-    page = f'<section id="{path.stem}"><h2>{title}</h2>\n' + "\n".join(body) + "\n</section>"
-    state = "failed" if note.get("error") else minutes
-    row = f'<li><a href="#{path.stem}">{title}</a><span>{state}</span></li>'
-    return page, row, seconds
+    return [*facts, f"**{note['error']}**"] if note.get("error") else facts
+
+
+def summary(notebooks: list[Path], out: Path):
+    """A notebook of what was found: of each run in `out` the outputs of its tagged cells."""
+    import nbformat
+
+    text, code = nbformat.v4.new_markdown_cell, nbformat.v4.new_code_cell
+    when = datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
+    cells, seconds = [], 0.0
+    for path in notebooks:
+        if (copy := executed_copy(path, out)) is None:
+            continue
+        notebook = nbformat.read(copy, as_version=4)
+        seconds += notebook.metadata.get("tour", {}).get("seconds", 0.0)
+        first = next((cell.source for cell in notebook.cells if cell.cell_type == "markdown"), "")
+        title = re.search(r"^#+\s+(.+)$", first, flags=re.M)
+        heading = f"## [{title[1] if title else path.stem}]({path.name})"
+        cells.append(text(f"{heading}\n\n" + " · ".join(facts_of(path, notebook))))
+        for cell in notebook.cells:
+            if not set(FOUND) & set(cell.metadata.get("tags", [])):
+                continue
+            outputs = {"outputs": cell.outputs} if cell.cell_type == "code" else {}
+            shown = (code if outputs else text)(cell.source, **outputs)
+            shown.metadata["tags"] = ["remove-input"]
+            cells.append(shown)
+    count = sum(executed_copy(path, out) is not None for path in notebooks)
+    end = (
+        f"{count} of {len(notebooks)} notebooks, {seconds / 60:.1f} minutes in all; a kernel of the last run "
+        f"used at most {peak_gib():.1f} GiB of memory."
+    )
+    start = text(f"# {TITLE}\n\n{CLAIM}\n\n{when} · {machine()}")
+    return nbformat.v4.new_notebook(cells=[start, *cells, text(end)])
+
+
+def build_pages(notebooks: list[Path], out: Path) -> Path:
+    """Writes out/index.html, the summary, and a page for each executed notebook; they need no network."""
+    import nbformat
+
+    sys.path.insert(0, str(HERE / "site"))
+    from build import build
+
+    with tempfile.TemporaryDirectory(prefix="repae-tour-") as place:
+        for copy in filter(None, (executed_copy(path, out) for path in notebooks)):
+            shutil.copy(copy, Path(place) / copy.name.replace(".failed", ""))
+        made = summary(notebooks, out)
+        made.cells.append(nbformat.v4.new_markdown_cell("```{toctree}\n:hidden:\n:glob:\n\n0*\n```"))
+        nbformat.write(made, Path(place) / "index.ipynb")
+        build(Path(place), out / "pages")
+    return out / "pages" / "index.html"
 
 
 def machine() -> str:
@@ -419,83 +432,6 @@ def peak_gib() -> float:
     """The peak memory of any finished child process (a kernel, here), in GiB."""
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss  # bytes on macOS, KiB elsewhere
     return peak / 2**30 if sys.platform == "darwin" else peak / 2**20
-
-
-def build_page(notebooks: list[Path], out: Path) -> Path:
-    """Write out/index.html from the executed notebooks in `out`; it needs no other file and no network."""
-    made = [part for part in (section(path, out) for path in notebooks) if part]
-    total = sum(seconds for _, _, seconds in made) / 60
-    when = datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
-    page = PAGE.format(
-        title=TITLE, claim=html.escape(CLAIM), style=STYLE, when=when, machine=html.escape(machine()),
-        rows="\n".join(row for _, row, _ in made), sections="\n".join(text for text, _, _ in made),
-        total=f"{total:.1f}", count=f"{len(made)} of {len(notebooks)}", peak=f"{peak_gib():.1f}",
-    )  # fmt: skip
-    partial = out / "index.html.partial"
-    write(partial, page)
-    os.replace(partial, out / "index.html")
-    return out / "index.html"
-
-
-PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-<header>
-<h1>{title}</h1>
-<p class="claim">{claim}</p>
-<p class="facts">{when} · {machine}</p>
-<ol>
-{rows}
-</ol>
-</header>
-{sections}
-<footer>{count} notebooks shown, {total} minutes in all; a kernel of the last run used at most {peak} GiB
-of memory.</footer>
-</body>
-</html>
-"""
-
-STYLE = """
-:root { color-scheme: light dark; --page: #fcfcfb; --ink: #1c1e21; --soft: #62676e; --line: #dcdedf;
-  --card: #fff; --accent: #0b62a8; --bad: #b3261e; }
-@media (prefers-color-scheme: dark) { :root { --page: #16181b; --ink: #e6e7e8; --soft: #a0a5ab;
-  --line: #363a3f; --card: #1f2226; --accent: #7cb8ee; --bad: #ff8f85; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 62rem; background: var(--page);
-  color: var(--ink); font: 1rem/1.55 system-ui, sans-serif; overflow-wrap: break-word; }
-h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .5rem; }
-h2 { font-size: 1.35rem; line-height: 1.25; margin: 0 0 .25rem; }
-a { color: var(--accent); }
-.claim { font-size: 1.15rem; max-width: 46rem; margin: 0 0 .5rem; }
-.facts, footer { color: var(--soft); font-size: .875rem; margin: 0 0 1rem; }
-ol { list-style: none; margin: 1.5rem 0 0; padding: 0; border-top: 1px solid var(--line); max-width: 46rem; }
-ol li { display: flex; justify-content: space-between; gap: 1rem; padding: .35rem 0;
-  border-bottom: 1px solid var(--line); }
-ol span { color: var(--soft); white-space: nowrap; font-variant-numeric: tabular-nums; }
-section { margin-top: 2.5rem; padding-top: 1.5rem; border-top: 2px solid var(--line); }
-img { display: block; max-width: 100%; height: auto; margin: 1rem 0; padding: .5rem; background: #fff;
-  border: 1px solid var(--line); border-radius: 6px; }
-.finding { max-width: 46rem; margin: 0 0 1rem; padding-left: .9rem; border-left: 4px solid var(--accent); }
-.finding > :first-child { margin-top: 0; } .finding > :last-child { margin-bottom: 0; }
-.finding h1, .finding h2, .finding h3, .finding h4 { font-size: 1.05rem; }
-.table { overflow-x: auto; margin: 1rem 0; }
-table { border-collapse: collapse; font-size: .92rem;
-  font-variant-numeric: tabular-nums; background: var(--card); }
-th, td { padding: .35rem .7rem; border-bottom: 1px solid var(--line);
-  text-align: right; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; } thead th { border-bottom: 2px solid var(--soft); }
-pre { overflow-x: auto; padding: .7rem; background: var(--card); border: 1px solid var(--line);
-  border-radius: 6px; font-size: .85rem; line-height: 1.4; }
-.math { font-family: ui-serif, serif; font-style: italic; }
-.error { color: var(--bad); font-weight: 600; }
-footer { margin-top: 3rem; padding-top: 1rem; border-top: 2px solid var(--line); }
-"""
 
 
 # ---------------------------------------------------------------- the command
@@ -551,7 +487,7 @@ def tour(options: argparse.Namespace) -> int:
         sentence = execute(path, out, parameters[path], progress, options.patience)
         if sentence:
             break
-    index = build_page(everything, out)
+    index = build_pages(everything, out)
     print(f"Results: {os.path.relpath(index)}", flush=True)
     if sentence:
         kept = out / f"{path.stem}.failed.ipynb"

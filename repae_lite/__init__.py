@@ -27,7 +27,8 @@ _HOMES = {  # where the public names live
     "export_diffusers save_sit save_vae",
     "evaluation.statistics": "difference_interval",
     "teaching.small_scale": "SmallScale progress",
-    "teaching.widgets": "explore",
+    "teaching.explorers": "collapse_lab explore latent_explorer sampler_explorer time_explorer "
+    "token_explorer training_dashboard",
     "utils.pixels": "to_uint8 to_unit_range",
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names.split()}

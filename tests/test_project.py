@@ -22,7 +22,7 @@ from packaging.utils import canonicalize_name  # noqa: E402
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CONDA_NAMES = {"pytorch": "torch"}  # conda-forge's name: the name everywhere else
-CONDA_EXTRAS = ("notebooks", "eval", "dev")
+CONDA_EXTRAS = ("notebooks", "site", "eval", "dev")
 
 
 def bounds(requirements):

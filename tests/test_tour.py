@@ -1,5 +1,7 @@
 """The runner behind `make tour`, on toy notebooks in a folder whose path has a space."""
 
+import base64
+import importlib.util
 import json
 import os
 import re
@@ -14,6 +16,7 @@ import pytest
 
 nbformat = pytest.importorskip("nbformat")
 pytest.importorskip("papermill")
+pytest.importorskip("myst_nb")
 
 TOUR = Path(__file__).resolve().parents[1] / "notebooks" / "tour.py"
 
@@ -51,6 +54,7 @@ def checkout(tmp_path):
     root = tmp_path / "a check out"
     (root / "notebooks").mkdir(parents=True)
     shutil.copy(TOUR, root / "notebooks")
+    shutil.copytree(TOUR.parent / "site", root / "notebooks" / "site")
     nbformat.write(notebook(GOOD), root / "notebooks" / "01_good.ipynb")
     for data in (".local/share/jupyter", "Library/Jupyter"):
         kernel = tmp_path / "home" / data / "kernels" / "python3"
@@ -82,18 +86,21 @@ def left(root):
 def test_page_holds_the_tagged_results(checkout):
     code, stdout, stderr = run(checkout, "--smoke", "--param", "seed=3")
     assert code == 0, stderr
-    assert left(checkout) == ["01_good.ipynb", "index.html"]
-    assert "01_good  cell 6/6" in stdout and stdout.strip().endswith("Results: runs/tour/index.html")
+    assert left(checkout) == ["01_good.ipynb", "pages"]
+    assert "01_good  cell 6/6" in stdout and stdout.strip().endswith("Results: runs/tour/pages/index.html")
 
-    page = (checkout / "runs/tour/index.html").read_text()
-    assert "<h2>A toy chapter</h2>" in page
-    assert f"data:image/png;base64,{PNG}" in page and "Figure size" not in page
+    page = (checkout / "runs/tour/pages/index.html").read_text()
+    assert re.search(r'href="01_good.html"><span[^>]*>A toy <em>chapter</em>', page)
+    (png,) = (checkout / "runs/tour/pages/_images").glob("*.png")
+    assert png.read_bytes() == base64.b64decode(PNG) and png.name in page and "Figure size" not in page
     assert "<td>row 7</td>" in page
-    assert "<strong>fell</strong> &amp; stayed" in page and '<span class="math">z_t</span>' in page
+    assert "<strong>fell</strong> &amp; stayed" in page and "<msub><mi>z</mi><mi>t</mi></msub>" in page
     assert "seed is 3 smoke is 1" in page and "smoke run" in page and "seed = 3" in page
-    assert 'href="01_good.ipynb"' in page
+    whole = re.sub("<[^>]*>", "", (checkout / "runs/tour/pages/01_good.html").read_text())
+    assert "import os, sys, time" in whole
     assert float(re.search(r"at most ([\d.]+) GiB", page)[1]) > 0
-    assert not re.search(r"""(src|href)=["']?(https?:|//|/)""", page), "the page must not need a network"
+    needed = re.findall(r"""<(?:script|link|img)[^>]*(?:src|href)=["']?(https?:|//|/)""", page)
+    assert not needed, "the page must not need a network"
     assert str(checkout) not in page
 
     executed = nbformat.read(checkout / "runs/tour/01_good.ipynb", as_version=4)
@@ -109,16 +116,16 @@ def test_failure_is_one_sentence_and_the_next_success_clears_it(checkout):
         "02_bad failed in cell [2]: ValueError: no such latent"
         " (what ran is in runs/tour/02_bad.failed.ipynb)."
     )
-    assert left(checkout) == ["01_good.ipynb", "02_bad.failed.ipynb", "index.html"]
+    assert left(checkout) == ["01_good.ipynb", "02_bad.failed.ipynb", "pages"]
     assert "this much is kept" in (checkout / "runs/tour/02_bad.failed.ipynb").read_text()
-    page = (checkout / "runs/tour/index.html").read_text()
+    page = (checkout / "runs/tour/pages/index.html").read_text()
     assert "02_bad failed in cell [2]: ValueError: no such latent" in page and "row 7" in page
 
     nbformat.write(notebook(BAD[:2]), bad)
     code, _, stderr = run(checkout, "--only", "02")
     assert code == 0, stderr
-    assert left(checkout) == ["01_good.ipynb", "02_bad.ipynb", "index.html"]
-    page = (checkout / "runs/tour/index.html").read_text()
+    assert left(checkout) == ["01_good.ipynb", "02_bad.ipynb", "pages"]
+    page = (checkout / "runs/tour/pages/index.html").read_text()
     assert "row 7" in page, "results of notebooks that were not run again stay"
     assert "no such latent" not in page
 
@@ -143,7 +150,7 @@ def test_interruption_leaves_nothing_half_written(checkout):
 
     code, _, stderr = run(checkout)
     assert code == 0, stderr
-    assert left(checkout) == ["01_good.ipynb", "index.html"]
+    assert left(checkout) == ["01_good.ipynb", "pages"]
 
 
 def test_a_kernel_that_dies_is_named(checkout):
@@ -153,7 +160,7 @@ def test_a_kernel_that_dies_is_named(checkout):
     assert code == 1
     assert stderr.startswith("02_dies failed in cell [1]: its kernel died (its last words: out of luck)")
     assert len(stderr.strip().splitlines()) == 1
-    assert left(checkout) == ["02_dies.failed.ipynb", "index.html"]
+    assert left(checkout) == ["02_dies.failed.ipynb", "pages"]
 
 
 def test_a_kernel_that_stops_answering_is_started_over(checkout):
@@ -165,7 +172,7 @@ def test_a_kernel_that_stops_answering_is_started_over(checkout):
     code, stdout, stderr = run(checkout, "--only", "02", "--patience", "2")
     assert (code, stderr) == (0, "")
     assert "the kernel stopped answering: starting over" in stdout
-    assert left(checkout) == ["02_hangs.ipynb", "index.html"]
+    assert left(checkout) == ["02_hangs.ipynb", "pages"]
 
 
 def test_a_kernel_that_stops_answering_twice_is_named(checkout):
@@ -196,3 +203,30 @@ def alive(pid):
 def test_wrong_options(checkout, options, sentence):
     code, _, stderr = run(checkout, *options)
     assert (code, stderr.strip()) == (2, sentence)
+
+
+def test_only_widgets_that_live_without_a_kernel_are_kept(monkeypatch):
+    spec = importlib.util.spec_from_file_location("tour", TOUR)
+    tour = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "tour", tour)  # where dataclasses look for their module
+    spec.loader.exec_module(tour)
+    models = {
+        "a1": {"state": {"children": ["IPY_MODEL_a2"]}},
+        "a2": {"state": {"layout": "IPY_MODEL_a3", "maps": ["encoder"]}},
+        "a3": {"state": {}},
+        "b1": {"state": {"children": ["IPY_MODEL_b2"]}},
+        "b2": {"state": {"maps": []}},
+    }
+    cells = [nbformat.v4.new_code_cell("") for _ in range(3)]
+    for cell, model in zip(cells, ("a1", "b1", "gone"), strict=True):
+        data = {tour.VIEW: {"model_id": model}, "image/jpeg": model}
+        cell.outputs = [nbformat.v4.new_output("display_data", data)]
+    kept = nbformat.v4.new_notebook(cells=cells, metadata={"widgets": {tour.STATE: {"state": models}}})
+    tour.drop_dead_widgets(kept)
+    assert set(kept.metadata["widgets"][tour.STATE]["state"]) == {"a1", "a2", "a3"}
+    assert [tour.VIEW in cell.outputs[0]["data"] for cell in cells] == [True, False, False]
+    assert [cell.outputs[0]["data"]["image/jpeg"] for cell in cells] == ["a1", "b1", "gone"]
+
+    kept.cells = cells[1:]
+    tour.drop_dead_widgets(kept)
+    assert "widgets" not in kept.metadata

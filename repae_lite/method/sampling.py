@@ -8,7 +8,7 @@ VAE decodes.
 """
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -72,6 +72,7 @@ def sample_ode(
     solver: str = "euler",
     guidance: Guidance | None = None,
     path: str | Interpolant = "linear",
+    watch: Callable[[float, Tensor], None] | None = None,
 ) -> Tensor:
     """Solves the probability-flow ODE from noise to latents on evenly spaced times.
 
@@ -83,6 +84,7 @@ def sample_ode(
         solver: "euler" or "heun".
         guidance: off when None. Heun decides by the time at which a step starts, for both of its evaluations.
         path: the path the model was trained on; the ODE itself does not need it, so it is only checked.
+        watch: called after each step with the new time and state (B, C, h, w); what it raises ends it all.
 
     Returns:
         Normalised latents (B, C, h, w), in the device's widest type.
@@ -105,6 +107,8 @@ def sample_ode(
             d_next = _guided(_velocities(sit, z_next, t_next, labels, guided), guidance.scale)
             z_next = z_t + (t_next - t) * 0.5 * (d + d_next)
         z_t = z_next
+        if watch is not None:
+            watch(t_next, z_t)
     return z_t
 
 
@@ -120,6 +124,7 @@ def sample_sde(
     noise: Tensor | Iterable[Tensor] | None = None,
     generator: torch.Generator | None = None,
     last_time: float = 0.04,
+    watch: Callable[[float, Tensor], None] | None = None,
 ) -> Tensor:
     """Solves the reverse SDE by Euler-Maruyama: noisy steps down to `last_time`, then one without noise.
 
@@ -137,6 +142,7 @@ def sample_sde(
         generator: where it is drawn from, on its own device, in float64 where there is that; the global one
             of the device of eps when None.
         last_time: where the noise-free last step starts.
+        watch: as in `sample_ode`.
 
     Returns:
         Normalised latents (B, C, h, w), in the device's widest type.
@@ -171,6 +177,8 @@ def sample_sde(
                 draw = next(noise)
             mean = mean + (2 * t * (t - t_next)) ** 0.5 * draw.to(z_t)
         z_t = mean
+        if watch is not None:
+            watch(t_next, z_t)
     return z_t
 
 

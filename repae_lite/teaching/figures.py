@@ -10,8 +10,9 @@ import itertools
 import math
 import re
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import matplotlib
 import matplotlib.figure
@@ -91,9 +92,14 @@ class Html(str):
         return self.text
 
 
-def style() -> AbstractContextManager:
+_ONE_AT_A_TIME = threading.RLock()  # matplotlib's settings are the whole process's
+
+
+@contextmanager
+def style() -> Iterator[None]:
     """The project's matplotlib settings, for a plot made elsewhere: `with figures.style(): ...`."""
-    return matplotlib.rc_context(_STYLE)
+    with _ONE_AT_A_TIME, matplotlib.rc_context(_STYLE):
+        yield
 
 
 def styled(plot: Callable[..., Figure]) -> Callable[..., Figure]:
@@ -244,6 +250,33 @@ def _draw_tiles(rows, labels, captions, title, scale, note="") -> Figure:
     return fig
 
 
+class LatentPalette:
+    """Latents as colours: the first three principal components of the vectors at all positions.
+
+    Args:
+        latents: what the components and their range are taken from, each (B, C, h, w) with the same C.
+    """
+
+    def __init__(self, latents: Sequence[torch.Tensor]):
+        flat = torch.cat([self._vectors(z).flatten(0, -2) for z in latents])  # (positions, C)
+        self.mean = flat.mean(dim=0)
+        centred = flat - self.mean
+        basis = torch.linalg.eigh(centred.T @ centred).eigenvectors.flip(1)[:, :3]  # (C, <= 3)
+        signs = basis.gather(0, basis.abs().argmax(dim=0, keepdim=True)).sign()  # no arbitrary ones
+        self.basis = basis * signs
+        colours = centred @ self.basis
+        self.low, self.high = colours.quantile(0.02, dim=0), colours.quantile(0.98, dim=0)
+
+    def __call__(self, z: torch.Tensor) -> torch.Tensor:
+        """Colours (B, 3, h, w); what lies in the range is in [-1, 1]."""
+        share = ((self._vectors(z) - self.mean) @ self.basis - self.low) / (self.high - self.low).clamp(1e-12)
+        return torch.nn.functional.pad(2 * share - 1, (0, 3 - share.shape[-1])).movedim(-1, 1)
+
+    @staticmethod
+    def _vectors(z: torch.Tensor) -> torch.Tensor:
+        return z.detach().cpu().to(torch.float64).movedim(1, -1)
+
+
 @styled
 def latent_rgb(
     z_by_method: Mapping[str, torch.Tensor], images=None, *, joint=False, title: str = "", count: int = 8
@@ -263,16 +296,8 @@ def latent_rgb(
         widths = {z_by_method[name].shape[1] for name in group}
         if len(widths) > 1:
             raise ValueError(f"A joint PCA needs equal channels, got {sorted(widths)}: use joint=False.")
-        latents = {name: z_by_method[name].detach().cpu().to(torch.float64).movedim(1, -1) for name in group}
-        flat = torch.cat([z.flatten(0, -2) for z in latents.values()])  # (positions, C)
-        mean = flat.mean(dim=0)
-        basis = torch.linalg.eigh((flat - mean).T @ (flat - mean)).eigenvectors.flip(1)[:, :3]  # (C, <= 3)
-        basis = basis * basis.gather(0, basis.abs().argmax(dim=0, keepdim=True)).sign()  # no arbitrary signs
-        colours = (flat - mean) @ basis
-        low, high = colours.quantile(0.02, dim=0), colours.quantile(0.98, dim=0)
-        for name, z in latents.items():
-            rgb = 2 * ((z[:count] - mean) @ basis - low) / (high - low).clamp(min=1e-12) - 1
-            rows[name] = torch.nn.functional.pad(rgb, (0, 3 - rgb.shape[-1])).movedim(-1, 1)
+        palette = LatentPalette([z_by_method[name] for name in group])
+        rows |= {name: palette(z_by_method[name][:count]) for name in group}
     return image_rows(rows, title=title)
 
 

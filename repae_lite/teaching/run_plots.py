@@ -28,9 +28,9 @@ Curve = tuple[list[int], list[float]]  # steps, values
 
 def plot_losses(run: Path) -> Figure | None:
     """The losses of a run; None before anything was measured."""
-    records = _records(run)
+    measured = records(run)
     panels = {
-        title: {name: curve for name, key in keys.items() if (curve := _curve(records, key))}
+        title: {name: curve for name, key in keys.items() if (curve := _curve(measured, key))}
         for title, keys in LOSSES.items()
     }
     panels = {title: series for title, series in panels.items() if series}
@@ -44,19 +44,26 @@ def plot_health(run: Path, log: Path | None = None) -> Figure | None:
         run: the run's folder.
         log: what the run said, which has its speed; metrics.jsonl has none.
     """
-    records = _records(run)
+    measured = records(run)
     panels, labels = {}, []
-    norms = {name: curve for name, key in NORMS.items() if (curve := _curve(records, key))}
+    norms = {name: curve for name, key in NORMS.items() if (curve := _curve(measured, key))}
     if norms:
         panels["gradient norms"], labels = norms, ["norm"]
-    if variance := _curve(records, "latent_variance"):
+    if variance := _curve(measured, "latent_variance"):
         panels["latents"], labels = {"spatial variance": variance}, [*labels, "variance"]
     if log and log.is_file():
         found = SPEED.findall(log.read_text(encoding="utf-8", errors="replace"))
         if found:
             panels["speed"] = {"steps/s": ([int(step) for step, _ in found], [float(v) for _, v in found])}
             labels = [*labels, "steps/s"]
-    logs = [title == "gradient norms" for title in panels]
+    scales = {
+        key[11:]: _curve(measured, key)
+        for key in (measured[-1] if measured else {})
+        if key.startswith("loss_scale_")
+    }
+    if scales:
+        panels["loss scales"], labels = scales, [*labels, "scale"]
+    logs = [title in ("gradient norms", "loss scales") for title in panels]
     return _panels(panels, f"{run.name}: is it well?", labels, logs) if panels else None
 
 
@@ -75,14 +82,20 @@ def plot_samples(run: Path, count: int = 5) -> Figure | None:
     return image_rows(rows, title=f"{run.name}: the same noise over time")
 
 
+def compare(measured: dict[str, list[dict]], key: str) -> Figure | None:
+    """One quantity of metrics.jsonl for several runs, {name: `records`}; None where no run has it."""
+    found = {name: curve for name, lines in measured.items() if (curve := _curve(lines, key))}
+    return _panels({key: found}, f"{key} by run", [key], False) if found else None
+
+
 def _panels(panels: dict, title: str, labels: list[str], log: bool | list[bool]) -> Figure:
     longest = max(len(steps) for series in panels.values() for steps, _ in series.values())
     smooth = max(1, longest // 50)
     return curve_panels(panels, title=title, ylabels=labels[: len(panels)], log=log, smooth=smooth)
 
 
-def _records(run: Path) -> list[dict]:
-    """The measurements of a run; a line that is being written is left out."""
+def records(run: Path) -> list[dict]:
+    """The measurements of a run, a dict for each line; one that is being written is left out."""
     path, found = run / "metrics.jsonl", []
     for line in path.read_bytes().split(b"\n")[:-1] if path.is_file() else ():
         try:
