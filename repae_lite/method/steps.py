@@ -150,6 +150,14 @@ class Mechanics:
         cut = len(self.chunks(len(z))) > 1 and not sit.config.fixed_latent_stats
         return sit.bn.whole_batch(z) if cut else nullcontext()
 
+    def micro_batch(self, name: str, *, last: bool) -> AbstractContextManager:
+        """Around the forward and backward pass of a micro-batch in the update of the network of this name."""
+        return nullcontext()
+
+    def forward(self, name: str, losses_of: Callable[..., tuple], *batch) -> tuple:
+        """The forward pass in the update of the network of this name: `losses_of(*batch)`."""
+        return losses_of(*batch)
+
     def backward(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
         """Adds the gradient of one micro-batch's share of the loss, for this optimiser to apply."""
         loss.backward()
@@ -362,9 +370,11 @@ def _update(
     optimizer.zero_grad(set_to_none=True)
     for chunk in mechanics.chunks(size):
         share = (chunk.stop - chunk.start) / size  # 1 without micro-batches
-        with mechanics.autocast():
-            loss, losses, *outputs = losses_of(state, *(_cut(value, chunk) for value in batch))
-        mechanics.backward(loss * share, optimizer)
+        with mechanics.micro_batch(name, last=chunk.stop == size):
+            piece = [_cut(value, chunk) for value in batch]
+            with mechanics.autocast():
+                loss, losses, *outputs = mechanics.forward(name, losses_of, state, *piece)
+            mechanics.backward(loss * share, optimizer)
         shares.append({key: value.detach() * share for key, value in losses.items()})
         pieces.append([output if output is None else output.detach() for output in outputs])
     norm = mechanics.update(getattr(state, name), optimizer, state.config.max_grad_norm)

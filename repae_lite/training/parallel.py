@@ -5,19 +5,23 @@ N processes with b images make the step of one process with N * b, and a resumed
 state to continue as if it had never stopped.
 """
 
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 
 from repae_lite.method.interpolant import sample_time
 from repae_lite.method.steps import Draws, Mechanics
-from repae_lite.utils.processes import mean_over_processes, process_count
 from repae_lite.utils.seeding import generator
 
-BUCKET = 2**24  # numbers that are averaged over processes at once: 64 MiB
+# Every parameter that trains has a gradient in each of its network's updates, so none has to be searched for
+# (which is what static_graph would save), and the only buffers, BatchNorm's, are equal anyway.
+DDP = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
 PRECISIONS = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -95,27 +99,27 @@ def draw(
     )
 
 
-@torch.no_grad()
-def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Replaces gradients by their mean over processes, a bucket at a time."""
-    if process_count() == 1:
-        return
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    while gradients:
-        bucket, size = [], 0
-        while gradients and (not bucket or size + gradients[0].numel() <= BUCKET):
-            bucket.append(gradients.pop(0))
-            size += bucket[-1].numel()
-        flat = mean_over_processes(torch.cat([g.flatten() for g in bucket]))
-        for g, mean in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
-            g.copy_(mean.view_as(g))
+class Losses(nn.Module):
+    """The losses in one network's update, as a forward pass that DistributedDataParallel can wrap.
+
+    The network is the only submodule: other networks, which this update leaves alone, come with the training
+    state.
+    """
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, losses_of: Callable[..., tuple], *batch) -> tuple:
+        """See `Mechanics.forward`."""
+        return losses_of(*batch)
 
 
 class ParallelMechanics(Mechanics):
     """Updates in mixed precision, with gradients averaged over processes.
 
-    Gradients are averaged here, and not by DistributedDataParallel, so that SiT's and the VAE's methods stay
-    plain calls. With fp16 each optimiser has its own loss scale.
+    accelerate wraps the networks (`distribute`). Its mixed precision is not used: it has one loss scale for
+    all optimisers, so that an overflow of one network would hold up the others, and no fp16 on a CPU.
 
     Args:
         device: where the networks are.
@@ -141,6 +145,29 @@ class ParallelMechanics(Mechanics):
             name: torch.amp.GradScaler(device.type) for name in optimizers if self.dtype == torch.float16
         }
         self._scaler_of = {optimizers[name]: scaler for name, scaler in self.scalers.items()}
+        self.distributed: dict[str, nn.Module] = {}
+
+    def distribute(self, accelerator: Accelerator, networks: dict[str, nn.Module]) -> None:
+        """Lets networks train together with those of the other processes; all of them must call this.
+
+        In the networks' updates, gradients are averaged over processes while the backward pass goes on. A
+        process alone keeps everything as it is.
+        """
+        if accelerator.num_processes == 1:
+            return
+        with warnings.catch_warnings():  # accelerate does not know the option's new name
+            warnings.filterwarnings("ignore", ".*broadcast_buffers.* is deprecated", FutureWarning)
+            self.distributed = {
+                name: accelerator.prepare_model(Losses(network)) for name, network in networks.items()
+            }
+
+    def micro_batch(self, name: str, *, last: bool) -> AbstractContextManager:
+        """Gradients of a network are averaged with its last micro-batch; those before only add to them."""
+        return nullcontext() if last or name not in self.distributed else self.distributed[name].no_sync()
+
+    def forward(self, name: str, losses_of: Callable[..., tuple], *batch) -> tuple:
+        """`losses_of(*batch)`, by way of DistributedDataParallel if there are several processes."""
+        return self.distributed[name](losses_of, *batch) if name in self.distributed else losses_of(*batch)
 
     def autocast(self) -> AbstractContextManager:
         """The precision of forward passes."""
@@ -152,8 +179,7 @@ class ParallelMechanics(Mechanics):
         (scaler.scale(loss) if scaler else loss).backward()
 
     def update(self, module: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
-        """Averages, clips and applies the gradients; returns their norm before clipping."""
-        average_gradients(module.parameters())
+        """Clips and applies the gradients; returns their norm before clipping."""
         scaler = self._scaler_of.get(optimizer)
         if self.strict and not scaler:
             return super().update(module, optimizer, max_norm)

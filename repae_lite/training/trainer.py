@@ -32,7 +32,7 @@ from repae_lite.networks.latent_stats import LatentStats
 from repae_lite.training.build import build, latent_stats, open_data, run_judge
 from repae_lite.training.config import TrainConfig, differences, values
 from repae_lite.training.divergence import Finding, Guard
-from repae_lite.training.parallel import ParallelMechanics, StepBatches, draw, share_of
+from repae_lite.training.parallel import DDP, ParallelMechanics, StepBatches, draw, share_of
 from repae_lite.training.run_folder import (
     Checkpoint,
     RunFolder,
@@ -52,7 +52,7 @@ from repae_lite.utils.output import patient_output
 from repae_lite.utils.pixels import save_grid, to_uint8, to_unit_range
 from repae_lite.utils.processes import (
     WAITING,
-    any_process,
+    StopFlag,
     check_settings,
     join,
     mean_over_processes,
@@ -110,7 +110,7 @@ def _accelerator(config: TrainConfig) -> Accelerator:
             project_config=ProjectConfiguration(
                 project_dir=config.output_dir, logging_dir=str(Path(config.output_dir) / config.logging_dir)
             ),
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=WAITING)],  # of a group that MPI started
+            kwargs_handlers=[DDP, InitProcessGroupKwargs(timeout=WAITING)],  # of a group that MPI started
         )
     except (ValueError, KeyError, ImportError, NotImplementedError) as error:
         raise ValueError(f"accelerate cannot start ({error}): look at its settings ({settings()})") from None
@@ -198,6 +198,7 @@ class Trainer:
             falls=config.divergence_falls,
             variance=config.divergence_variance,
         )
+        self.stop = StopFlag(self.device)
         self.rollbacks = 0
         self.judge = run_judge(config, self.device)
         if self.judge:
@@ -219,6 +220,7 @@ class Trainer:
             if self.main:
                 self._open_folder(own)
         same_everywhere(*self.networks.values())
+        self.mechanics.distribute(self.accelerator, {name: self.networks[name] for name in state.optimizers})
         if config.on_divergence == "rollback" and state.step == 0:
             self._save()
         log = RunLog(
@@ -242,7 +244,7 @@ class Trainer:
                     self._diverged(finding)
                     log.ended = None
                     log.back_to(state.step)
-                elif self._stopped(caught):
+                elif self.stop.up:
                     self._save()
                     name = signal.Signals(caught[0]).name if caught else "a signal to another process"
                     log.ended = f"stopped by {name}"
@@ -309,12 +311,9 @@ class Trainer:
                 if state.step % config.checkpointing_steps == 0:
                     self._save()
                     log.checkpointed()
-                if self._stopped(caught):
+                if self.stop.after_step(bool(caught)):
                     return None
         return None
-
-    def _stopped(self, caught: list[int]) -> bool:
-        return any_process(bool(caught), self.device)
 
     def _batches(self, steps: range) -> StepBatches:
         """Which images this process takes in these steps."""
@@ -621,6 +620,9 @@ def _compile(state, device: torch.device) -> None:
     if obstacle:
         logger.warning(f"training goes on without --compile: {obstacle}")
         return
+    # What is compiled is small already: one block's gradients are averaged while the next one computes. The
+    # cuts of DistributedDataParallel would not help, and do not work where activations are recomputed.
+    torch._dynamo.config.optimize_ddp = False
     for module in (state.vae.encoder, state.vae.decoder, *(state.sit.blocks if state.sit else ())):
         module.compile()
 

@@ -6,7 +6,8 @@ where they meet; accelerate decides on devices and the backend.
 
 import hashlib
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -24,6 +25,7 @@ MEETING = timedelta(minutes=30)  # until all are there: machines may start one a
 # In a barrier, for what the first process does alone. The longest is a checkpoint of SiT-XL, 11 GB with its
 # optimisers: two hours are enough for a disk that writes 1.6 MB/s.
 WAITING = timedelta(hours=2)
+ASKING = 2.0  # seconds: launchers and schedulers give 30 and more from their signal to the end
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 # Settings of accelerate that this project does not honour: what they may be, and what to do otherwise.
 OFF = ("", "0", "f", "false", "n", "no", "off")
@@ -236,9 +238,38 @@ def mean_over_processes(values: Tensor) -> Tensor:
     return values
 
 
-def any_process(flag: bool, device: torch.device) -> bool:
-    """Whether the flag is up in any process."""
-    return bool(mean_over_processes(torch.tensor([float(flag)], device=device)) > 0)
+class StopFlag:
+    """Whether any process has been asked to stop: the same answer after the same step in all of them.
+
+    Every process waits for the answer, so they ask about every two seconds instead of after each step; after
+    how many steps they ask again is part of the answer.
+
+    Args:
+        device: of the collective.
+        clock: seconds.
+
+    Attributes:
+        up: the last answer.
+    """
+
+    def __init__(self, device: torch.device, clock: Callable[[], float] = time.monotonic):
+        self.device, self.clock, self.up = device, clock, False
+        self._steps, self._passed, self._asked = 1, 0, clock()  # ask after so many steps; since then; when
+
+    def after_step(self, asked: bool) -> bool:
+        """To be called after every step with what this process knows; a process alone knows everything."""
+        if process_count() == 1:
+            self.up = asked
+            return self.up
+        self._passed += 1
+        if self._passed == self._steps:
+            now = self.clock()
+            answer = torch.tensor([float(asked), (now - self._asked) / self._steps], device=self.device)
+            dist.all_reduce(answer, dist.ReduceOp.MAX)
+            asked, seconds = answer.tolist()  # of the slowest process
+            self.up, self._asked, self._passed = bool(asked), now, 0
+            self._steps = max(1, int(ASKING / max(seconds, 1e-3)))
+        return self.up
 
 
 @torch.no_grad()
