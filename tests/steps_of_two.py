@@ -19,6 +19,8 @@ from repae_lite.method.steps import Draws, TrainState, all_updates, latent_updat
 from repae_lite.networks.layers import set_gradient_checkpointing
 from repae_lite.networks.sit import SiT
 from repae_lite.training.parallel import DDP, ParallelMechanics, share_of
+from repae_lite.training.run_folder import named_state
+from repae_lite.training.sharding import ShardedSiT, whole
 from repae_lite.utils.processes import StopFlag, join, leave, mean_over_processes
 
 RATES = {"sit": 0.05, "vae": 0.01, "discriminator": 0.01}
@@ -34,6 +36,12 @@ KINDS = {
     "no weight on alignment": ({"proj_coeff": 0.0}, {}),
     "naive": (NAIVE, {}),
     "bf16": ({}, {"precision": "bf16"}),
+    "in pieces": ({}, {}),
+    "in pieces, recomputed activations": ({}, {"gradient_checkpointing": True}),
+    "in pieces, naive, micro-batches": (
+        NAIVE | {"vae_loss": VAELossConfig(gan_weight=0.0)},
+        {"micro_batches": 2},
+    ),
     "frozen VAE": ({}, {}),
     "plain SiT": ({"proj_coeff": 0.0}, {}),
 }
@@ -53,15 +61,38 @@ def prepared(kind: str, accelerator: Accelerator) -> TrainState:
     if kind in LATENTS_ALONE:
         state.vae.requires_grad_(False)
         networks = {"sit": state.sit}
-    # With plain SGD a weight's difference is a gradient's.
+    # With SGD a weight's difference is a gradient's.
     state.optimizers = {
-        name: torch.optim.SGD([p for p in network.parameters() if p.requires_grad], RATES[name])
+        name: torch.optim.SGD([p for p in network.parameters() if p.requires_grad], RATES[name], momentum=0.5)
         for name, network in networks.items()
     }
     state.mechanics = ParallelMechanics(accelerator.device, optimizers=state.optimizers, **more)
     set_gradient_checkpointing(state.mechanics.gradient_checkpointing, state.vae, state.sit)
     state.mechanics.distribute(accelerator, networks)
     return state
+
+
+def cut(state: TrainState, accelerator: Accelerator) -> None:
+    """Goes on with SiT, its average and its optimiser in pieces."""
+    sharded = ShardedSiT(state.sit, state.ema, state.optimizers["sit"], accelerator.device)
+    whole_ones = {name: getattr(state, name) for name in state.optimizers if name != "sit"}
+    state.mechanics.distribute(accelerator, whole_ones, sharded)
+
+
+def numbers(state: TrainState) -> dict[str, Tensor]:
+    """Weights and statistics, and SiT's momenta; put together where they are in pieces."""
+    networks = {"ema": state.ema} | {name: getattr(state, name) for name in state.optimizers}
+    optimizer, sharded = state.optimizers["sit"], state.mechanics.sharded
+    if sharded:
+        device = torch.device("cpu")
+        networks |= {name: whole(networks[name], device) for name in ("sit", "ema")}
+        optimizer = sharded.whole_optimizer(networks["sit"])
+    momenta = named_state(optimizer, networks["sit"])
+    return {f"momentum.{name}": each["momentum_buffer"].clone() for name, each in momenta.items()} | {
+        f"{network}.{name}": tensor.clone()
+        for network, module in networks.items()
+        for name, tensor in module.state_dict().items()
+    }
 
 
 def steps(kind: str, accelerator: Accelerator, count: int = 3) -> tuple[list[dict], dict[str, Tensor]]:
@@ -71,7 +102,9 @@ def steps(kind: str, accelerator: Accelerator, count: int = 3) -> tuple[list[dic
     share = share_of(len(x), accelerator.process_index, accelerator.num_processes)
     mine = Draws(**draws, label_drop=torch.tensor([True, False, False, True]))[share]
     targets = [] if kind == "plain SiT" else [target[share] for target in targets]
-    for _ in range(count):
+    for step in range(count):
+        if step == 1 and "in pieces" in kind and accelerator.num_processes > 1:
+            cut(state, accelerator)
         if kind in LATENTS_ALONE:
             z = mine.eps_posterior + 0.5 * mine.eps.roll(1, 2)
             losses = latent_updates(state, z, LABELS[share], targets, mine)
@@ -79,12 +112,7 @@ def steps(kind: str, accelerator: Accelerator, count: int = 3) -> tuple[list[dic
             losses, _ = all_updates(state, x[share], LABELS[share], targets, mine)
         means = mean_over_processes(torch.stack([value.detach().float() for value in losses.values()]))
         history.append(dict(zip(losses, means.tolist(), strict=True)))
-    networks = {"ema": state.ema} | {name: getattr(state, name) for name in state.optimizers}
-    return history, {
-        f"{network}.{name}": tensor.clone()
-        for network, module in networks.items()
-        for name, tensor in module.state_dict().items()
-    }
+    return history, numbers(state)
 
 
 def layer(accelerator: Accelerator) -> tuple[nn.Linear, torch.optim.Optimizer, ParallelMechanics]:

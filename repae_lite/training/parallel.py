@@ -17,6 +17,7 @@ from torch.utils.data import Sampler
 
 from repae_lite.method.interpolant import sample_time
 from repae_lite.method.steps import Draws, Mechanics
+from repae_lite.training.sharding import ShardedSiT
 from repae_lite.utils.seeding import generator
 
 # Every parameter that trains has a gradient in each of its network's updates, so none has to be searched for
@@ -146,13 +147,22 @@ class ParallelMechanics(Mechanics):
         }
         self._scaler_of = {optimizers[name]: scaler for name, scaler in self.scalers.items()}
         self.distributed: dict[str, nn.Module] = {}
+        self.sharded: ShardedSiT | None = None
 
-    def distribute(self, accelerator: Accelerator, networks: dict[str, nn.Module]) -> None:
+    def distribute(
+        self, accelerator: Accelerator, networks: dict[str, nn.Module], sharded: ShardedSiT | None = None
+    ) -> None:
         """Lets networks train together with those of the other processes; all of them must call this.
 
         In the networks' updates, gradients are averaged over processes while the backward pass goes on. A
         process alone keeps everything as it is.
+
+        Args:
+            accelerator: of these processes.
+            networks: by name, as whole in every process.
+            sharded: SiT, if it is in pieces; it is then not among the others.
         """
+        self.sharded = sharded
         if accelerator.num_processes == 1:
             return
         with warnings.catch_warnings():  # accelerate does not know the option's new name
@@ -163,7 +173,11 @@ class ParallelMechanics(Mechanics):
 
     def micro_batch(self, name: str, *, last: bool) -> AbstractContextManager:
         """Gradients of a network are averaged with its last micro-batch; those before only add to them."""
-        return nullcontext() if last or name not in self.distributed else self.distributed[name].no_sync()
+        if last:
+            return nullcontext()
+        if name == "sit" and self.sharded:
+            return self.sharded.summing()
+        return self.distributed[name].no_sync() if name in self.distributed else nullcontext()
 
     def forward(self, name: str, losses_of: Callable[..., tuple], *batch) -> tuple:
         """`losses_of(*batch)`, by way of DistributedDataParallel if there are several processes."""
@@ -178,6 +192,11 @@ class ParallelMechanics(Mechanics):
         scaler = self._scaler_of.get(optimizer)
         (scaler.scale(loss) if scaler else loss).backward()
 
+    def clip(self, module: nn.Module, max_norm: float) -> Tensor:
+        """Scales gradients down to a norm; returns the one that they had, in pieces or not."""
+        norm = super().clip(module, max_norm)
+        return norm.full_tensor() if self.sharded and module is self.sharded.sit else norm
+
     def update(self, module: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
         """Clips and applies the gradients; returns their norm before clipping."""
         scaler = self._scaler_of.get(optimizer)
@@ -185,7 +204,7 @@ class ParallelMechanics(Mechanics):
             return super().update(module, optimizer, max_norm)
         if scaler:
             scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(module.parameters(), max_norm)
+        norm = self.clip(module, max_norm)
         if scaler:
             scaler.step(optimizer)  # does nothing if a gradient is not finite
             scaler.update()
