@@ -20,7 +20,7 @@ from repae_lite.networks.layers import set_gradient_checkpointing
 from repae_lite.networks.sit import SiT
 from repae_lite.training.parallel import DDP, ParallelMechanics, share_of
 from repae_lite.training.run_folder import named_state
-from repae_lite.training.sharding import ShardedSiT, whole
+from repae_lite.training.sharding import ShardedSiT
 from repae_lite.utils.processes import StopFlag, join, leave, mean_over_processes
 
 RATES = {"sit": 0.05, "vae": 0.01, "discriminator": 0.01}
@@ -85,7 +85,7 @@ def numbers(state: TrainState) -> dict[str, Tensor]:
     optimizer, sharded = state.optimizers["sit"], state.mechanics.sharded
     if sharded:
         device = torch.device("cpu")
-        networks |= {name: whole(networks[name], device) for name in ("sit", "ema")}
+        networks |= {name: sharded.whole(networks[name], device) for name in ("sit", "ema")}
         optimizer = sharded.whole_optimizer(networks["sit"])
     momenta = named_state(optimizer, networks["sit"])
     return {f"momentum.{name}": each["momentum_buffer"].clone() for name, each in momenta.items()} | {

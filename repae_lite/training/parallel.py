@@ -8,6 +8,7 @@ state to continue as if it had never stopped.
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
@@ -17,8 +18,10 @@ from torch.utils.data import Sampler
 
 from repae_lite.method.interpolant import sample_time
 from repae_lite.method.steps import Draws, Mechanics
-from repae_lite.training.sharding import ShardedSiT
 from repae_lite.utils.seeding import generator
+
+if TYPE_CHECKING:
+    from repae_lite.training.sharding import ShardedSiT
 
 # Every parameter that trains has a gradient in each of its network's updates, so none has to be searched for
 # (which is what static_graph would save), and the only buffers, BatchNorm's, are equal anyway.
@@ -150,7 +153,7 @@ class ParallelMechanics(Mechanics):
         self.sharded: ShardedSiT | None = None
 
     def distribute(
-        self, accelerator: Accelerator, networks: dict[str, nn.Module], sharded: ShardedSiT | None = None
+        self, accelerator: Accelerator, networks: dict[str, nn.Module], sharded: "ShardedSiT | None" = None
     ) -> None:
         """Lets networks train together with those of the other processes; all of them must call this.
 

@@ -61,6 +61,15 @@ class ShardedSiT:
         finally:
             self.sit.set_requires_gradient_sync(True)
 
+    def whole(self, network: SiT, device: torch.device) -> SiT:
+        """A whole copy of SiT or its average; a process that needs none calls this, too, with "meta"."""
+        with torch.device("meta"):
+            copy = SiT(network.config)
+        copy.requires_grad_(False).train(network.training)
+        state = {name: _whole_tensor(tensor, device) for name, tensor in network.state_dict().items()}
+        copy.load_state_dict(state, assign=True)
+        return copy
+
     def whole_optimizer(self, sit: SiT) -> torch.optim.Optimizer:
         """The optimiser's states for the parameters of a whole copy, and where that is."""
         names = {piece: name for name, piece in self.sit.named_parameters()}
@@ -72,16 +81,6 @@ class ShardedSiT:
                 for key, value in state.items()
             }
         return found
-
-
-def whole(sit: SiT, device: torch.device) -> SiT:
-    """A whole copy of a SiT in pieces; all processes must call this, those that need none with "meta"."""
-    with torch.device("meta"):
-        copy = SiT(sit.config)
-    copy.requires_grad_(False).train(sit.training)
-    state = {name: _whole_tensor(tensor, device) for name, tensor in sit.state_dict().items()}
-    copy.load_state_dict(state, assign=True)
-    return copy
 
 
 def _whole_tensor(tensor: Tensor, device: torch.device) -> Tensor:

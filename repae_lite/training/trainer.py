@@ -46,7 +46,6 @@ from repae_lite.training.run_folder import (
     with_way_out,
 )
 from repae_lite.training.run_log import RunLog, check_tracker
-from repae_lite.training.sharding import ShardedSiT, whole
 from repae_lite.utils.devices import check_device, choose_precision, loading, try_compile
 from repae_lite.utils.files import set_aside, write_text
 from repae_lite.utils.locks import locked
@@ -206,7 +205,7 @@ class Trainer:
             variance=config.divergence_variance,
         )
         self.stop = StopFlag(self.device)
-        self.sharded: ShardedSiT | None = None
+        self.sharded = None  # a ShardedSiT with --shard
         self.rollbacks = 0
         self.judge = run_judge(config, self.device)
         if self.judge:
@@ -264,6 +263,8 @@ class Trainer:
         """Lets all processes train the same networks."""
         networks = {name: self.networks[name] for name in self.state.optimizers}
         if self.config.shard:
+            from repae_lite.training.sharding import ShardedSiT  # slow to import: only --shard pays for it
+
             sit, optimizer = networks.pop("sit"), self.state.optimizers["sit"]
             self.sharded = ShardedSiT(sit, self.state.ema, optimizer, self.device)
         self.mechanics.distribute(self.accelerator, networks, self.sharded)
@@ -465,7 +466,7 @@ class Trainer:
         networks, optimizers = self.networks, self.state.optimizers
         if self.sharded:
             device = torch.device("cpu" if self.main else "meta")
-            copies = {name: whole(networks[name], device) for name in ("sit", "ema")}
+            copies = {name: self.sharded.whole(networks[name], device) for name in ("sit", "ema")}
             networks = networks | copies
             optimizers = optimizers | {"sit": self.sharded.whole_optimizer(copies["sit"])}
         return networks, optimizers
@@ -473,7 +474,7 @@ class Trainer:
     def _whole_ema(self, *, wanted: bool = True) -> SiT | None:
         """The moving average, to sample from; all processes must call this, and those that want it get it."""
         device = self.device if wanted else torch.device("meta")
-        return whole(self.state.ema, device) if self.sharded else self.state.ema
+        return self.sharded.whole(self.state.ema, device) if self.sharded else self.state.ema
 
     def _args(self) -> dict:
         """The options as they are stored, with what the networks made of those not given."""

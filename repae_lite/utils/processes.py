@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -135,7 +136,10 @@ def _address() -> str:
 def _meet() -> tuple[dist.Store, int, int]:
     """The store that all processes share, this one's number, and how many they are."""
     try:
-        return next(dist.rendezvous("env://", timeout=MEETING))
+        store, rank, size = next(dist.rendezvous("env://", timeout=MEETING))
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            store = unwritten(store, rank, size)
+        return store, rank, size
     except (dist.DistError, ValueError) as error:
         reason = first_line(error)
     if "EADDRINUSE" in reason:
@@ -148,6 +152,32 @@ def _meet() -> tuple[dist.Store, int, int]:
         f"the {os.environ['WORLD_SIZE']} processes cannot meet at {_address()} ({reason}): check MASTER_ADDR "
         "and MASTER_PORT, and that all of them were started"
     )
+
+
+def unwritten(store: dist.Store, rank: int, size: int) -> dist.Store:
+    """A part of a launcher's store that nobody has written into.
+
+    torchrun keeps its store over restarts, with the addresses of processes that are gone, and those who find
+    them wait for hours. So each process asks by a name of its own, and the first one answers until all have
+    heard.
+
+    Raises:
+        dist.DistError: the others do not come.
+    """
+    own, late = uuid4().hex, time.monotonic() + MEETING.total_seconds()
+    if rank > 0:
+        store.set(f"asks/{rank}", own)
+        first = store.get(f"answer/{own}").decode()
+        store.add(f"heard/{first}", 1)
+        return dist.PrefixStore(first, store)
+    while store.add(f"heard/{own}", 0) < size - 1:
+        for other in range(1, size):
+            if store.check([f"asks/{other}"]):
+                store.set(f"answer/{store.get(f'asks/{other}').decode()}", own)
+        if time.monotonic() > late:
+            raise dist.DistError("Timed out")
+        time.sleep(0.05)
+    return dist.PrefixStore(own, store)
 
 
 def leave(*, together: bool) -> None:
