@@ -91,7 +91,7 @@ def memory_advice(args: argparse.Namespace, error: BaseException) -> str:
     if not config.gradient_checkpointing:
         ways.append("--gradient-checkpointing (most of the activations, for about a third more time)")
     several = int(os.environ.get("WORLD_SIZE") or 1) > 1
-    if several and not config.shard and config.command != "vae":
+    if several and config.command != "vae" and not config.shard and config.mixed_precision != "fp16":
         ways.append("--shard (a part of SiT and of its optimiser on each process)")
     if config.mixed_precision == "no" and not config.cpu:
         ways.append("--mixed-precision bf16 or fp16 (about half of the activations)")
