@@ -46,12 +46,17 @@ share() {{
 }}
 alone() {{ srun --nodes=1 --ntasks=1 --ntasks-per-node=1 "$@"; }}
 
-# step DONE HOW COMMAND...: 143 is an end by SLURM's SIGTERM, five minutes before time is up: queue again.
+# step DONE HOW COMMAND...: a process that was killed or crashed (134, 135, 137, 139) is no mistake of the
+# command: all of its processes start again, three times at most, and go on from what is there. 143 is an end
+# by SLURM's SIGTERM, five minutes before time is up: queue again.
 step() {{
   if [ -n "$1" ] && [ -e "$1" ]; then return; fi
   shift
-  "$@"
-  code=$?
+  for _ in 1 2 3 4; do
+    "$@"
+    code=$?
+    case "$code" in 134 | 135 | 137 | 139) ;; *) break ;; esac
+  done
   if [ "$code" -eq 143 ]; then scontrol requeue "$SLURM_JOB_ID"; fi
   if [ "$code" -ne 0 ]; then exit "$code"; fi
 }}

@@ -24,9 +24,9 @@ HEADINGS = {
 METAVARS = {int: "N", float: "X", str: "NAME"}
 EXIT_CODES = """exit codes: 0 finished; 2 a mistake in the command, the data or the disk, told in one
 sentence; 3 halted by the collapse guard; 143 stopped by SIGTERM or SIGUSR1 and 130 by Ctrl-C, in both cases
-after the running step and with a checkpoint: the same command with --resume latest continues, on a CPU to the
-bit, as if nothing had happened. A killed run (SIGKILL, power) continues from its last checkpoint in the same
-way."""
+after the running step and with a checkpoint (several processes: all after the same step, about two seconds
+later): the same command with --resume latest continues, on a CPU to the bit, as if nothing had happened. A
+killed run (SIGKILL, power) continues from its last checkpoint in the same way."""
 
 
 def train_flags(command: str) -> dict[str, dict[str, dict]]:
@@ -90,6 +90,9 @@ def memory_advice(args: argparse.Namespace, error: BaseException) -> str:
         )
     if not config.gradient_checkpointing:
         ways.append("--gradient-checkpointing (most of the activations, for about a third more time)")
+    several = int(os.environ.get("WORLD_SIZE") or 1) > 1
+    if several and config.command != "vae" and not config.shard and config.mixed_precision != "fp16":
+        ways.append("--shard (a part of SiT and of its optimiser on each process)")
     if config.mixed_precision == "no" and not config.cpu:
         ways.append("--mixed-precision bf16 or fp16 (about half of the activations)")
     if config.batch_size > 1:

@@ -150,9 +150,21 @@ class Mechanics:
         cut = len(self.chunks(len(z))) > 1 and not sit.config.fixed_latent_stats
         return sit.bn.whole_batch(z) if cut else nullcontext()
 
+    def micro_batch(self, name: str, *, last: bool) -> AbstractContextManager:
+        """Around the forward and backward pass of a micro-batch in the update of the network of this name."""
+        return nullcontext()
+
+    def forward(self, name: str, losses_of: Callable[..., tuple], *batch) -> tuple:
+        """The forward pass in the update of the network of this name: `losses_of(*batch)`."""
+        return losses_of(*batch)
+
     def backward(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
         """Adds the gradient of one micro-batch's share of the loss, for this optimiser to apply."""
         loss.backward()
+
+    def clip(self, module: nn.Module, max_norm: float) -> Tensor:
+        """Scales gradients down to a norm; returns the one that they had."""
+        return nn.utils.clip_grad_norm_(module.parameters(), max_norm)
 
     def update(self, module: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
         """Clips and applies the gradients; returns their norm before clipping.
@@ -161,7 +173,7 @@ class Mechanics:
             FloatingPointError: the norm is not finite; weights, optimiser and moving average are then as
                 before the update.
         """
-        norm = nn.utils.clip_grad_norm_(module.parameters(), max_norm)
+        norm = self.clip(module, max_norm)
         if not bool(norm.isfinite()):
             raise FloatingPointError(
                 f"the gradient norm of {type(module).__name__} is {float(norm)}: lower the learning rate, or "
@@ -250,16 +262,24 @@ def make_ema(sit: SiT) -> SiT:
 
 @torch.no_grad()
 def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
-    """Moves every float tensor of ema towards model, BatchNorm statistics too; integer buffers are copied."""
-    source = model.state_dict()
+    """Moves every float tensor of ema towards model, BatchNorm statistics too; integer buffers are copied.
+
+    Of networks that FSDP has cut, both in the same way, each process moves its own pieces.
+    """
+    source = _own_pieces(model)
     averaged, current = [], []
-    for name, tensor in ema.state_dict().items():
+    for name, tensor in _own_pieces(ema).items():
         if tensor.is_floating_point():
             averaged.append(tensor)
             current.append(source[name].to(tensor.dtype))
         else:
             tensor.copy_(source[name])
     torch._foreach_lerp_(averaged, current, 1 - decay)
+
+
+def _own_pieces(module: nn.Module) -> dict[str, Tensor]:
+    state = module.state_dict()
+    return {name: t.to_local() if hasattr(t, "to_local") else t for name, t in state.items()}
 
 
 @contextmanager
@@ -362,9 +382,11 @@ def _update(
     optimizer.zero_grad(set_to_none=True)
     for chunk in mechanics.chunks(size):
         share = (chunk.stop - chunk.start) / size  # 1 without micro-batches
-        with mechanics.autocast():
-            loss, losses, *outputs = losses_of(state, *(_cut(value, chunk) for value in batch))
-        mechanics.backward(loss * share, optimizer)
+        with mechanics.micro_batch(name, last=chunk.stop == size):
+            piece = [_cut(value, chunk) for value in batch]
+            with mechanics.autocast():
+                loss, losses, *outputs = mechanics.forward(name, losses_of, state, *piece)
+            mechanics.backward(loss * share, optimizer)
         shares.append({key: value.detach() * share for key, value in losses.items()})
         pieces.append([output if output is None else output.detach() for output in outputs])
     norm = mechanics.update(getattr(state, name), optimizer, state.config.max_grad_norm)

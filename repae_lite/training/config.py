@@ -346,6 +346,14 @@ class TrainConfig:
     gradient_checkpointing: bool = _option(
         False, "recompute activations: less memory, about a third more time", "machine", free=True
     )
+    shard: bool = _option(
+        False,
+        "keep a part of SiT's weights, moving average and optimiser states on each process (FSDP2): less "
+        "memory, the same step and the same checkpoints",
+        "machine",
+        only="repae ldm",
+        free=True,
+    )
     micro_batches: int = _option(
         1,
         "cut every process's batch into so many parts: less memory, the same step",
@@ -566,6 +574,11 @@ class TrainConfig:
                 "it to 0",
             ),
             (
+                self.shard and self.on_divergence == "rollback",
+                "--shard cannot roll back while it runs: give --on-divergence halt, then start from the last "
+                "good checkpoint with --resume PATH and another --exp-name",
+            ),
+            (
                 self.command == "ldm" and self.vae_ckpt == NONE,
                 "train-ldm needs a trained VAE, which stays as it is: give --vae-ckpt FILE",
             ),
@@ -599,6 +612,8 @@ class TrainConfig:
         Raises:
             ValueError: see above.
         """
+        if self.shard and precision == "fp16":
+            raise ValueError("--shard has no loss scale, as fp16 needs: give --mixed-precision bf16 or no")
         why = f"in precision {precision} (--mixed-precision {self.mixed_precision})"
         if precision != "fp16":
             self.refuse_idle("fp16", why, by="mixed_precision")

@@ -5,19 +5,27 @@ N processes with b images make the step of one process with N * b, and a resumed
 state to continue as if it had never stopped.
 """
 
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 
 from repae_lite.method.interpolant import sample_time
 from repae_lite.method.steps import Draws, Mechanics
-from repae_lite.utils.processes import mean_over_processes, process_count
 from repae_lite.utils.seeding import generator
 
-BUCKET = 2**24  # numbers that are averaged over processes at once: 64 MiB
+if TYPE_CHECKING:
+    from repae_lite.training.sharding import ShardedSiT
+
+# Every parameter that trains has a gradient in each of its network's updates, so none has to be searched for
+# (which is what static_graph would save), and the only buffers, BatchNorm's, are equal anyway.
+DDP = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
 PRECISIONS = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -95,27 +103,27 @@ def draw(
     )
 
 
-@torch.no_grad()
-def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Replaces gradients by their mean over processes, a bucket at a time."""
-    if process_count() == 1:
-        return
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    while gradients:
-        bucket, size = [], 0
-        while gradients and (not bucket or size + gradients[0].numel() <= BUCKET):
-            bucket.append(gradients.pop(0))
-            size += bucket[-1].numel()
-        flat = mean_over_processes(torch.cat([g.flatten() for g in bucket]))
-        for g, mean in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
-            g.copy_(mean.view_as(g))
+class Losses(nn.Module):
+    """The losses in one network's update, as a forward pass that DistributedDataParallel can wrap.
+
+    The network is the only submodule: other networks, which this update leaves alone, come with the training
+    state.
+    """
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, losses_of: Callable[..., tuple], *batch) -> tuple:
+        """See `Mechanics.forward`."""
+        return losses_of(*batch)
 
 
 class ParallelMechanics(Mechanics):
     """Updates in mixed precision, with gradients averaged over processes.
 
-    Gradients are averaged here, and not by DistributedDataParallel, so that SiT's and the VAE's methods stay
-    plain calls. With fp16 each optimiser has its own loss scale.
+    accelerate wraps the networks (`distribute`). Its mixed precision is not used: it has one loss scale for
+    all optimisers, so that an overflow of one network would hold up the others, and no fp16 on a CPU.
 
     Args:
         device: where the networks are.
@@ -141,6 +149,42 @@ class ParallelMechanics(Mechanics):
             name: torch.amp.GradScaler(device.type) for name in optimizers if self.dtype == torch.float16
         }
         self._scaler_of = {optimizers[name]: scaler for name, scaler in self.scalers.items()}
+        self.distributed: dict[str, nn.Module] = {}
+        self.sharded: ShardedSiT | None = None
+
+    def distribute(
+        self, accelerator: Accelerator, networks: dict[str, nn.Module], sharded: "ShardedSiT | None" = None
+    ) -> None:
+        """Lets networks train together with those of the other processes; all of them must call this.
+
+        In the networks' updates, gradients are averaged over processes while the backward pass goes on. A
+        process alone keeps everything as it is.
+
+        Args:
+            accelerator: of these processes.
+            networks: by name, as whole in every process.
+            sharded: SiT, if it is in pieces; it is then not among the others.
+        """
+        self.sharded = sharded
+        if accelerator.num_processes == 1:
+            return
+        with warnings.catch_warnings():  # accelerate does not know the option's new name
+            warnings.filterwarnings("ignore", ".*broadcast_buffers.* is deprecated", FutureWarning)
+            self.distributed = {
+                name: accelerator.prepare_model(Losses(network)) for name, network in networks.items()
+            }
+
+    def micro_batch(self, name: str, *, last: bool) -> AbstractContextManager:
+        """Gradients of a network are averaged with its last micro-batch; those before only add to them."""
+        if last:
+            return nullcontext()
+        if name == "sit" and self.sharded:
+            return self.sharded.summing()
+        return self.distributed[name].no_sync() if name in self.distributed else nullcontext()
+
+    def forward(self, name: str, losses_of: Callable[..., tuple], *batch) -> tuple:
+        """`losses_of(*batch)`, by way of DistributedDataParallel if there are several processes."""
+        return self.distributed[name](losses_of, *batch) if name in self.distributed else losses_of(*batch)
 
     def autocast(self) -> AbstractContextManager:
         """The precision of forward passes."""
@@ -151,15 +195,19 @@ class ParallelMechanics(Mechanics):
         scaler = self._scaler_of.get(optimizer)
         (scaler.scale(loss) if scaler else loss).backward()
 
+    def clip(self, module: nn.Module, max_norm: float) -> Tensor:
+        """Scales gradients down to a norm; returns the one that they had, in pieces or not."""
+        norm = super().clip(module, max_norm)
+        return norm.full_tensor() if self.sharded and module is self.sharded.sit else norm
+
     def update(self, module: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
-        """Averages, clips and applies the gradients; returns their norm before clipping."""
-        average_gradients(module.parameters())
+        """Clips and applies the gradients; returns their norm before clipping."""
         scaler = self._scaler_of.get(optimizer)
         if self.strict and not scaler:
             return super().update(module, optimizer, max_norm)
         if scaler:
             scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(module.parameters(), max_norm)
+        norm = self.clip(module, max_norm)
         if scaler:
             scaler.step(optimizer)  # does nothing if a gradient is not finite
             scaler.update()

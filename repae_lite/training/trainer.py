@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from repae_lite.data.datasets import read_batches
@@ -29,10 +29,11 @@ from repae_lite.evaluation.generate import Sampling, draw_images
 from repae_lite.method.losses import spatial_norm
 from repae_lite.method.steps import GRAD_NORMS, Draws, all_updates, as_floats, latent_updates
 from repae_lite.networks.latent_stats import LatentStats
+from repae_lite.networks.sit import SiT
 from repae_lite.training.build import build, latent_stats, open_data, run_judge
 from repae_lite.training.config import TrainConfig, differences, values
 from repae_lite.training.divergence import Finding, Guard
-from repae_lite.training.parallel import ParallelMechanics, StepBatches, draw, share_of
+from repae_lite.training.parallel import DDP, ParallelMechanics, StepBatches, draw, share_of
 from repae_lite.training.run_folder import (
     Checkpoint,
     RunFolder,
@@ -52,7 +53,7 @@ from repae_lite.utils.output import patient_output
 from repae_lite.utils.pixels import save_grid, to_uint8, to_unit_range
 from repae_lite.utils.processes import (
     WAITING,
-    any_process,
+    StopFlag,
     check_settings,
     join,
     mean_over_processes,
@@ -110,7 +111,7 @@ def _accelerator(config: TrainConfig) -> Accelerator:
             project_config=ProjectConfiguration(
                 project_dir=config.output_dir, logging_dir=str(Path(config.output_dir) / config.logging_dir)
             ),
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=WAITING)],  # of a group that MPI started
+            kwargs_handlers=[DDP, InitProcessGroupKwargs(timeout=WAITING)],  # of a group that MPI started
         )
     except (ValueError, KeyError, ImportError, NotImplementedError) as error:
         raise ValueError(f"accelerate cannot start ({error}): look at its settings ({settings()})") from None
@@ -176,6 +177,11 @@ class Trainer:
                 f"{self.share.stop - self.share.start} images per process cannot be cut into {cuts} "
                 "micro-batches: lower --micro-batches"
             )
+        if config.shard and accelerator.num_processes == 1:
+            raise ValueError(
+                "--shard cuts SiT into a part for each process, and there is one: start several with "
+                "accelerate launch or torchrun, or leave it out"
+            )
         per_epoch = self._batches(range(0)).per_epoch
         self.last_step = min(config.max_train_steps, per_epoch * (config.epochs or math.inf))
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
@@ -198,6 +204,8 @@ class Trainer:
             falls=config.divergence_falls,
             variance=config.divergence_variance,
         )
+        self.stop = StopFlag(self.device)
+        self.sharded = None  # a ShardedSiT with --shard
         self.rollbacks = 0
         self.judge = run_judge(config, self.device)
         if self.judge:
@@ -219,6 +227,7 @@ class Trainer:
             if self.main:
                 self._open_folder(own)
         same_everywhere(*self.networks.values())
+        self._distribute()
         if config.on_divergence == "rollback" and state.step == 0:
             self._save()
         log = RunLog(
@@ -242,13 +251,23 @@ class Trainer:
                     self._diverged(finding)
                     log.ended = None
                     log.back_to(state.step)
-                elif self._stopped(caught):
+                elif self.stop.up:
                     self._save()
                     name = signal.Signals(caught[0]).name if caught else "a signal to another process"
                     log.ended = f"stopped by {name}"
                     raise SystemExit(130 if caught and caught[0] == signal.SIGINT else 143)
             self._save()
             log.ended = "finished"
+
+    def _distribute(self) -> None:
+        """Lets all processes train the same networks."""
+        networks = {name: self.networks[name] for name in self.state.optimizers}
+        if self.config.shard:
+            from repae_lite.training.sharding import ShardedSiT  # slow to import: only --shard pays for it
+
+            sit, optimizer = networks.pop("sit"), self.state.optimizers["sit"]
+            self.sharded = ShardedSiT(sit, self.state.ema, optimizer, self.device)
+        self.mechanics.distribute(self.accelerator, networks, self.sharded)
 
     def _open_folder(self, own: bool) -> None:
         """Makes the folder ready for what this start writes; `own`: it goes on from a checkpoint of its own.
@@ -309,12 +328,9 @@ class Trainer:
                 if state.step % config.checkpointing_steps == 0:
                     self._save()
                     log.checkpointed()
-                if self._stopped(caught):
+                if self.stop.after_step(bool(caught)):
                     return None
         return None
-
-    def _stopped(self, caught: list[int]) -> bool:
-        return any_process(bool(caught), self.device)
 
     def _batches(self, steps: range) -> StepBatches:
         """Which images this process takes in these steps."""
@@ -415,6 +431,7 @@ class Trainer:
     @together()
     def _save(self) -> None:
         """Writes a checkpoint of the current step, and removes old ones."""
+        networks, optimizers = self._whole()
         if self.main and self.state.step not in self.folder.checkpoints():
             config, state = self.config, self.state
             self.folder.sync_metrics()
@@ -435,14 +452,29 @@ class Trainer:
             }
             self.folder.save(
                 state.step,
-                self.networks,
-                state.optimizers,
+                networks,
+                optimizers,
                 self._latent_stats(),
                 extras,
                 kind=config.checkpoint_format,
                 interim=state.step % config.checkpointing_steps > 0 and state.step < self.last_step,
             )
             self.folder.prune(keep_last=config.keep_last, milestone_steps=config.milestone_steps)
+
+    def _whole(self) -> tuple[dict[str, nn.Module], dict[str, torch.optim.Optimizer]]:
+        """Networks and optimisers for a checkpoint; pieces are put together in the first process's memory."""
+        networks, optimizers = self.networks, self.state.optimizers
+        if self.sharded:
+            device = torch.device("cpu" if self.main else "meta")
+            copies = {name: self.sharded.whole(networks[name], device) for name in ("sit", "ema")}
+            networks = networks | copies
+            optimizers = optimizers | {"sit": self.sharded.whole_optimizer(copies["sit"])}
+        return networks, optimizers
+
+    def _whole_ema(self, *, wanted: bool = True) -> SiT | None:
+        """The moving average, to sample from; all processes must call this, and those that want it get it."""
+        device = self.device if wanted else torch.device("meta")
+        return self.sharded.whole(self.state.ema, device) if self.sharded else self.state.ema
 
     def _args(self) -> dict:
         """The options as they are stored, with what the networks made of those not given."""
@@ -573,7 +605,9 @@ class Trainer:
         """Metrics of the moving average's samples by the run's protocol, and which that is."""
         state, training = self.state, self.state.vae.training
         state.vae.eval()
-        found = self.judge(state.ema, state.vae, seed=self.config.seed, path_type=self.config.path_type)
+        found = self.judge(
+            self._whole_ema(), state.vae, seed=self.config.seed, path_type=self.config.path_type
+        )
         state.vae.train(training)
         return {f"eval_{name}": value for name, value in found.items()} | self._eval_protocol()
 
@@ -583,6 +617,7 @@ class Trainer:
 
     def _sample(self) -> None:
         """Draws a grid of the moving average's samples, or of a lone VAE's reconstructions."""
+        ema = self._whole_ema(wanted=self.main)
         if self.main:
             state, count = self.state, self.config.sample_images
             training = state.vae.training
@@ -593,13 +628,13 @@ class Trainer:
                 ).to(self.device)
                 images = to_uint8(torch.cat([x, state.vae.decode(state.vae.encode(x).mode())]))
             else:
-                size, g = state.ema.config, generator("samples", self.config.seed)
+                size, g = ema.config, generator("samples", self.config.seed)
                 eps = torch.randn(count, size.in_channels, size.input_size, size.input_size, generator=g)
                 labels = torch.arange(count) % size.num_classes
                 sampling = Sampling(
                     steps=SAMPLE_STEPS, path_type=self.config.path_type, count=count, to_uint8="round"
                 )
-                (images,) = draw_images(state.ema, state.vae, sampling, range(count), labels, eps=eps)
+                (images,) = draw_images(ema, state.vae, sampling, range(count), labels, eps=eps)
             state.vae.train(training)
             path = self.folder.path / "samples" / f"{state.step:07d}.png"
             try:
@@ -621,6 +656,9 @@ def _compile(state, device: torch.device) -> None:
     if obstacle:
         logger.warning(f"training goes on without --compile: {obstacle}")
         return
+    # What is compiled is small already: one block's gradients are averaged while the next one computes. The
+    # cuts of DistributedDataParallel would not help, and do not work where activations are recomputed.
+    torch._dynamo.config.optimize_ddp = False
     for module in (state.vae.encoder, state.vae.decoder, *(state.sit.blocks if state.sit else ())):
         module.compile()
 

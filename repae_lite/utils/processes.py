@@ -6,10 +6,12 @@ where they meet; accelerate decides on devices and the backend.
 
 import hashlib
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -24,6 +26,7 @@ MEETING = timedelta(minutes=30)  # until all are there: machines may start one a
 # In a barrier, for what the first process does alone. The longest is a checkpoint of SiT-XL, 11 GB with its
 # optimisers: two hours are enough for a disk that writes 1.6 MB/s.
 WAITING = timedelta(hours=2)
+ASKING = 2.0  # seconds: launchers and schedulers give 30 and more from their signal to the end
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 # Settings of accelerate that this project does not honour: what they may be, and what to do otherwise.
 OFF = ("", "0", "f", "false", "n", "no", "off")
@@ -133,7 +136,10 @@ def _address() -> str:
 def _meet() -> tuple[dist.Store, int, int]:
     """The store that all processes share, this one's number, and how many they are."""
     try:
-        return next(dist.rendezvous("env://", timeout=MEETING))
+        store, rank, size = next(dist.rendezvous("env://", timeout=MEETING))
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            store = unwritten(store, rank, size)
+        return store, rank, size
     except (dist.DistError, ValueError) as error:
         reason = first_line(error)
     if "EADDRINUSE" in reason:
@@ -146,6 +152,32 @@ def _meet() -> tuple[dist.Store, int, int]:
         f"the {os.environ['WORLD_SIZE']} processes cannot meet at {_address()} ({reason}): check MASTER_ADDR "
         "and MASTER_PORT, and that all of them were started"
     )
+
+
+def unwritten(store: dist.Store, rank: int, size: int) -> dist.Store:
+    """A part of a launcher's store that nobody has written into.
+
+    torchrun keeps its store over restarts, with the addresses of processes that are gone, and those who find
+    them wait for hours. So each process asks by a name of its own, and the first one answers until all have
+    heard.
+
+    Raises:
+        dist.DistError: the others do not come.
+    """
+    own, late = uuid4().hex, time.monotonic() + MEETING.total_seconds()
+    if rank > 0:
+        store.set(f"asks/{rank}", own)
+        first = store.get(f"answer/{own}").decode()
+        store.add(f"heard/{first}", 1)
+        return dist.PrefixStore(first, store)
+    while store.add(f"heard/{own}", 0) < size - 1:
+        for other in range(1, size):
+            if store.check([f"asks/{other}"]):
+                store.set(f"answer/{store.get(f'asks/{other}').decode()}", own)
+        if time.monotonic() > late:
+            raise dist.DistError("Timed out")
+        time.sleep(0.05)
+    return dist.PrefixStore(own, store)
 
 
 def leave(*, together: bool) -> None:
@@ -236,9 +268,38 @@ def mean_over_processes(values: Tensor) -> Tensor:
     return values
 
 
-def any_process(flag: bool, device: torch.device) -> bool:
-    """Whether the flag is up in any process."""
-    return bool(mean_over_processes(torch.tensor([float(flag)], device=device)) > 0)
+class StopFlag:
+    """Whether any process has been asked to stop: the same answer after the same step in all of them.
+
+    Every process waits for the answer, so they ask about every two seconds instead of after each step; after
+    how many steps they ask again is part of the answer.
+
+    Args:
+        device: of the collective.
+        clock: seconds.
+
+    Attributes:
+        up: the last answer.
+    """
+
+    def __init__(self, device: torch.device, clock: Callable[[], float] = time.monotonic):
+        self.device, self.clock, self.up = device, clock, False
+        self._steps, self._passed, self._asked = 1, 0, clock()  # ask after so many steps; since then; when
+
+    def after_step(self, asked: bool) -> bool:
+        """To be called after every step with what this process knows; a process alone knows everything."""
+        if process_count() == 1:
+            self.up = asked
+            return self.up
+        self._passed += 1
+        if self._passed == self._steps:
+            now = self.clock()
+            answer = torch.tensor([float(asked), (now - self._asked) / self._steps], device=self.device)
+            dist.all_reduce(answer, dist.ReduceOp.MAX)
+            asked, seconds = answer.tolist()  # of the slowest process
+            self.up, self._asked, self._passed = bool(asked), now, 0
+            self._steps = max(1, int(ASKING / max(seconds, 1e-3)))
+        return self.up
 
 
 @torch.no_grad()

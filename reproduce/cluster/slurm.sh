@@ -19,11 +19,15 @@ export MASTER_ADDR MASTER_PORT OMP_NUM_THREADS="$SLURM_CPUS_PER_TASK"
 
 # The command of one GPU, with --resume latest: a first start, a requeued job and one after a crash are the same line.
 # When one has ended, in whatever way, the others have two minutes to end as well: they might wait for it for hours.
-# shellcheck disable=SC2016  # expanded by each task
-srun --kill-on-bad-exit=0 --wait=120 bash -c '
-  export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
-  exec python -m repae_lite train-repae --preset repae-sdvae --data-dir data --output-dir exps --resume latest'
-code=$?
+# A task that was killed or crashed (134, 135, 137, 139) is no mistake of the command: all start again, three times at most.
+for _ in 1 2 3 4; do
+  # shellcheck disable=SC2016  # expanded by each task
+  srun --kill-on-bad-exit=0 --wait=120 bash -c '
+    export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
+    exec python -m repae_lite train-repae --preset repae-sdvae --data-dir data --output-dir exps --resume latest'
+  code=$?
+  case "$code" in 134 | 135 | 137 | 139) ;; *) break ;; esac
+done
 
 # 143: stopped by SLURM's SIGTERM, five minutes before the end, with a checkpoint of the last step.
 if [ "$code" -eq 143 ]; then

@@ -104,11 +104,12 @@ def test_a_script_runs_all_commands_in_order_and_passes_over_what_is_there(plan,
     assert [words for words in ran if "generate" in words]
 
 
-@pytest.mark.parametrize("code", [1, 143])
-def test_slurm_queues_again_what_was_preempted_and_nothing_else(plan, bench, tmp_path, code):
+@pytest.mark.parametrize(("code", "starts"), [(1, 1), (137, 4), (143, 1)])
+def test_slurm_restarts_what_crashed_and_queues_again_what_was_preempted(plan, bench, tmp_path, code, starts):
     ended, ran = bench(emit(plan, "slurm"), fail="train-repae", code=code)
     assert ended == code and ran[-1][3] == "train-repae" and ran[-1][0] == "2"  # of two processes
-    assert [words[0] for words in ran[:-1]] == [""] * (len(ran) - 1)  # the others are alone
+    assert [words[3] for words in ran].count("train-repae") == starts
+    assert {words[0] for words in ran[:-starts]} == {""}  # the others are alone
     queued = tmp_path / "log.scontrol"
     assert (queued.read_text() == "requeue 17\n") if code == 143 else not queued.exists()
     code, ran = bench(emit(plan, "slurm"))

@@ -218,7 +218,7 @@ ALWAYS = """exp_name output_dir seed data_dir resolution num_classes vae_latents
 loss_cfg_path model cfg_prob bn_momentum train_pos_embed enc_type vae_align_proj_coeff vae_diffusion_coeff
 path_type prediction weighting max_train_steps epochs batch_size gradient_accumulation_steps learning_rate
 vae_learning_rate lr_warmup_steps optimizer adam_weight_decay max_grad_norm ema_decay mixed_precision
-allow_tf32 cpu compile gradient_checkpointing micro_batches report_to logging_steps sampling_steps
+allow_tf32 cpu compile gradient_checkpointing shard micro_batches report_to logging_steps sampling_steps
 eval_every checkpointing_steps keep_last checkpoint_format resume resume_step continue_train_exp_dir
 on_divergence""".split()
 REFUSED_ALWAYS = ["qk_norm", "fused_attn", "wandb_history_path"]

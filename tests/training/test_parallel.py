@@ -7,7 +7,7 @@ from torch import nn
 from repae_lite.method.interpolant import sample_time
 from repae_lite.method.steps import Mechanics
 from repae_lite.training.parallel import ParallelMechanics, StepBatches, draw, share_of
-from repae_lite.utils.processes import any_process, mean_over_processes
+from repae_lite.utils.processes import StopFlag, mean_over_processes
 from repae_lite.utils.seeding import generator
 
 ALL = slice(0, 4)
@@ -81,7 +81,8 @@ def test_keys_give_independent_generators():
 def test_one_process_is_enough():
     x = torch.tensor([1.0, 2.0])
     assert torch.equal(mean_over_processes(x.clone()), x)
-    assert any_process(True, x.device) and not any_process(False, x.device)
+    stop = StopFlag(x.device)
+    assert [stop.after_step(asked) for asked in (False, True)] == [False, True] and stop.up
 
 
 # ---------------------------------------------------------------- updates

@@ -3,6 +3,7 @@ on CPUs.
 """
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -42,6 +43,7 @@ LAUNCH += [
     "--main_process_port",
     "0",
 ]
+ELASTIC = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 # With plain SGD a weight's difference is a gradient's; Adam would blow up rounding where a gradient is nearly
 # zero.
 OPTIONS = {
@@ -82,7 +84,7 @@ def test_two_processes_cache_the_latents_of_one(tmp_path):
     assert main([*words, "--vae-latents-name=one"]) == 0
     done = subprocess.run(
         [*LAUNCH, "-m", "repae_lite", *words, "--vae-latents-name=two"],
-        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300,
+        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=900,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("21 latents of shape") == 1
@@ -104,7 +106,7 @@ def test_two_processes_draw_the_images_of_one(tmp_path):
     for name, start in (("one", [sys.executable]), ("two", LAUNCH)):
         done = subprocess.run(
             [*start, "-m", "repae_lite", *words, f"--sample-dir={tmp_path / name}"],
-            cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300,
+            cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=900,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
         assert done.stdout.count("21 images of 32 × 32 pixels") == 1
@@ -118,7 +120,7 @@ def pair(tmp_path_factory) -> tuple[RunFolder, RunFolder]:
     """The same run by one process and by two."""
     folder = tmp_path_factory.mktemp("pair")
     done = subprocess.run(
-        launch(folder, **OPTIONS), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300
+        launch(folder, **OPTIONS), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "2 on each of 2 processes" in done.stderr
@@ -149,6 +151,31 @@ def test_weights_and_statistics_agree(pair):
     assert {"sit.pos_embed", "discriminator.main.0.weight", "vae.encoder.conv_in.weight"} <= one.keys()
 
 
+@pytest.mark.timeout(1800)
+def test_a_run_goes_on_with_another_number_of_processes_and_with_sit_in_pieces(pair, tmp_path):
+    options = OPTIONS | {"max_train_steps": 4, "resume": "latest"}
+    for name, folder in (("one", pair[0]), ("from two", pair[1]), ("two", pair[1])):
+        shutil.copytree(folder.path, tmp_path / name)
+    train(config_in(tmp_path, "one", **options))
+    train(config_in(tmp_path, "from two", cpu=True, **options))
+    words = launch(tmp_path, **options, shard=True, sampling_steps=4, sample_images=2)
+    done = subprocess.run(
+        words, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=1500, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    straight, *others = (RunFolder(tmp_path / name) for name in ("one", "from two", "two"))
+    for other in others:
+        assert other.metrics()[-1]["step"] == 4
+        assert other.metrics()[-1] == pytest.approx(straight.metrics()[-1], rel=1e-4, abs=1e-6)
+        one, two = weights(straight, 4), weights(other, 4)
+        assert one.keys() == two.keys()
+        for name, tensor in one.items():
+            assert_close(
+                tensor, two[name], rtol=1e-4, atol=4e-6, msg=lambda text, name=name: f"{name}: {text}"
+            )
+    assert (others[1].path / "samples" / "0000004.png").is_file()
+
+
 def test_a_signal_to_the_launcher_ends_in_a_checkpoint(tmp_path):
     words = launch(tmp_path, max_train_steps=1000, checkpointing_steps=1000, logging_steps=1)
     process = subprocess.Popen(words, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
@@ -160,6 +187,51 @@ def test_a_signal_to_the_launcher_ends_in_a_checkpoint(tmp_path):
     _, errors = process.communicate(timeout=240)
     (step,) = folder.checkpoints()
     assert folder.metrics()[-1]["step"] == step, errors[-2000:]
+
+
+KILLED = """
+import os, signal, sys
+from repae_lite.commands import main
+from repae_lite.training import trainer
+
+# attempt: which process is killed, in which of its steps
+kills = {0: (1, 1), 1: (0, 3)}
+rank, count = kills.get(int(os.environ["TORCHELASTIC_RESTART_COUNT"]), (None, 0))
+updates, calls = trainer.all_updates, 0
+
+def call(*args, **kwargs):
+    global calls
+    calls += 1
+    if os.environ["RANK"] == str(rank) and calls == count:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return updates(*args, **kwargs)
+
+trainer.all_updates = call
+sys.exit(main.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.timeout(1800)
+def test_a_launcher_restarts_killed_processes_and_the_run_goes_on_to_the_bit(pair, tmp_path):
+    """One is killed before there is a checkpoint; in the second attempt the other one, after two."""
+    (tmp_path / "killed.py").write_text(KILLED)
+    words = launch(tmp_path, **OPTIONS | {"checkpointing_steps": 1}, resume="latest")[len(LAUNCH) + 2 :]
+    elastic = [*ELASTIC, "--max-restarts", "2", str(tmp_path / "killed.py")]
+    done = subprocess.run(
+        [*elastic, *words],
+        cwd=ROOT,
+        env=environment() | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=1200,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    folder, straight = RunFolder(tmp_path / "two"), pair[1]
+    assert [session["from_step"] for session in folder.sessions()] == [0, 0, 2]
+    assert folder.metrics_path.read_bytes() == straight.metrics_path.read_bytes()
+    resumed, expected = weights(folder, 3), weights(straight, 3)
+    assert resumed.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in resumed.items())
 
 
 @pytest.mark.parametrize("damaged", [False, True])

@@ -1,9 +1,11 @@
 """What a launcher's or accelerate's settings may be, and where processes cannot meet: one sentence each."""
 
 import socket
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import pytest
+import torch.distributed as dist
 
 from repae_lite.utils import processes
 from repae_lite.utils.processes import (
@@ -13,6 +15,7 @@ from repae_lite.utils.processes import (
     join,
     started_together,
     together,
+    unwritten,
 )
 
 TOGETHER = {
@@ -71,3 +74,28 @@ def test_a_port_in_use_and_processes_that_do_not_come(launched, monkeypatch):
             join(cpu=True)
     with pytest.raises(ConnectionError, match=r"the 2 processes cannot meet at 127\.0\.0\.1:.* \(Timed out"):
         join(cpu=True)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0)])
+def test_processes_that_are_started_again_find_nothing_of_those_before(order):
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    starts = 0
+
+    def start(rank: int) -> list[bytes]:
+        client = dist.TCPStore("127.0.0.1", server.port, is_master=False, timeout=timedelta(seconds=60))
+        store = unwritten(client, rank, 3)
+        store.set(f"address/{rank}", f"{rank} of start {starts}")
+        return [store.get(f"address/{other}") for other in range(3)]
+
+    for starts in range(3):
+        with ThreadPoolExecutor(3) as pool:
+            everyone = list(pool.map(start, order))
+        for addresses in everyone:
+            assert addresses == [f"{rank} of start {starts}".encode() for rank in range(3)]
+
+
+def test_processes_that_are_started_again_and_do_not_come(monkeypatch):
+    monkeypatch.setattr(processes, "MEETING", timedelta(seconds=1))
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    with pytest.raises(dist.DistError, match="Timed out"):
+        unwritten(server, 0, 2)
