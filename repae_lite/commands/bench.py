@@ -288,7 +288,7 @@ def report_against(found: dict) -> str:
     for way, entry in found["ways"].items():
         way = way.replace("_", " ")
         if "idle" in entry:
-            cells.append([way, "—", f"nothing: {entry['idle']}"])
+            cells.append([way, "—", f"not measured: {entry['idle']}"])
         else:
             cost = entry["cost"]
             cells.append(

@@ -530,13 +530,16 @@ def against(settings: Settings, reference: ModuleType) -> dict:
     idle = {"float32_losses": "there is no autocast"} if precision == "no" else {}
     if ours.discriminator is None:
         idle["loss_calls"] = "there is no discriminator"
+    if settings.config.compile:  # every way would be compiled anew
+        idle = dict.fromkeys(reference.WAYS, "it is measured without --compile")
     del ours, setup, calls  # a third state may not fit beside them
-    faster = networks(settings).state
-    calls = {"": step_of(faster, reference.Official.only())}
-    for way in reference.WAYS:
-        if way not in idle:  # the optimisers' states, too, have a layout
+    ways, spent = [way for way in reference.WAYS if way not in idle], {}
+    if ways:
+        faster = networks(settings).state
+        calls = {"": step_of(faster, reference.Official.only())}
+        for way in ways:  # the optimisers' states, too, have a layout
             calls[way] = step_of(theirs if way == "contiguous" else faster, reference.Official.only(way))
-    spent = in_turns(calls, device, **turns)
+        spent = in_turns(calls, device, **turns)
     return {
         "losses": losses,
         "tolerance": tolerance,

@@ -34,7 +34,7 @@ def test_a_step_is_measured_shown_and_written(tmp_path, capsys):
     for name in ("REPA-E step", "VAE decode", "SiT, backward", "moving average", "reference / ours: median"):
         assert any(line.startswith(name) for line in lines), name
     assert f"{found['against']['ratio']['median']:.3f}" in said
-    assert "loss calls" in said and "nothing: there is no discriminator" in said
+    assert "loss calls" in said and "not measured: there is no discriminator" in said
     assert Image.open(folder / "bench.png").width > 600
 
 
