@@ -109,10 +109,10 @@ def run(args: argparse.Namespace) -> None:
     if started_together():
         raise ValueError("repae bench is one process's work: start it without accelerate or torchrun")
     reference = reference_module() if args.against else None
-    given = {name: value for name, value in vars(args).items() if name in OPTIONS}
+    given = {name: value for name, value in vars(args).items() if name in OPTIONS and name != "output_dir"}
     device, output = choose_device(args.device), Path(args.output_dir)
     settings = benchmark.Settings(
-        benchmark.bench_config(**{name: value for name, value in given.items() if name != "output_dir"}),
+        benchmark.bench_config(**given),
         device,
         repeats=args.repeats,
         warmup=args.warmup,
@@ -254,7 +254,7 @@ def report(content: dict) -> str:
     busy = f", load {about['load']} when it began" if "load" in about else ""
     products = ", ".join(f"{value / 1e9:,.4g} GFLOP/s ({name})" for name, value in found["matmul"].items())
     lines.append(
-        f"{about['device']}, {about['cores']} cores, {about['threads']} threads{busy}; precision "
+        f"{about['device']}, {about['cores']} cores, threads used {about['threads']}{busy}; precision "
         f"{content['precision']}; peaks measured here: products {products or 'not needed'}, copies "
         f"{found['copy'] / 1e9:,.4g} GB/s"
     )
@@ -300,6 +300,7 @@ def report_against(found: dict) -> str:
 def chart(rows: list[dict]) -> object | None:
     """Where the time of each training step goes, as bars; None without one."""
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
     rows = [row for row in rows if "parts" in row]
     if not rows:
@@ -325,10 +326,8 @@ def chart(rows: list[dict]) -> object | None:
         ax.spines[["top", "right"]].set_visible(False)
         ax.margins(x=0.1)
     axes[-1].set_xlabel("milliseconds")
-    handles = [axes[0].barh(0, 0, color=kinds[kind]) for kind in ("forward", "backward", "")]
-    figure.legend(
-        handles, ["forward", "backward", "neither"], loc="outside upper right", ncols=3, frameon=False
-    )
+    handles = [Patch(color=colour, label=kind or "neither") for kind, colour in kinds.items()]
+    figure.legend(handles=handles, loc="outside upper right", ncols=len(kinds), frameon=False)
     return figure
 
 

@@ -165,22 +165,29 @@ def stability(day: Day) -> Found:
         command = _train(day, name, steps, *words, "--mixed-precision", precision)
         day.run(name, ["-m", "repae_lite", *command])
         lines = _metrics(day, name)
-        measures = {key: [line[key] for line in lines] for key in lines[-1]}
+        measures = {  # null is a number that is not finite
+            key: [line[key] for line in lines if line.get(key) is not None] for key in lines[-1]
+        }
         others = ("step", "lr_", "grad_norm_", "loss_scale_")
         yield (
             precision,
             {
                 "steps": lines[-1]["step"],
+                "steps with a number that is not finite": sum(None in line.values() for line in lines),
                 "mean of the last 50": {
                     key: sum(values[-50:]) / len(values[-50:])
                     for key, values in measures.items()
-                    if not key.startswith(others)
+                    if values and not key.startswith(others)
                 },
                 "largest": {
-                    key: max(values) for key, values in measures.items() if key.startswith("grad_norm_")
+                    key: max(values)
+                    for key, values in measures.items()
+                    if values and key.startswith("grad_norm_")
                 },
                 "smallest": {
-                    key: min(values) for key, values in measures.items() if key.startswith("loss_scale_")
+                    key: min(values)
+                    for key, values in measures.items()
+                    if values and key.startswith("loss_scale_")
                 },
             },
         )
@@ -273,6 +280,7 @@ def main() -> int:
     day.folder.mkdir(parents=True, exist_ok=True)
     path = day.folder / "gpu_day.json"
     about = head(f"python reproduce/benchmarks/gpu_day.py{' --quick' * day.quick}", day.device)
+    about["machine"] = about["machine"].removesuffix(", 1 thread")  # commands take as many as they like
     about |= {"commit": commit(), "quick": day.quick, "parts": {}}
     before = json.loads(path.read_text()) if path.is_file() else about
     same = all(before[key] == about[key] for key in ("machine", "versions", "commit", "quick"))

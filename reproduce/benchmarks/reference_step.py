@@ -103,7 +103,8 @@ class ReferenceStep:
         metrics: dict[str, Tensor] = {}
 
         # 1. The VAE learns; SiT is frozen and in eval mode.
-        state.vae.train(), state.sit.eval()
+        state.vae.train()
+        state.sit.eval()
         for p in self.sit_trains:
             p.requires_grad_(False)
         with self.autocast():
@@ -228,7 +229,8 @@ class ReferenceStep:
             elif self.official.ema_by_parameter:
                 tensor.mul_(decay).add_(source[name], alpha=1 - decay)
             else:
-                averaged.append(tensor), current.append(source[name])
+                averaged.append(tensor)
+                current.append(source[name])
         if averaged:
             torch._foreach_lerp_(averaged, current, 1 - decay)
 
