@@ -268,6 +268,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="only try the parts, as on a CPU")
     parser.add_argument("--only", choices=PARTS, nargs="+", default=list(PARTS), help="some of the parts")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the commands are ended, too
     if options.device == "cuda" and not torch.cuda.is_available():
         print(
             f"torch {torch.__version__} finds no CUDA GPU: --device cpu --quick tries the parts without one"
