@@ -38,6 +38,7 @@ COMMANDS = (  # "cache-latents" is cache_latents.py
     "probe",
     "compare",
     "reproduce",
+    "bench",
 )
 DEBUG = {
     "action": "store_true",

@@ -6,7 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 from reference_models import (
+    LOSS_TOLERANCE,
     REFERENCE,
+    assert_golden_steps,
     golden,
     golden_discriminator,
     golden_lpips,
@@ -175,49 +177,9 @@ def test_golden_samplers(tensors, sit, name):
     assert_close(sample, tensors[f"sampler.{name}"], rtol=1e-4, atol=1e-4)
 
 
-# Losses of the first step agree to 1e-5. After it they cannot agree as well, whoever computes them: Adam's
-# first updates move every
-# weight by lr times the *sign* of its gradient, and where a gradient is rounding noise the sign is too. Run
-# in float64, this code
-# differs from the float32 reference by 4e-5 (second step) and 1.1e-4 (third) of a loss, as much as its
-# float32 runs with one
-# and two threads differ from each other; gradient norms by up to 2e-3.
-LOSS_TOLERANCE = (1e-5, 1e-4, 5e-4)
-NORM_TOLERANCE = (1e-4, 5e-4, 4e-3)
-# Means of signed terms of order one (cosines, logits): their error is relative to the terms, not to what is
-# left after cancelling.
-SIGNED = {"vae_align": 1.0, "sit_align": 1.0, "logits_real": 1.0, "logits_fake": 1.0, "weighted_gan": 0.1}
-
-
 @pytest.mark.parametrize("variant", ["official", "corrected"])
-def test_golden_three_training_steps(reference, variant):
-    tensors, numbers = reference
-    state = golden_state(variant)
-    for step, expected in enumerate(numbers[f"steps_{variant}"]):
-        losses = repae_step(
-            state,
-            tensors["images"][step] / 127.5 - 1,
-            tensors["labels"][step],
-            tensors[f"targets.{step}.0"],
-            eps_posterior=tensors["posterior_eps"][step],
-            t=tensors["t"][step].flatten(),
-            eps=tensors["noise"][step],
-        )
-        assert losses.keys() == expected.keys()
-        for name, value in expected.items():
-            tolerance = (NORM_TOLERANCE if name.startswith("grad_norm") else LOSS_TOLERANCE)[step]
-            scale = SIGNED.get(name, abs(expected["vae_reg"] if name == "kl" and step else value))
-            assert losses[name] == pytest.approx(value, abs=tolerance * scale), f"step {step}: {name}"
-
-    trained = {"vae": state.vae, "sit": state.sit, "ema": state.ema, "discriminator": state.discriminator}
-    for model, expected in numbers[f"after_{variant}"].items():
-        floats = {k: v.double() for k, v in trained[model].state_dict().items() if v.is_floating_point()}
-        assert floats.keys() == expected.keys()
-        for name, (total, norm) in expected.items():
-            assert float(floats[name].norm()) == pytest.approx(norm, rel=1e-3), f"{model}.{name}: norm"
-            # |sum of a difference| <= sqrt(n) |difference|: the bound that 1e-3 of the norm allows.
-            slack = 1e-3 * norm * floats[name].numel() ** 0.5
-            assert float(floats[name].sum()) == pytest.approx(total, abs=slack), f"{model}.{name}: sum"
+def test_golden_three_training_steps(variant):
+    assert_golden_steps(golden_state(variant), variant, repae_step)
 
 
 def test_golden_variants_differ(reference):

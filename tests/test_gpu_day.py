@@ -1,0 +1,110 @@
+"""The half hour on a GPU: budgets are kept, results survive, and every part can be tried on a CPU."""
+
+import json
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "reproduce" / "benchmarks"
+
+
+@pytest.fixture
+def gpu_day(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import gpu_day
+
+    yield gpu_day
+    for name in ("gpu_day", "record"):
+        sys.modules.pop(name, None)
+
+
+def start(gpu_day, monkeypatch, *words: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["gpu_day.py", *map(str, words)])
+    return gpu_day.main()
+
+
+def test_without_a_gpu_it_says_so(gpu_day, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert start(gpu_day, monkeypatch, "--output", tmp_path / "out") == 2
+    assert "finds no CUDA GPU: --device cpu --quick tries the parts" in capsys.readouterr().out
+    assert start(gpu_day, monkeypatch, "--device", "cpu", "--output", tmp_path / "out") == 2
+    assert "--device cpu goes with --quick" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_budgets_fit_into_25_minutes(gpu_day):
+    assert list(gpu_day.PARTS) == ["tests", "bench", "stability", "processes", "evidence"]
+    assert sum(budget for budget, _ in gpu_day.PARTS.values()) <= 25 * 60
+
+
+def test_a_part_that_takes_too_long_is_ended_and_keeps_what_it_found(gpu_day, monkeypatch, tmp_path):
+    def part(day):
+        yield "first", 1
+        script = "import os, subprocess, sys; print(os.getpid(), flush=True)\n"
+        script += "subprocess.run([sys.executable, '-c', 'import time; time.sleep(600)'])"
+        day.run("long", ["-c", script])
+        yield "second", 2
+
+    monkeypatch.setitem(gpu_day.PARTS, "tests", (5, part))
+    found = gpu_day.take("tests", gpu_day.Day(tmp_path, "cpu", True))
+    assert found["state"] == "out of time" and found["result"] == {"first": 1} and found["budget"] == 5
+    log = (tmp_path / "logs" / "long.log").read_text()
+    assert str(tmp_path / "logs" / "long.log") in found["why"]
+    left = [p for p in psutil.process_iter(["cmdline"]) if "time.sleep(600)" in str(p.info["cmdline"])]
+    assert not left and not (log and psutil.pid_exists(int(log)))
+
+
+def test_a_part_that_fails_says_why_and_the_others_run(gpu_day, monkeypatch, capsys, tmp_path):
+    calls = []
+
+    def fails(day):
+        calls.append("tests")
+        day.run("wrong", ["-c", "print('a line'); raise SystemExit('what went wrong')"])
+        yield "never", 0
+
+    def works(day):
+        calls.append("bench")
+        day.run("right", ["-c", "import os; print(os.environ['RANK'])"], ["-c", "pass"])
+        yield "rank", (day.folder / "logs" / "right.log").read_text().strip()
+
+    monkeypatch.setattr(gpu_day, "PARTS", {"tests": (60, fails), "bench": (60, works)})
+    words = ["--device", "cpu", "--quick", "--output", tmp_path]
+    assert start(gpu_day, monkeypatch, *words) == 1
+    assert "what went wrong" in json.loads((tmp_path / "tests.json").read_text())["why"]
+    assert json.loads((tmp_path / "bench.json").read_text())["result"] == {"rank": "0"}
+    record = json.loads((tmp_path / "gpu_day.json").read_text())
+    assert {name: part["state"] for name, part in record["parts"].items()} == {
+        "tests": "failed",
+        "bench": "done",
+    }
+    assert record["date"] and record["versions"]["torch"] and record["quick"] is True
+    assert start(gpu_day, monkeypatch, *words) == 1  # again: only what is not done
+    assert calls == ["tests", "bench", "tests"] and "bench: done before" in capsys.readouterr().out
+    assert start(gpu_day, monkeypatch, *words, "--only", "bench") == 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("part", ["tests", "bench", "stability", "processes", "evidence"])
+def test_every_part_can_be_tried_on_a_cpu(gpu_day, monkeypatch, part, tmp_path):
+    assert (
+        start(gpu_day, monkeypatch, "--device", "cpu", "--quick", "--only", part, "--output", tmp_path) == 0
+    )
+    found = json.loads((tmp_path / f"{part}.json").read_text())["result"]
+    assert (
+        found.keys()
+        == {
+            "tests": {"said"},
+            "bench": {"tiny"},
+            "stability": {"no", "bf16"},
+            "processes": {"steps", "largest relative differences"},
+            "evidence": {"learning_curves", "causes"},
+        }[part]
+    )
+    if part == "stability":
+        assert all(run["steps"] == 3 and run["largest"]["grad_norm_sit"] > 0 for run in found.values())
+    if part == "evidence":
+        assert found["causes"]["runs"] == [] and found["causes"]["samples"] == 2000
