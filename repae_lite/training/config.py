@@ -77,9 +77,9 @@ class TrainConfig:
 
     data_dir: str = _option(
         "data",
-        "images.h5 or its folder (repae preprocess), a folder of images, or WebDataset shards (a folder of "
-        "them, train-{000..099}.tar, hf://datasets/OWNER/NAME/train-{000..099}.tar); with --vae tiny the "
-        "embedded images",
+        "images.h5 or its folder (repae preprocess), a folder of images, or WebDataset shards: a folder of "
+        "them, 'train-{000..099}.tar', or 'hf://datasets/OWNER/NAME/train-{000..099}.tar'; with --vae tiny "
+        "the embedded images",
         "data",
         tiny="embedded",
         free=True,

@@ -1,6 +1,4 @@
-"""Shards are the data that the same images in a folder are, in any order and however they are named; whatever is
-wrong with them is one sentence.
-"""
+"""Shards are the same data as a folder of their images; what is wrong with them is told in one sentence."""
 
 import gzip
 import io
@@ -169,7 +167,7 @@ def test_images_without_classes_serve_what_needs_none(tmp_path):
 
 
 def test_members_are_matched_as_webdataset_does(tmp_path):
-    """By what stands before the first dot of the file's name; hidden files and other kinds are passed over."""
+    """By what stands before a name's first dot; hidden files and other kinds are passed over."""
     members = {
         "./1.0/a.JPG": png(0), "./1.0/a.cls": b"1", "./1.0/a.seg.png": b"not read", "./1.0/a.txt": b"x",
         "./1.0/._a.jpg": b"of macOS", "./1.0/.DS_Store": b"", "README": b"", "./2.0/a.webp": png(1),
@@ -188,8 +186,8 @@ def test_members_are_matched_as_webdataset_does(tmp_path):
     ({"part/0001.cls": b"-1"}, r"gives 'part/0001\.png' the label -1: labels are"),
     ({"part/0001.cls": b""}, r"gives 'part/0001\.png' the label '': labels are"),
     ({"part/0001.cls": b"999999999"}, r"gives 'part/0001\.png' the label 999999999: number the classes"),
-    ({"part/0001.cls": b"null"}, r"1 images in the shards of .* no class .* a\.tar/part/0001\.png first: add"),
-    ({"part/more.png": png(9)}, r"1 images in the shards of .* no class .* a\.tar/part/more\.png first: add"),
+    ({"part/0001.cls": b"null"}, r"1 images in .* have no class .* a\.tar/part/0001\.png first: add"),
+    ({"part/more.png": png(9)}, r"1 images in .* have no class .* a\.tar/part/more\.png first: add"),
     ({"part/0001.jpg": png(9)}, r"part/0001\.jpg in .*a\.tar is the second image of its sample: write"),
     ({"part/gone.cls": b"1"}, r"part/gone\.cls in .*a\.tar has no image beside it: write"),
 ])  # fmt: skip
