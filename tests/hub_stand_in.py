@@ -10,7 +10,7 @@ COMMITS = {"main": "1" * 40, "v1": "2" * 40}
 
 
 class HubStandIn(ThreadingHTTPServer):
-    """Serves repositories {"owner/name": {file: bytes}} at both revisions until it is closed.
+    """Serves repositories {"owner/name": {file: bytes}}, models or data sets, at both revisions until closed.
 
     Attributes:
         requests: (method, path, Range header or None) of every request.
@@ -67,8 +67,8 @@ class Answer(BaseHTTPRequestHandler):
             self.close_connection = True
             return None
         hub.requests.append((self.command, path, self.headers.get("Range")))
-        api = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(?:revision|tree)/(.+))?", path)
-        file = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
+        api = re.fullmatch(r"/api/(?:models|datasets)/([^/]+/[^/]+)(?:/(?:revision|tree)/(.+))?", path)
+        file = re.fullmatch(r"/(?:datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
         match = api or file
         if not match or match[1] not in hub.repositories:
             return self.reply(404, b"{}", {"X-Error-Code": "RepoNotFound"}, body)

@@ -20,12 +20,12 @@ FLAGS = {
         "--data-dir": {
             "default": "data",
             "metavar": "FOLDER",
-            "help": "preprocessed images, or a folder of images (default: data)",
+            "help": "preprocessed images, a folder of images, or shards as for training (default: data)",
         },
         "--resolution": {
             "type": int,
             "metavar": "PIXELS",
-            "help": "side of the images; needed for a folder of images (default: as they are)",
+            "help": "side of the images; needed for a folder or shards (default: as they are)",
         },
     },
     "what is written": {
@@ -96,6 +96,8 @@ def run(args: argparse.Namespace) -> None:
         workers = 0 if device == "cpu" else min(8, (os.cpu_count() or 1) // local_process_count())
     config = VAE_PRESETS[args.vae_arch] if args.vae_arch else None
     data = Path(args.data_dir)
+    if str(data).startswith("hf:") and not args.output_dir:
+        raise ValueError(f"{args.data_dir} is on the Hub: say by --output-dir where the latents go")
     path = Path(args.output_dir or (data if data.is_dir() else data.parent)) / f"{name}.h5"
     with together():
         vae = load_vae(args.vae_ckpt_path, config=config, step=args.train_steps)

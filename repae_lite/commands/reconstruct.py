@@ -21,12 +21,12 @@ FLAGS = {
         "--data-dir": {
             "required": True,
             "metavar": "FOLDER",
-            "help": "the originals: preprocessed images, or a folder of images",
+            "help": "the originals: preprocessed images, a folder of images, or shards as for training",
         },
         "--resolution": {
             "type": int,
             "metavar": "PIXELS",
-            "help": "side of the images; needed for a folder of images (default: as they are)",
+            "help": "side of the images; needed for a folder or shards (default: as they are)",
         },
         "--limit": {
             "type": int,

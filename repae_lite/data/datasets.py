@@ -1,8 +1,8 @@
-"""Images as data sets: HDF5 files, image folders, and the embedded images that stand in for ImageNet.
+"""Images as data sets: HDF5 files, folders, shards, and the embedded images that stand in for ImageNet.
 
 Taught in `notebooks/00_map.ipynb`. `open_dataset` takes whatever a user has: a file in the official layout
-(`repae_lite.data.hdf5`), its folder, or a folder of images; `repae_lite.data.preprocessing` makes the file
-from the folder.
+(`repae_lite.data.hdf5`), its folder, a folder of images, or WebDataset shards (`repae_lite.data.shards`);
+`repae_lite.data.preprocessing` makes the file from the folder.
 """
 
 import errno
@@ -15,12 +15,14 @@ from pathlib import Path
 import h5py
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from repae_lite.data.hdf5 import item_names, missing_names, open_h5, read_bytes, reading
-from repae_lite.data.image_files import center_crop, failure, open_image, read_image
+from repae_lite.data.image_files import center_crop, decode_image, failure, open_image, read_image
 from repae_lite.data.image_lists import LABELS, list_images, parse_labels, refuse_archive
+from repae_lite.data.shards import find_shards, index_shards
 from repae_lite.utils.errors import of_a_worker
 from repae_lite.utils.files import data_small_dir
 from repae_lite.utils.processes import process_rank
@@ -164,32 +166,72 @@ class ImageH5Dataset(H5Dataset):
         return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
-class ImageFolderDataset(Dataset):
-    """The images of a folder, cropped to squares as they are read.
+class CroppedDataset(Dataset):
+    """Images of any size, cropped to squares as they are read; item i is (uint8 (3, H, H), label).
 
-    Item i is (uint8 (3, resolution, resolution), label). The same labels, order and pixels as after
-    `repae preprocess`, at the cost of decoding and cropping in every epoch. Safe to fork, spawn and pickle.
+    Subclasses read image i, which errors call `root` / `names[i]`, and say what to do when they cannot.
+
+    Args:
+        resolution: H, side of the squares in pixels.
+
+    Attributes:
+        root: the folder that the names start from.
+        names: of the images.
+        labels: class numbers of the images.
+        num_classes: number of classes.
+        no_classes: why the images have no classes, all labels being 0; empty when they have.
+
+    Raises:
+        ValueError: the resolution; on reading, an unreadable image.
+    """
+
+    remedy = ""
+
+    def __init__(self, resolution: int):
+        if resolution < 1:
+            raise ValueError(f"the resolution is {resolution} pixels: give at least 1")
+        self.resolution = resolution
+
+    def read(self, index: int) -> Image.Image:
+        """Image i, whole, 8-bit RGB."""
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        try:
+            pixels = np.array(center_crop(self.read(index), self.resolution))
+        except MemoryError:
+            raise
+        except Exception as error:  # Pillow raises many kinds on damaged files
+            told = f"the image {self.root / self.names[index]} cannot be read"
+            if getattr(error, "errno", None) not in (None, errno.ENOENT):
+                raise OSError(f"{told} now ({failure(error)}): it may be whole all the same") from None
+            raise ValueError(f"{told} ({failure(error)}): {self.remedy}") from None
+        return torch.from_numpy(pixels).permute(2, 0, 1).contiguous(), self.labels[index]
+
+
+class ImageFolderDataset(CroppedDataset):
+    """The images of a folder, see `CroppedDataset`.
+
+    The same labels, order and pixels as after `repae preprocess`, at the cost of decoding and cropping in
+    every epoch. Safe to fork, spawn and pickle.
 
     Args:
         folder: with one subfolder per class, or a dataset.json; see
             `repae_lite.data.image_lists.list_images`.
         resolution: side of the squares in pixels.
 
-    Attributes:
-        root: the folder that holds the classes.
-        names: paths below `root`.
-        labels: class numbers of the images.
-        num_classes: number of classes.
-        no_classes: why the images have no classes, all labels being 0; empty when they have.
-
     Raises:
         FileNotFoundError: no such folder.
-        ValueError: what `list_images` refuses, labels without images; on reading, an unreadable image.
+        ValueError: what `list_images` refuses, labels without images.
     """
 
+    remedy = "repair or remove it, or preprocess with --on-error skip"
+
     def __init__(self, folder: str | Path, resolution: int):
-        if resolution < 1:
-            raise ValueError(f"the resolution is {resolution} pixels: give at least 1")
+        super().__init__(resolution)
         found = list_images(folder)
         if found.missing:
             raise ValueError(
@@ -197,49 +239,70 @@ class ImageFolderDataset(Dataset):
                 "first: restore them, or take them out of it"
             )
         self.root, self.names, self.labels = found.root, found.names, found.labels
-        self.num_classes, self.resolution = found.num_classes, resolution
+        self.num_classes = found.num_classes
         reason = found.no_classes
         self.no_classes = reason and f"the images of {found.root} have no classes ({reason})"
         if process_rank() == 0:
             for line in found.summary():
                 logger.info(line)
 
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        path = self.root / self.names[index]
-        try:
-            pixels = np.array(center_crop(read_image(path), self.resolution))
-        except MemoryError:
-            raise
-        except Exception as error:  # Pillow raises many kinds on damaged files
-            if getattr(error, "errno", None) not in (None, errno.ENOENT):
-                raise OSError(
-                    f"the image {path} cannot be read now ({failure(error)}): it may be whole all the same"
-                ) from None
-            raise ValueError(
-                f"the image {path} cannot be read ({failure(error)}): repair or remove it, or preprocess "
-                "with --on-error skip"
-            ) from None
-        return torch.from_numpy(pixels).permute(2, 0, 1).contiguous(), self.labels[index]
+    def read(self, index: int) -> Image.Image:
+        """Image i, whole, 8-bit RGB."""
+        return read_image(self.root / self.names[index])
 
 
-def open_dataset(path: str | Path, resolution: int | None = None) -> ImageH5Dataset | ImageFolderDataset:
+class ShardDataset(CroppedDataset):
+    """The images of WebDataset shards, see `CroppedDataset` and `repae_lite.data.shards`.
+
+    Safe to fork, spawn and pickle: an image is read from its place by whoever wants it.
+
+    Args:
+        shards: tar files.
+        resolution: side of the squares in pixels.
+
+    Raises:
+        ValueError, OSError: what `index_shards` refuses.
+    """
+
+    remedy = "write the shard again"
+
+    def __init__(self, shards: list[Path], resolution: int):
+        super().__init__(resolution)
+        self.shards, self.root = shards, Path(os.path.commonpath([shard.parent for shard in shards]))
+        self.names, self._places = index_shards(shards, self.root)
+        self.labels = self._places[:, 3].clip(0).tolist()
+        self.num_classes, bare = max(self.labels) + 1, self._places[0, 3] < 0
+        self.no_classes = f"the images of {shards[0]} have no .cls and no label in a .json" if bare else ""
+        if process_rank() == 0:
+            classes = "no" if bare else f"{self.num_classes:,}"
+            logger.info(f"{self.root}: {len(self):,} images of {classes} classes in {len(shards):,} shards")
+
+    def read(self, index: int) -> Image.Image:
+        """Image i, whole, 8-bit RGB."""
+        shard, offset, length, _ = self._places[index].tolist()
+        with open(self.shards[shard], "rb") as file:
+            file.seek(offset)
+            return decode_image(io.BytesIO(file.read(length)))
+
+
+def open_dataset(path: str | Path, resolution: int | None = None) -> ImageH5Dataset | CroppedDataset:
     """The dataset at a path.
 
     Args:
-        path: an HDF5 file in the official layout, a data folder with `images.h5`, or a folder of images.
-        resolution: side of the images in pixels: what an image folder is cropped to, and an HDF5 file must
-            have. None takes an HDF5 file as it is.
+        path: an HDF5 file in the official layout, a data folder with `images.h5`, a folder of images, or
+            WebDataset shards (see `repae_lite.data.shards.find_shards`).
+        resolution: side of the images in pixels: what folders and shards are cropped to, and an HDF5 file
+            must have. None takes an HDF5 file as it is.
 
     Raises:
         FileNotFoundError: nothing there.
-        ValueError: see the two classes; an HDF5 file of another resolution; an unfinished one; an image
-            folder without a resolution.
+        ValueError: see the classes; an HDF5 file of another resolution; an unfinished one; a folder or shards
+            without a resolution.
+        ConnectionError, OSError: shards that cannot be fetched from the Hub.
     """
     path = Path(path)
-    if path.is_dir() and not (path / "images.h5").exists():
+    sharded = path.suffix.lower() == ".tar" or str(path).startswith("hf:")
+    if (sharded or path.is_dir()) and not (path / "images.h5").exists():
         if (path / "images.h5.partial").exists():
             raise ValueError(
                 f"the preprocessing into {path} has not finished: run the same command again, it continues "
@@ -247,9 +310,11 @@ def open_dataset(path: str | Path, resolution: int | None = None) -> ImageH5Data
             )
         if resolution is None:
             raise ValueError(
-                f"{path} is a folder of images: give the resolution to crop them to, as in --resolution 256"
+                f"{path} holds images of any size: give the resolution to crop them to, as in "
+                "--resolution 256"
             )
-        return ImageFolderDataset(path, resolution)
+        shards = find_shards(path)
+        return ShardDataset(shards, resolution) if shards else ImageFolderDataset(path, resolution)
     if not path.exists():
         raise FileNotFoundError(
             f"there is no image file or folder {path}: check the path, or write it by repae preprocess"

@@ -43,7 +43,19 @@ TURNS = {
 
 
 def read_image(path: str | Path) -> Image.Image:
-    """An image file as 8-bit RGB, upright.
+    """An image file as 8-bit RGB, upright, see `decode_image`.
+
+    Raises:
+        OSError, ValueError and whatever Pillow raises on damaged files; see `failure`.
+    """
+    if not os.path.isfile(path):  # a named pipe would wait for ever
+        raise FileNotFoundError("no such file")
+    with open(path, "rb") as file:
+        return decode_image(file)
+
+
+def decode_image(file: BinaryIO) -> Image.Image:
+    """The image in an open file as 8-bit RGB, upright.
 
     The first frame of animations; orientation as EXIF says; 16 bits scaled by 255/65535 and rounded (TIFF
     colours: their upper byte); transparency laid over white; CMYK, palettes and grey converted. Colour
@@ -53,9 +65,7 @@ def read_image(path: str | Path) -> Image.Image:
     Raises:
         OSError, ValueError and whatever Pillow raises on damaged files; see `failure`.
     """
-    if not os.path.isfile(path):  # a named pipe would wait for ever
-        raise FileNotFoundError("no such file")
-    with warnings.catch_warnings(), open(path, "rb") as file:
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         image = open_image(file)
         try:

@@ -168,6 +168,24 @@ def refuse_archive(path: Path) -> None:
         raise ValueError(f"{path} is an archive: {remedy} into a folder, and give that")
 
 
+def shards_in(folder: Path) -> list[Path]:
+    """The tars of a folder that holds neither images nor folders, sorted; see `repae_lite.data.shards`.
+
+    Raises:
+        ValueError: they are of several kinds, as "train" and "val".
+    """
+    entries = _entries(folder)
+    if any(_is_image(entry.name) or entry.is_dir() for entry in entries):
+        return []
+    names = sorted(entry.name for entry in entries if entry.name.lower().endswith(".tar"))
+    if len(kinds := {re.sub(r"\d+", "*", name) for name in names}) > 1:
+        raise ValueError(
+            f"{folder} holds shards of several kinds ({', '.join(sorted(kinds))}): name the ones that are "
+            f"meant, as in {folder}/train-{{000..099}}.tar"
+        )
+    return [folder / name for name in names]
+
+
 def _refuse_no_images(root: Path, found: "_Walk") -> None:
     archives = {suffix: count for suffix, count in found.ignored.items() if suffix in ARCHIVES}
     if archives:

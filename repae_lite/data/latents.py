@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 from torch.utils.data import DataLoader, Dataset
 
-from repae_lite.data.datasets import H5Dataset, ImageFolderDataset, ImageH5Dataset, read_batches
+from repae_lite.data.datasets import CroppedDataset, H5Dataset, ImageH5Dataset, read_batches
 from repae_lite.data.hdf5 import open_h5, read_bytes, reading
 from repae_lite.data.journal import ResumableH5, check_count, fingerprint, refuse_beside, refuse_existing
 from repae_lite.networks.latent_stats import LatentStats
@@ -134,7 +134,7 @@ def latent_name(index: int) -> str:
 @torch.no_grad()
 def cache_latents(
     vae: AutoencoderKL,
-    dataset: ImageH5Dataset | ImageFolderDataset,
+    dataset: ImageH5Dataset | CroppedDataset,
     path: str | Path,
     *,
     batch_size: int = 128,
@@ -352,7 +352,7 @@ def _stats(state: dict) -> LatentStats:
 # ---------------------------------------------------------------- what is refused
 
 
-def _source_print(dataset: ImageH5Dataset | ImageFolderDataset, about: dict) -> str:
+def _source_print(dataset: ImageH5Dataset | CroppedDataset, about: dict) -> str:
     # Not all pixels, but enough to tell two resolutions or data sets apart.
     ends = [dataset[i][0].numpy().tobytes() for i in (0, len(dataset) - 1)]
     head = ["latents 1", about] + ["no classes"] * bool(getattr(dataset, "no_classes", ""))

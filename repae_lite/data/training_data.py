@@ -60,7 +60,8 @@ class TrainingData(Dataset):
         if self.no_classes:
             raise ValueError(
                 f"{self.no_classes}, and only train-vae, preprocess and cache-latents do without: "
-                "put the images into one subfolder per class, or list their classes in a dataset.json"
+                "put the images into one subfolder per class, or list their classes in a dataset.json (in "
+                "shards, beside each image in a .cls)"
             )
         one = self.images if self.images is not None else self.latents
         empty = classes_without_images(one.labels, self.num_classes)

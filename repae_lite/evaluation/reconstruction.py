@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from repae_lite.data.datasets import ImageFolderDataset, ImageH5Dataset, open_dataset, read_batches
+from repae_lite.data.datasets import CroppedDataset, ImageH5Dataset, open_dataset, read_batches
 from repae_lite.data.latents import vae_fingerprint
 from repae_lite.evaluation.metrics import StreamingStats, frechet_distance, latent_structure, psnr, ssim
 from repae_lite.evaluation.protocols import hash_of
@@ -115,7 +115,7 @@ def load_perceptual(judge: str) -> nn.Module:
             ) from None
 
 
-def open_originals(source: str | Path, resolution: int | None = None) -> ImageH5Dataset | ImageFolderDataset:
+def open_originals(source: str | Path, resolution: int | None = None) -> ImageH5Dataset | CroppedDataset:
     """The images to reconstruct, see `open_dataset`.
 
     Raises:

@@ -62,7 +62,8 @@ def open_data(config: TrainConfig) -> TrainingData:
 
 
 def _open_latents(config: TrainConfig, folder: Path) -> CachedLatentsDataset:
-    path = (folder.parent if folder.is_file() else folder) / f"{config.vae_latents_name}.h5"
+    beside = folder.is_file() or folder.suffix.lower() == ".tar"  # a range of shards is no file
+    path = (folder.parent if beside else folder) / f"{config.vae_latents_name}.h5"
     latents = CachedLatentsDataset(path)
     latents.check_vae(load_vae(config.vae_ckpt))
     vae = VAE_PRESETS[config.vae]

@@ -77,15 +77,16 @@ class TrainConfig:
 
     data_dir: str = _option(
         "data",
-        "images.h5 or its folder (repae preprocess), or a folder of images; with --vae tiny the embedded "
-        "images",
+        "images.h5 or its folder (repae preprocess), a folder of images, or WebDataset shards: a folder of "
+        "them, 'train-{000..099}.tar', or 'hf://datasets/OWNER/NAME/train-{000..099}.tar'; with --vae tiny "
+        "the embedded images",
         "data",
         tiny="embedded",
         free=True,
     )
     resolution: int = _option(
         256,
-        "side of the images, pixels; an image folder is cropped to it",
+        "side of the images, pixels; folders and shards are cropped to it",
         "data",
         within=POSITIVE,
         tiny=32,
