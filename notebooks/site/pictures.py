@@ -1,6 +1,6 @@
 """Makes the README's pictures: two from chapters as they were run, two with the networks that ship.
 
-python notebooks/site/pictures.py      into notebooks/img
+`python notebooks/site/pictures.py` puts them into notebooks/img.
 """
 
 import argparse
