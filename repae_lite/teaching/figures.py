@@ -69,10 +69,10 @@ class Figure(matplotlib.figure.Figure):
         drawn, buffer = io.BytesIO(), io.BytesIO()
         self.savefig(drawn, format="png", dpi=self.dpi, bbox_inches="tight", pad_inches=0.08)
         picture = Image.open(drawn).convert("RGB")
-        if picture.getcolors(4096):  # lines and text: a palette takes a third of the space and looks the same
+        if picture.getcolors(8192):  # lines and text: a palette takes a third of the space and looks the same
             palette = picture.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
             off = ImageChops.difference(picture, palette.convert("RGB")).getextrema()
-            picture = palette if max(most for _, most in off) <= 4 else picture
+            picture = palette if max(most for _, most in off) <= 16 else picture
         picture.save(buffer, "PNG", optimize=True)
         return buffer.getvalue()
 
