@@ -16,8 +16,8 @@ from sphinx.cmd.build import build_main
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 PAGES = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "DIFFERENCES.md", "reproduce/README.md")
-PAGES += ("reproduce/RESULTS.md", "reproduce/results/README.md", "data_small/DATA.md")
-PAGES += ("data_small/evidence/README.md", "notebooks/glossary.md")
+PAGES += ("reproduce/RESULTS.md", "reproduce/results/README.md", "reproduce/cluster/README.md")
+PAGES += ("data_small/DATA.md", "data_small/evidence/README.md", "notebooks/glossary.md")
 
 
 def gather(place: Path, notebooks: Path) -> None:
