@@ -76,7 +76,7 @@ class _Dashboard:
             f"{quantity} of all",
         )
         for place, figure, name in zip(self.pictures, figures, what, strict=True):
-            place.alt, place.pictures = f"{name}, {run}", [figure._repr_png_()] if figure else []
+            place.alt, place.pictures = f"{name}, {run.name}", [figure._repr_png_()] if figure else []
         if (found := self._quantities()) != self.quantity.options:
             self.quantity.options = found
             self.quantity.value = quantity if quantity in found else self.quantity.value
