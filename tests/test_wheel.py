@@ -82,7 +82,8 @@ def test_the_wheel_holds_every_room_and_nothing_else(installed):
     folders = {path.name for path in (installed / "repae_lite").iterdir() if path.is_dir()} - {"__pycache__"}
     assert folders == {*repae_lite.ROOMS, "presets"}
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-    assert {name.rpartition(".")[2] for name in listed} == {"repae_lite", *folders}
-    for path in (ROOT / "repae_lite").rglob("*.py"):
+    packages = {"repae_lite", *(f"repae_lite.{name}" for name in folders), "repae_lite.teaching.explorers"}
+    assert set(listed) == packages
+    for path in (path for ending in ("py", "js") for path in (ROOT / "repae_lite").rglob(f"*.{ending}")):
         assert (installed / path.relative_to(ROOT)).read_bytes() == path.read_bytes()
     assert {path.name.split("-")[0] for path in installed.iterdir()} <= {"repae_lite", "bin"}

@@ -345,7 +345,7 @@ def test_resuming_compares_what_the_numbers_depend_on():
 
 FREE = """exp_name output_dir data_dir num_workers vae_ckpt disc_pretrained_ckpt max_train_steps epochs
 gradient_checkpointing micro_batches report_to logging_dir wandb_history_path logging_steps sampling_steps
-sample_images checkpointing_steps keep_last milestone_steps checkpoint_format resume resume_step
+shard sample_images checkpointing_steps keep_last milestone_steps checkpoint_format resume resume_step
 continue_train_exp_dir on_divergence divergence_patience divergence_falls divergence_variance eval_every
 eval_protocol eval_samples eval_reference""".split()
 
