@@ -22,14 +22,13 @@ import re
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
 import time
 import warnings
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -209,6 +208,8 @@ def execute(
     import papermill
     from papermill.engines import papermill_engines
 
+    from repae_lite.utils.files import write_text
+
     final, failed = out / f"{path.stem}.ipynb", out / f"{path.stem}.failed.ipynb"
     partial = out / f"{path.stem}.ipynb.partial"
     run = Run(path.stem)
@@ -262,8 +263,8 @@ def execute(
         run.notebook.metadata["tour"] = note | ({"error": sentence} if sentence else {})
         run.notebook.metadata.get("papermill", {}).pop("output_path", None)
         run.notebook.metadata.get("papermill", {})["input_path"] = path.name
-        write(partial, nbformat.writes(run.notebook))
-        os.replace(partial, failed if sentence else final)
+        write_text(failed if sentence else final, nbformat.writes(run.notebook))
+    partial.unlink(missing_ok=True)
     if not sentence:
         failed.unlink(missing_ok=True)
     progress.end(f"{run.line()}  {'failed' if sentence else 'done'}")
@@ -316,14 +317,6 @@ def explain(run: Run) -> str:
         return f"{run.name} failed in cell [{run.cell}]: its kernel died ({why})"
     where = f"in cell [{run.cell}]" if run.cell else "before its first cell"
     return f"{run.name} failed {where}: {kind}: {(text.strip().splitlines() or [''])[-1]}"
-
-
-def write(path: Path, text: str) -> None:
-    """Write `text` to `path` and have it on the disk before returning."""
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 # ---------------------------------------------------------------- the pages
@@ -400,32 +393,18 @@ def build_pages(notebooks: list[Path], out: Path) -> Path:
 
 
 def machine() -> str:
-    """CPU, cores, torch and, in a git checkout, the commit: one line."""
-    cpu = ""
+    """CPU, cores, Python, torch and, in a git checkout, the commit: one line."""
+    from repae_lite.training.run_log import commit
+    from repae_lite.utils.cores import core_count
+
+    cpu = None
     with contextlib.suppress(OSError):
         cpu = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), flags=re.M)
-        cpu = cpu[1] if cpu else ""
-    if not cpu and sys.platform == "darwin":
-        cpu = answer("sysctl", "-n", "machdep.cpu.brand_string")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    facts = [cpu or platform.machine(), f"{cores} core{'s' * (cores != 1)}"]
-    facts.append(f"Python {platform.python_version()}")
-    with contextlib.suppress(PackageNotFoundError):
-        facts.append(f"torch {version('torch')}")
-    commit = answer("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD")
-    if commit:
-        changed = answer("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no")
-        facts.append(f"commit {commit}" + (" with local changes" if changed else ""))
+    facts = [cpu[1] if cpu else platform.machine(), f"{core_count()} core{'s' * (core_count() != 1)}"]
+    facts += [f"Python {platform.python_version()}", f"torch {version('torch')}"]
+    if found := commit():
+        facts.append(f"commit {found[:7]}" + (" with local changes" if found.endswith("+") else ""))
     return " · ".join(facts)
-
-
-def answer(*command: str) -> str:
-    """What a command prints, stripped; empty when it fails or is not there."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
 
 
 def peak_gib() -> float:
