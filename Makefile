@@ -3,6 +3,7 @@
 
 PY := .venv/bin/python
 ARGS ?=
+NBVAL := CI=1 $(PY) -m pytest -q --nbval-lax --nbval-current-env --nbval-cell-timeout=600 --timeout=660
 NO_NEWS := {"@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": false}}
 
 # The Jupyter kernel "python3" is the one of .venv, whatever kernels the user has registered.
@@ -45,10 +46,10 @@ test: set-up
 	@$(PY) -m ruff check .
 	@echo "Running the tests (pytest)."
 	@$(PY) -m pytest -q $(ARGS)
-	@if ls notebooks/*.ipynb >/dev/null 2>&1; then \
-		echo "Running the notebooks in smoke mode (nbval)."; \
-		CI=1 $(PY) -m pytest -q --nbval-lax --nbval-current-env --nbval-cell-timeout=600 --timeout=660 notebooks; \
-	fi
+	@echo "Running the notebooks in smoke mode (nbval), chapters and solutions side by side."
+	@mkdir -p runs; $(NBVAL) notebooks/solutions >runs/solutions.txt 2>&1 & solutions=$$!; \
+	$(NBVAL) notebooks/[0-9]*.ipynb; code=$$?; \
+	wait $$solutions || code=1; cat runs/solutions.txt; exit $$code
 
 clean:
 	@echo "Removing runs/ and caches. .venv stays; rm -rf .venv removes it, and the next make builds it again."
