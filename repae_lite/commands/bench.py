@@ -11,6 +11,7 @@ from types import ModuleType
 
 from repae_lite.commands.shared_flags import DEVICE
 from repae_lite.commands.train_flags import train_flags
+from repae_lite.utils.tables import table_lines
 
 ITEMS = {
     "repae": "a step of train-repae: images on the device, encoder, three updates, moving average",
@@ -204,10 +205,11 @@ def peaks(device: object, precisions: set[str | None]) -> dict:
     """What the device can do at most: FLOPs per second by precision, bytes per second."""
     import torch
 
+    from repae_lite.training.parallel import PRECISIONS
     from repae_lite.utils.measure import copy_peak, matmul_peak
 
-    types = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-    matmul = {name: matmul_peak(device, types[name]) for name in types if name in precisions}
+    types = {name: dtype or torch.float32 for name, dtype in PRECISIONS.items() if name in precisions}
+    matmul = {name: matmul_peak(device, dtype) for name, dtype in types.items()}
     return {"matmul": matmul, "copy": copy_peak(device)}
 
 
@@ -241,7 +243,7 @@ def report(content: dict) -> str:
             "—" if row["memory"] is None else f"{row['memory'] / GIB:.2f} GiB",
             *_work(row),
         ])  # fmt: skip
-    lines = [_table(cells)]
+    lines = ["\n".join(table_lines(cells))]
     for row in content["rows"]:
         parts = row.get("parts", {})
         total = sum(part.get("seconds", 0) for part in parts.values())
@@ -249,7 +251,7 @@ def report(content: dict) -> str:
         for name, part in sorted(parts.items(), key=lambda entry: -entry[1].get("seconds", 0)):
             spent = part.get("seconds", 0)
             cells.append([name, _time(spent), f"{spent / total:.1%}", *_work(part)])
-        lines += [_table(cells)] * bool(parts)
+        lines += ["\n".join(table_lines(cells))] * bool(parts)
     about, found = content["machine"], content["peaks"]
     busy = f", load {about['load']} when it began" if "load" in about else ""
     products = ", ".join(f"{value / 1e9:,.4g} GFLOP/s ({name})" for name, value in found["matmul"].items())
@@ -278,7 +280,7 @@ def report_against(found: dict) -> str:
         "a step of ours and of the plain official order, in turns on the same weights, images, targets and "
         "draws, encoder left out",
         f"the first step's losses agree to {found['tolerance']:g}, its gradient norms to ten times that",
-        _table(cells),
+        *table_lines(cells),
         f"reference / ours: median {ratio['median']:.3f}, range {min(values):.3f} to {max(values):.3f}; pair "
         f"by pair {pairs}",
     ]
@@ -294,7 +296,7 @@ def report_against(found: dict) -> str:
             cells.append(
                 [way, f"{cost['median']:+.1%}", f"{min(cost['values']):+.1%} to {max(cost['values']):+.1%}"]
             )
-    return "\n".join(lines) + "\n\n" + _table(cells)
+    return "\n".join([*lines, "", *table_lines(cells)])
 
 
 def chart(rows: list[dict]) -> object | None:
@@ -340,12 +342,3 @@ def _work(entry: dict) -> list[str]:
 
 def _time(seconds: float) -> str:
     return f"{seconds:.4g} s" if seconds >= 10 else f"{1e3 * seconds:.4g} ms"
-
-
-def _table(cells: list[list[str]]) -> str:
-    """The first column to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join(
-        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
-        for row in cells
-    )

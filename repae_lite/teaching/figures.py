@@ -26,6 +26,8 @@ from matplotlib.ticker import AutoLocator, FixedLocator, LogLocator, NullLocator
 from PIL import Image, ImageChops
 from scipy.special import stdtrit
 
+from repae_lite.utils.tables import table_lines
+
 # Okabe-Ito colours, which people with any common kind of colour blindness can tell apart.
 METHOD_COLORS = {
     "sit": "#7A7A7A",
@@ -766,19 +768,9 @@ def scoreboard(rows: Mapping[str, Mapping[str, object]], columns: Sequence[str] 
         texts = [swatch + html.escape(line[0]), *map(html.escape, line[1:])]
         lines.append("".join(f'<{tag} style="{looks[c > 0]}">{text}</{tag}>' for c, text in enumerate(texts)))
     body = "".join(f"<tr>{line}</tr>" for line in lines)
-    return Html(f'<table style="border-collapse:collapse">{body}</table>', _text_table(cells))
-
-
-def _text_table(cells: Sequence[Sequence[str]]) -> str:
-    """Rows of texts as text: the first column to the left, the others to the right, a line below the head."""
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = [
-        "  ".join(
-            [row[0].ljust(widths[0]), *(text.rjust(w) for text, w in zip(row[1:], widths[1:], strict=True))]
-        )
-        for row in cells
-    ]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+    head, *texts = table_lines(cells)
+    text = "\n".join([head, "-" * len(head), *texts])
+    return Html(f'<table style="border-collapse:collapse">{body}</table>', text)
 
 
 def _floats(values) -> np.ndarray:

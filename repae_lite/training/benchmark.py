@@ -35,7 +35,7 @@ from repae_lite.method.steps import Draws, TrainState, all_updates, as_floats, l
 from repae_lite.networks.encoders import load_encoders
 from repae_lite.networks.sit import SiT
 from repae_lite.networks.vae import VAE_PRESETS, AutoencoderKL
-from repae_lite.training.build import TrainSetup, build
+from repae_lite.training.build import TrainSetup, build, compiled_parts
 from repae_lite.training.config import NONE, OPTIONS, TrainConfig
 from repae_lite.training.parallel import PRECISIONS, ParallelMechanics, StepBatches, draw
 from repae_lite.utils.devices import choose_precision, loading, peak_memory, try_compile
@@ -146,13 +146,6 @@ class Work:
     state: TrainState | None = None
     encoders: list[nn.Module] = field(default_factory=list)
     compiles: list[nn.Module] = field(default_factory=list)
-
-    def compiled(self) -> list[nn.Module]:
-        """What --compile compiles; of a training step what the trainer does."""
-        if self.state is None:
-            return self.compiles
-        vae, sit = self.state.vae, self.state.sit
-        return [*((vae.encoder, vae.decoder) if vae else ()), *(sit.blocks if sit else ())]
 
 
 # ---------------------------------------------------------------- training steps
@@ -421,7 +414,7 @@ def measure(item: str, settings: Settings) -> list[dict]:
             if work.precision is not None:
                 row |= _counted(work)
             if settings.config.compile:
-                _compile(work.compiled(), device)
+                _compile(compiled_parts(work.state) if work.state else work.compiles, device)
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
             seconds = in_turns({"": work.call}, device, repeats=settings.repeats, warmup=settings.warmup)[""]
@@ -511,7 +504,7 @@ def against(settings: Settings, reference: ModuleType) -> dict:
         return partial(reference.ReferenceStep(state, official, **how), x, labels, targets, draws)
 
     if settings.config.compile:
-        _compile(Work("", print, 0, state=ours).compiled(), device)
+        _compile(compiled_parts(ours), device)
     calls = {
         "ours": partial(_our_step, ours, x, labels, targets, draws),
         "reference": step_of(theirs, reference.Official()),

@@ -38,6 +38,12 @@ OPTIMIZERS = {kind.__name__.lower(): kind for kind in (*ADAM, torch.optim.SGD)}
 logger = logging.getLogger(__name__)
 
 
+def compiled_parts(state: TrainState) -> list[nn.Module]:
+    """What --compile compiles, each by itself: both halves of the VAE and SiT's blocks."""
+    vae, sit = state.vae, state.sit
+    return [*((vae.encoder, vae.decoder) if vae else ()), *(sit.blocks if sit else ())]
+
+
 def open_data(config: TrainConfig) -> TrainingData:
     """The training data of a run.
 

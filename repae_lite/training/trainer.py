@@ -30,7 +30,7 @@ from repae_lite.method.losses import spatial_norm
 from repae_lite.method.steps import GRAD_NORMS, Draws, all_updates, as_floats, latent_updates
 from repae_lite.networks.latent_stats import LatentStats
 from repae_lite.networks.sit import SiT
-from repae_lite.training.build import build, latent_stats, open_data, run_judge
+from repae_lite.training.build import build, compiled_parts, latent_stats, open_data, run_judge
 from repae_lite.training.config import TrainConfig, differences, values
 from repae_lite.training.divergence import Finding, Guard
 from repae_lite.training.parallel import DDP, ParallelMechanics, StepBatches, draw, share_of
@@ -659,7 +659,7 @@ def _compile(state, device: torch.device) -> None:
     # What is compiled is small already: one block's gradients are averaged while the next one computes. The
     # cuts of DistributedDataParallel would not help, and do not work where activations are recomputed.
     torch._dynamo.config.optimize_ddp = False
-    for module in (state.vae.encoder, state.vae.decoder, *(state.sit.blocks if state.sit else ())):
+    for module in compiled_parts(state):
         module.compile()
 
 
