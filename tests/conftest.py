@@ -1,9 +1,24 @@
 """Shared set-up: two threads, no network, no progress bars that fill logs."""
 
+import importlib
 import os
+import sys
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import pytest
 import torch
 
 torch.set_num_threads(2)
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "reproduce" / "benchmarks"
+
+
+@pytest.fixture
+def benchmark_script(monkeypatch):
+    """Imports a script of reproduce/benchmarks by its name; afterwards all of them are forgotten."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    yield importlib.import_module
+    for script in BENCHMARKS.glob("*.py"):
+        sys.modules.pop(script.stem, None)

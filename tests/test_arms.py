@@ -1,16 +1,12 @@
 """The script behind the records of chapters 03 and 05: its arms train what they say, and a run is kept."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from repae_lite import SmallScale, repae_step
 from repae_lite.utils.pixels import to_unit_range
-
-BENCHMARKS = Path(__file__).resolve().parents[1] / "reproduce" / "benchmarks"
 
 
 @pytest.fixture(scope="module")
@@ -19,13 +15,8 @@ def small():
 
 
 @pytest.fixture
-def arms(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import arms
-
-    yield arms
-    for name in ("arms", "record"):
-        sys.modules.pop(name, None)
+def arms(benchmark_script):
+    return benchmark_script("arms")
 
 
 def test_every_record_names_arms_and_pairs_them(arms):

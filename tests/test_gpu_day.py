@@ -2,23 +2,15 @@
 
 import json
 import sys
-from pathlib import Path
 
 import psutil
 import pytest
 import torch
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "reproduce" / "benchmarks"
-
 
 @pytest.fixture
-def gpu_day(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import gpu_day
-
-    yield gpu_day
-    for name in ("gpu_day", "record"):
-        sys.modules.pop(name, None)
+def gpu_day(benchmark_script):
+    return benchmark_script("gpu_day")
 
 
 def start(gpu_day, monkeypatch, *words: object) -> int:

@@ -1,9 +1,7 @@
 """The plain step that the benchmark compares with: it is the official one, and each of its ways changes only
 rounding."""
 
-import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,16 +10,10 @@ from small_states import LABELS, make_batch, make_state
 
 from repae_lite.method.steps import Draws, TrainState, repae_step
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "reproduce" / "benchmarks"
-
 
 @pytest.fixture
-def reference(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import reference_step
-
-    yield reference_step
-    del sys.modules["reference_step"]
+def reference(benchmark_script):
+    return benchmark_script("reference_step")
 
 
 @pytest.mark.parametrize("variant", ["official", "corrected"])

@@ -1,22 +1,12 @@
 """What reproduce/benchmarks/tuned_latents.py measures of latents, on made-up ones."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "reproduce" / "benchmarks"
-
 
 @pytest.fixture
-def tuned_latents(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    import tuned_latents
-
-    yield tuned_latents
-    for name in ("tuned_latents", "arms", "record"):
-        sys.modules.pop(name, None)
+def tuned_latents(benchmark_script):
+    return benchmark_script("tuned_latents")
 
 
 def test_vaes_are_found_under_the_names_that_arms_gave_them(tuned_latents, tmp_path):

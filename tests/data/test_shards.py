@@ -12,6 +12,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
+from damage import bytes_changed
 from hub_stand_in import HubStandIn
 from huggingface_hub import constants
 from hypothesis import given, settings
@@ -263,9 +264,7 @@ def whole(tmp_path_factory):
 @given(st.data())
 def test_any_damage_is_one_sentence_that_names_the_shard_or_does_no_harm(whole, data):
     path, content, images = whole
-    changed = bytearray(content)
-    for _ in range(data.draw(st.integers(1, 3))):
-        changed[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    changed = bytes_changed(content, data)
     end = data.draw(st.integers(0, len(content))) if data.draw(st.booleans()) else len(content)
     path.write_bytes(changed[:end])
     try:

@@ -1,20 +1,17 @@
 """What `repae bench` measures: every item runs, and a step's parts add up to the step."""
 
-import importlib.util
 import sys
 from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from repae_lite.commands.bench import reference_module
 from repae_lite.training import benchmark
 from repae_lite.training.benchmark import Settings, against, bench_config, check_agreement, measure, networks
-
-REFERENCE = Path(__file__).resolve().parents[2] / "reproduce" / "benchmarks" / "reference_step.py"
 
 
 def tiny(**options) -> Settings:
@@ -24,10 +21,7 @@ def tiny(**options) -> Settings:
 
 @pytest.fixture(scope="module")
 def reference():
-    spec = importlib.util.spec_from_file_location("reference_step", REFERENCE)
-    module = sys.modules["reference_step"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
+    yield reference_module()
     del sys.modules["reference_step"]
 
 
