@@ -328,6 +328,34 @@ def loading(device: torch.device, workers: int) -> dict:
     return {"pin_memory": cuda, "multiprocessing_context": "spawn" if workers and cuda else None}
 
 
+def runs_ahead(device: torch.device) -> bool:
+    """Whether the host may go on while a device computes: CUDA."""
+    return device.type == "cuda"
+
+
+class Later:
+    """Numbers on their way to the host: from a GPU they are copied while both go on.
+
+    Args:
+        values: scalars by name.
+    """
+
+    def __init__(self, values: dict[str, Tensor]):
+        self.names = list(values)
+        numbers = torch.stack([value.detach().float() for value in values.values()])
+        ahead = runs_ahead(numbers.device)
+        self.numbers = numbers.to("cpu", non_blocking=ahead)  # into pinned memory
+        self.copied = torch.cuda.Event(blocking=True) if ahead else None
+        if self.copied:
+            self.copied.record(torch.cuda.current_stream(numbers.device))
+
+    def read(self) -> dict[str, float]:
+        """The numbers by name; waits until they are there."""
+        if self.copied:
+            self.copied.synchronize()
+        return dict(zip(self.names, self.numbers.tolist(), strict=True))
+
+
 def compile_obstacle(device: torch.device) -> str | None:
     """What torch.compile lacks on a device, with the remedy; None if nothing is known to be lacking."""
     if device.type == "cuda" and not torch.version.hip:

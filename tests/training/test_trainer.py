@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_runs import STEPS, assert_same_run, run
+from small_runs import STEPS, assert_same_run, run, weights
 from torch.testing import assert_close
 
 from repae_lite.checkpoints.models import load_latent_stats, load_sit, load_vae
@@ -25,7 +25,7 @@ from repae_lite.data.datasets import ImageH5Dataset
 from repae_lite.data.hdf5 import write_images_h5
 from repae_lite.data.latents import cache_latents
 from repae_lite.networks.discriminator import PatchDiscriminator
-from repae_lite.training import run_folder, run_log
+from repae_lite.training import build, run_folder, run_log
 from repae_lite.training import trainer as training
 from repae_lite.training.config import TrainConfig
 from repae_lite.training.parallel import ParallelMechanics
@@ -606,6 +606,32 @@ def test_a_gradient_that_is_not_finite_halts_before_it_does_harm(tmp_path, caplo
     (report,) = reports(tmp_path)
     assert report["action"] == "halted" and re.search("gradient norm of .* is (nan|inf)", report["finding"])
     assert report["history"] and "collapse guard" in caplog.text
+
+
+def test_a_guard_that_is_asked_a_step_later_saves_no_damage(tmp_path, monkeypatch):
+    """As on a GPU: optimisers that leave out a bad update by themselves, and a host that does not wait."""
+    monkeypatch.setattr(build, "fused_optimizer", lambda _: True)
+    updates, runs = training.all_updates, {}
+    for ahead in (False, True):
+        bad = [5, 8]
+
+        def call(state, x, *rest, bad=bad):
+            if state.step + 1 in bad[:1]:
+                bad.pop(0)
+                x = x * float("inf")
+            return updates(state, x, *rest)
+
+        monkeypatch.setattr(training, "all_updates", call)
+        monkeypatch.setattr(training, "runs_ahead", lambda _, ahead=ahead: ahead)
+        options = {"max_train_steps": 8, "checkpointing_steps": 4, "logging_steps": 4}
+        runs[ahead] = run(tmp_path / str(ahead), on_divergence="rollback", **options)
+        first, second = reports(tmp_path / str(ahead))
+        assert (first["step"], first["since"], first["last_good_checkpoint"]) == (5 + ahead, 5, 4)
+        assert (second["step"], second["since"], second["last_good_checkpoint"]) == (8, 8, 4)
+        assert "gradient norm of AutoencoderKL is nan: lower the learning rate" in first["finding"]
+        assert [line["step"] for line in first["history"]] == [1, 2, 3, 4]
+    assert_same_run(runs[False], runs[True])
+    assert all(tensor.isfinite().all() for tensor in weights(runs[True], 8).values())
 
 
 @pytest.mark.parametrize(
