@@ -1,8 +1,9 @@
 """One training step on many processes: which of them has which images, draws and gradients.
 
-Everything random in step s follows from the seed and s, for the whole batch; each process takes its slice. So
-N processes with b images make the step of one process with N * b, and a resumed run needs no generator's
-state to continue as if it had never stopped.
+Everything random in step s follows from the seed, s and an image's place in the whole batch, of which each
+process has a slice. So N processes with b images make the step of one process with N * b, and a resumed run
+needs no generator's state to continue as if it had never stopped. (One that goes on on another kind of
+device, CPU or GPU, does so with other numbers.)
 """
 
 import warnings
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 # Every parameter that trains has a gradient in each of its network's updates, so none has to be searched for
 # (which is what static_graph would save), and the only buffers, BatchNorm's, are equal anyway.
 DDP = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+ALL = slice(None)
 PRECISIONS = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -92,15 +94,28 @@ def draw(
     path: str,
     weighting: str,
     label_dropout: float,
+    share: slice = ALL,
+    device: torch.device | str = "cpu",
 ) -> Draws:
-    """All random numbers of a step for the whole batch, on the CPU; `latent` is the shape (C, h, w)."""
-    g = generator("draws", seed, step)
-    return Draws(
-        eps_posterior=torch.randn(batch, *latent, generator=g),
-        t=sample_time(batch, weighting=weighting, path=path, generator=g),
-        eps=torch.randn(batch, *latent, generator=g),
-        label_drop=torch.rand(batch, generator=g) < label_dropout,
-    )
+    """The random numbers of a step for some images of a batch; `latent` is the shape (C, h, w).
+
+    A CPU draws for the whole batch, one kind of number after the other. A GPU has a generator for each image,
+    so that a process draws its share alone, and nothing has to be copied from the host.
+    """
+
+    def drawn(images: int, *place: int) -> tuple[Tensor, ...]:
+        g = generator("draws", seed, step, *place, device=device)
+        return (
+            torch.randn(images, *latent, generator=g, device=device),
+            sample_time(images, weighting=weighting, path=path, generator=g, device=device),
+            torch.randn(images, *latent, generator=g, device=device),
+            torch.rand(images, generator=g, device=device) < label_dropout,
+        )
+
+    if torch.device(device).type == "cpu":
+        return Draws(*drawn(batch))[share]
+    each = [drawn(1, place) for place in range(batch)[share]]
+    return Draws(*map(torch.cat, zip(*each, strict=True)))
 
 
 class Losses(nn.Module):

@@ -378,7 +378,7 @@ class Trainer:
         """This process's share of the step's random numbers."""
         config, vae = self.config, self.state.vae.config
         side = config.resolution // vae.downsampling
-        drawn = draw(
+        return draw(
             config.seed,
             self.state.step,
             config.images_per_step,
@@ -386,8 +386,9 @@ class Trainer:
             path=config.path_type,
             weighting=config.weighting,
             label_dropout=config.cfg_prob,
+            share=self.share,
+            device=self.device,
         )
-        return drawn[self.share].map(lambda numbers: numbers.to(self.device, non_blocking=True))
 
     def _targets(self, images: Tensor | None) -> list[Tensor]:
         """The encoders' tokens, in micro-batches like the step's."""

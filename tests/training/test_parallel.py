@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from pretended_mps import pretended_mps
 from small_states import LABELS, make_batch, make_state
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -69,6 +70,25 @@ def test_draws_follow_from_seed_and_step():
     before = torch.get_rng_state()
     draw(0, 0, 2, (1, 2, 2), **DRAW)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_gpu_draws_the_numbers_of_its_images_alone(monkeypatch):
+    with pretended_mps(monkeypatch):
+        whole, *shares = (
+            vars(draw(3, 7, 6, (2, 4, 4), **DRAW, share=share, device="mps"))
+            for share in (slice(None), slice(0, 2), slice(2, 6))
+        )
+        others = [vars(draw(*key, 6, (2, 4, 4), **DRAW, device="mps")) for key in ((3, 8), (4, 7))]
+        for name, tensor in whole.items():
+            assert tensor.device.type == "mps"
+            assert torch.equal(torch.cat([share[name] for share in shares]), tensor)
+            if name != "label_drop":
+                assert not any(torch.equal(tensor, other[name]) for other in others)
+                assert len({tuple(image.flatten().tolist()) for image in tensor}) == 6
+        assert not torch.equal(whole["eps"], whole["eps_posterior"])
+        many = draw(0, 0, 300, (1, 4, 4), **DRAW, device="mps")
+    assert abs(many.eps.mean()) < 0.06 and abs(many.eps.std() - 1) < 0.06
+    assert abs(many.t.mean() - 0.5) < 0.06 and abs(many.label_drop.float().mean() - 0.5) < 0.12
 
 
 def test_draws_have_the_right_distributions():
