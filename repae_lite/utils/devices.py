@@ -8,6 +8,7 @@ Every choice that depends on a device is made here, and `repae check` tells what
 | precision "auto"        | float32             | bf16 from 8.0 on, else float32  | float32             |
 | pinned memory, spawning | no                  | yes                             | no                  |
 | fused AdamW             | torch's choice      | yes                             | torch's choice      |
+| convolutions' layout    | channels first      | channels last                   | channels first      |
 | torch.compile           | with a C++ compiler | from 7.0 on, Triton, a compiler | where a trial works |
 
 Numbers like 8.0 are CUDA compute capabilities.
@@ -316,6 +317,11 @@ def _try_precision(dtype: torch.dtype, device: torch.device) -> None:
 def fused_optimizer(device: torch.device) -> bool | None:
     """Whether optimisers that can be are fused into one kernel: on CUDA; None leaves it to torch."""
     return device.type == "cuda" or None
+
+
+def conv_layout(device: torch.device) -> torch.memory_format:
+    """How convolutional networks lie in memory: tensor cores work on channels last."""
+    return torch.channels_last if device.type == "cuda" else torch.contiguous_format
 
 
 def loading(device: torch.device, workers: int) -> dict:

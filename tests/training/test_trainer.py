@@ -592,6 +592,15 @@ def test_without_a_compiler_it_trains_uncompiled(tmp_path, monkeypatch, caplog):
     assert said in caplog.messages
 
 
+def test_channels_last_is_the_same_run(whole, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "conv_layout", lambda _: torch.channels_last)
+        run(tmp_path, max_train_steps=2)
+    resumed = run(tmp_path, resume="latest", max_train_steps=4)  # goes on without
+    for one, other in zip(resumed.metrics(), whole.metrics()[:4], strict=True):
+        assert one == pytest.approx(other, rel=2e-3, abs=1e-4)
+
+
 # ---------------------------------------------------------------- the collapse guard
 
 
