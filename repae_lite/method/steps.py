@@ -278,17 +278,14 @@ def make_ema(sit: SiT) -> SiT:
 def update_ema(ema: nn.Module, model: nn.Module, decay: float, failed: Tensor | None = None) -> None:
     """Moves every float tensor of ema towards model, BatchNorm statistics too; integer buffers are copied.
 
-    Of networks that FSDP has cut, both in the same way, each process moves its own pieces. If `failed` is 1.0
-    (see `Mechanics`), floats stay as they are.
+    Both are of one class and one dtype. Of networks that FSDP has cut, both in the same way, each process
+    moves its own pieces. If `failed` is 1.0 (see `Mechanics`), floats stay as they are.
     """
-    source = _own_pieces(model)
-    averaged, current = [], []
-    for name, tensor in _own_pieces(ema).items():
-        if tensor.is_floating_point():
-            averaged.append(tensor)
-            current.append(source[name].to(tensor.dtype))
-        else:
-            tensor.copy_(source[name])
+    pairs = list(zip(_own_pieces(ema), _own_pieces(model), strict=True))
+    for mine, other in pairs:
+        if not mine.is_floating_point():
+            mine.copy_(other)
+    averaged, current = zip(*(pair for pair in pairs if pair[0].is_floating_point()), strict=True)
     if failed is None:
         torch._foreach_lerp_(averaged, current, 1 - decay)
     else:  # the same, as a step of SGD with weight decay 1 up the "gradient" `current`, which heeds `failed`
@@ -307,9 +304,10 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float, failed: Tensor | 
         )
 
 
-def _own_pieces(module: nn.Module) -> dict[str, Tensor]:
-    state = module.state_dict()
-    return {name: t.to_local() if hasattr(t, "to_local") else t for name, t in state.items()}
+def _own_pieces(module: nn.Module) -> list[Tensor]:
+    """Parameters and buffers."""
+    tensors = itertools.chain(module.parameters(), module.buffers())
+    return [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
 
 
 @contextmanager

@@ -342,7 +342,7 @@ class Trainer:
 
     def _loader(self) -> DataLoader:
         """This process's batches, from the state's step on."""
-        workers = self.config.num_workers
+        workers = self.config.workers
         return DataLoader(
             self.data,
             batch_sampler=self._batches(range(self.state.step, self.last_step)),

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partialmethod
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,8 @@ import pytest
 import torch
 from PIL import Image
 from small_runs import STEPS, assert_same_run, run, weights
+from small_states import LABELS, make_batch, make_state
+from torch import nn
 from torch.testing import assert_close
 
 from repae_lite.checkpoints.models import load_latent_stats, load_sit, load_vae
@@ -601,6 +604,26 @@ def test_channels_last_is_the_same_run(whole, tmp_path, monkeypatch):
         assert one == pytest.approx(other, rel=2e-3, abs=1e-4)
 
 
+def test_a_few_graphs_are_compiled_and_none_again(monkeypatch):
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="eager"))
+    monkeypatch.setattr(training, "try_compile", lambda _: None)
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters["stats"]
+    state, (x, targets, draws) = make_state(), make_batch()
+    training._compile(state, torch.device("cpu"))
+    label_drop, before = torch.zeros(len(x), dtype=torch.bool), counters["unique_graphs"]
+    try:
+        for again in (False, True, True):
+            with torch._dynamo.config.patch(error_on_recompile=again):
+                training.all_updates(
+                    state, x, LABELS, targets, training.Draws(**draws, label_drop=label_drop)
+                )
+            # The VAE's two halves, and a block of SiT, of which all are alike, frozen and training.
+            assert counters["unique_graphs"] - before == 4
+    finally:
+        torch._dynamo.reset()
+
+
 # ---------------------------------------------------------------- the collapse guard
 
 
@@ -672,7 +695,7 @@ def test_each_collapse_halts(tmp_path, monkeypatch, changes, patch, message):
 
 def test_a_falling_loss_scale_halts(tmp_path, monkeypatch):
     scales = iter([2.0**-i for i in range(9)])
-    monkeypatch.setattr(ParallelMechanics, "scales", lambda self: {"sit": next(scales)})
+    monkeypatch.setattr(ParallelMechanics, "scales", lambda self: {"sit": torch.tensor(next(scales))})
     monkeypatch.setattr(TrainConfig, "check_precision", lambda *_: None)  # as if this were fp16
     with pytest.raises(SystemExit) as stop:
         run(tmp_path, divergence_falls=2)
