@@ -204,8 +204,7 @@ def draws_of(settings: Settings, step: int) -> Draws:
     """The random numbers of a step, as the trainer draws them."""
     config = settings.config
     how = {"path": config.path_type, "weighting": config.weighting, "label_dropout": config.cfg_prob}
-    drawn = draw(config.seed, step, config.batch_size, settings.latent, **how)
-    return drawn.map(lambda numbers: numbers.to(settings.device, non_blocking=True))
+    return draw(config.seed, step, config.batch_size, settings.latent, device=settings.device, **how)
 
 
 def _tokens(settings: Settings, encoders: list[nn.Module], images: Tensor) -> list[Tensor]:
@@ -220,13 +219,13 @@ def _training(settings: Settings, command: str) -> Iterator[Work]:
         state.vae = state.discriminator = state.perceptual = None
         state.optimizers = {"sit": state.optimizers["sit"]}
 
-    def step() -> dict[str, float]:
+    def step() -> dict[str, Tensor]:
         images, labels = (tensor.to(settings.device, non_blocking=True) for tensor in batch)
         draws = draws_of(settings, state.step)
         targets = _tokens(settings, encoders, images)
         if command == "ldm":
-            return as_floats(latent_updates(state, draws.eps_posterior, labels, targets, draws))
-        return as_floats(all_updates(state, to_unit_range(images), labels, targets, draws)[0])
+            return latent_updates(state, draws.eps_posterior, labels, targets, draws)
+        return all_updates(state, to_unit_range(images), labels, targets, draws)[0]
 
     name = "REPA-E step" if command == "repae" else f"train-{command} step"
     yield Work(name, step, len(batch[0]), settings.precision, state, encoders)
@@ -298,7 +297,7 @@ def encoder(settings: Settings, stack: ExitStack) -> Iterator[Work]:
 def loader(settings: Settings, stack: ExitStack) -> Iterator[Work]:
     """Batches from an images.h5, as the trainer reads them."""
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-    batch, workers = settings.config.batch_size, settings.config.num_workers
+    batch, workers = settings.config.batch_size, settings.config.workers
     pixels = batch_of(settings)[0].repeat(-(-64 // batch), 1, 1, 1).numpy()
     write_images_h5(folder / "images.h5", pixels, np.arange(len(pixels)) % 10, compress=False)
     data = TrainingData(ImageH5Dataset(folder / "images.h5"), None)
@@ -322,7 +321,7 @@ def preprocessing(settings: Settings, stack: ExitStack) -> Iterator[Work]:
         smooth = np.asarray(coarse.resize((500, 400), Image.Resampling.BICUBIC))
         pixels = (smooth + rng.normal(0, 6, (400, 500, 1))).clip(0, 255).astype(np.uint8)
         Image.fromarray(pixels).save(source / f"{i:04d}.jpg", quality=90)
-    workers = max(1, settings.config.num_workers)
+    workers = max(1, settings.config.workers)
     how = {"resolution": settings.config.resolution, "workers": workers, "overwrite": True}
     call = partial(preprocess, source.parent, folder / "out", **how)
     yield Work(f"preprocess, {workers} workers", call, PHOTOS, None)
@@ -509,7 +508,7 @@ def against(settings: Settings, reference: ModuleType) -> dict:
         "ours": partial(_our_step, ours, x, labels, targets, draws),
         "reference": step_of(theirs, reference.Official()),
     }
-    losses = {name: call() for name, call in calls.items()}
+    losses = {"ours": as_floats(calls["ours"]()), "reference": calls["reference"]()}
     tolerance = AGREEMENT[precision]
     if device.type == "cuda" and settings.config.allow_tf32:
         tolerance = max(tolerance, TF32_AGREEMENT)
@@ -549,8 +548,9 @@ def against(settings: Settings, reference: ModuleType) -> dict:
     }
 
 
-def _our_step(state: TrainState, *batch) -> dict[str, float]:
-    return as_floats(all_updates(state, *batch)[0])
+def _our_step(state: TrainState, *batch) -> dict[str, Tensor]:
+    """Without waiting for the device, as the trainer takes a step."""
+    return all_updates(state, *batch)[0]
 
 
 def check_agreement(losses: dict[str, dict[str, float]], tolerance: float) -> None:

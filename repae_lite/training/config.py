@@ -20,6 +20,8 @@ from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from repae_lite.utils.cores import core_count
+
 COMMANDS = ("repae", "ldm", "vae")
 FORMATS = ("safetensors", "official", "both")
 TRACKERS = ("none", "tensorboard", "wandb", "trackio")
@@ -100,9 +102,10 @@ class TrainConfig:
         "data",
         only="ldm",
     )
-    num_workers: int = _option(
-        4,
-        "loader processes per training process; the result does not depend on it",
+    num_workers: int | None = _option(
+        None,
+        "loader processes per training process; the result does not depend on it (default: 4, but no more "
+        "than the cores it has)",
         "data",
         within=WORKERS,
         tiny=0,
@@ -686,6 +689,13 @@ class TrainConfig:
     def images_per_step(self) -> int:
         """Images of an optimiser step, over all processes."""
         return self.batch_size * self.gradient_accumulation_steps
+
+    @property
+    def workers(self) -> int:
+        """Loader processes of this training process: more than its cores would get in each other's way."""
+        if self.num_workers is not None:
+            return self.num_workers
+        return max(1, min(4, core_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
     @property
     def folder(self) -> Path:
