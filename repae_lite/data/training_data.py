@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 
+import numpy as np
 from torch.utils.data import Dataset
 
 from repae_lite.data.image_lists import classes_without_images
@@ -32,7 +33,8 @@ class TrainingData(Dataset):
     def __init__(self, images: Dataset | None, latents: Dataset | None):
         self.images, self.latents = images, latents
         one = images if images is not None else latents
-        if images is not None and latents is not None and list(images.labels) != list(latents.labels):
+        both = images is not None and latents is not None
+        if both and not np.array_equal(images.labels, latents.labels):
             raise ValueError(
                 f"the cached latents ({len(latents)}) and the images ({len(images)}) differ in labels: cache "
                 "those of these images"
@@ -44,7 +46,7 @@ class TrainingData(Dataset):
                 "of these images"
             )
         self.num_classes, self.no_classes = one.num_classes, getattr(one, "no_classes", "")
-        digest = hashlib.sha256(json.dumps([list(one.names), [int(label) for label in one.labels]]).encode())
+        digest = hashlib.sha256(json.dumps([list(one.names), np.asarray(one.labels).tolist()]).encode())
         for i in (0, len(one) // 2, len(one) - 1) if images is not None else ():
             digest.update(images[i][0].numpy().tobytes())
         if latents is not None:
