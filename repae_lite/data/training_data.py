@@ -17,11 +17,14 @@ logger = logging.getLogger(__name__)
 class TrainingData(Dataset):
     """Images, cached latents or both; item i is a dict of "label" and what there is of "image" and "latent".
 
+    With cached targets there are "targets" too, and images are not read where latents stand for them.
+
     Args:
         images: items (uint8 (3, H, W), label), or None.
         latents: items (mean and std of the posterior (2C, h, w), label), or None.
 
     Attributes:
+        targets: items (float16 (N, D) of each encoder); None until they are set.
         num_classes: of the labels.
         no_classes: why the items have no classes; empty when they have.
         fingerprint: changes with names, labels, pixels (of three images) and the latents' VAE.
@@ -32,6 +35,7 @@ class TrainingData(Dataset):
 
     def __init__(self, images: Dataset | None, latents: Dataset | None):
         self.images, self.latents = images, latents
+        self.targets: Dataset | None = None
         one = images if images is not None else latents
         both = images is not None and latents is not None
         if both and not np.array_equal(images.labels, latents.labels):
@@ -75,7 +79,9 @@ class TrainingData(Dataset):
 
     def __getitem__(self, index: int) -> dict:
         item = {}
-        if self.images is not None:
+        if self.targets is not None:
+            item["targets"] = self.targets[index]
+        if self.images is not None and (self.latents is None or self.targets is None):
             item["image"], item["label"] = self.images[index]
         if self.latents is not None:
             item["latent"], item["label"] = self.latents[index]

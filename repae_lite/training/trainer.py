@@ -19,12 +19,18 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list
+from accelerate.utils import (
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    broadcast_object_list,
+    send_to_device,
+)
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from repae_lite.data.datasets import read_batches
 from repae_lite.data.latents import vae_fingerprint
+from repae_lite.data.targets import cache_targets
 from repae_lite.evaluation.generate import Sampling, draw_images
 from repae_lite.method.losses import spatial_norm
 from repae_lite.method.steps import GRAD_NORMS, Draws, all_updates, as_floats, latent_updates
@@ -218,6 +224,8 @@ class Trainer:
                 self._resume(checkpoint, own=own)
             if self.main:
                 self._open_folder(own)
+        if config.cache_targets:
+            self._cache_targets()
         same_everywhere(*self.networks.values())
         if config.on_divergence == "rollback" and state.step == 0:
             self._save()
@@ -249,6 +257,20 @@ class Trainer:
                     raise SystemExit(130 if caught and caught[0] == signal.SIGINT else 143)
             self._save()
             log.ended = "finished"
+
+    def _cache_targets(self) -> None:
+        """Has the encoders' tokens read from a file, which is written first if need be, and lets them go."""
+        share, cuts = self.share.stop - self.share.start, self.mechanics.micro_batches
+        self.data.targets = cache_targets(
+            self.encoders,
+            self.data.images,
+            self.config.cache_targets,
+            batch_size=max(1, share // cuts),
+            workers=self.config.num_workers,
+            device=self.device,
+            progress=self.main,
+        )
+        self.encoders = []
 
     def _open_folder(self, own: bool) -> None:
         """Makes the folder ready for what this start writes; `own`: it goes on from a checkpoint of its own.
@@ -339,10 +361,10 @@ class Trainer:
         """One step of the method; losses stay on the device."""
         state, config = self.state, self.config
         self._set_rates()
-        batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+        batch = send_to_device(batch, self.device, non_blocking=True)
         labels, draws = batch["label"], self._draws()
         x = to_unit_range(batch["image"]) if "image" in batch else None
-        targets = self._targets(batch.get("image"))
+        targets = self._targets(batch)
         if config.command != "ldm":
             losses, z = all_updates(state, x, labels, targets, draws)
             return losses | {"latent_variance": z.float().var((2, 3)).mean()}
@@ -372,13 +394,13 @@ class Trainer:
         )
         return drawn[self.share].map(lambda numbers: numbers.to(self.device, non_blocking=True))
 
-    def _targets(self, images: Tensor | None) -> list[Tensor]:
-        """The encoders' tokens, in micro-batches like the step's."""
-        if not self.encoders:
-            return []
-        chunks = [images[chunk] for chunk in self.mechanics.chunks(len(images))]
-        with self.mechanics.autocast():
-            targets = [torch.cat([encoder(chunk) for chunk in chunks]) for encoder in self.encoders]
+    def _targets(self, batch: dict[str, Tensor]) -> list[Tensor]:
+        """The encoders' tokens: cached, or computed now, in micro-batches like the step's."""
+        targets = [target.float() for target in batch.get("targets", ())]
+        if self.encoders:
+            chunks = [batch["image"][chunk] for chunk in self.mechanics.chunks(len(batch["image"]))]
+            with self.mechanics.autocast():
+                targets = [torch.cat([encoder(chunk) for chunk in chunks]) for encoder in self.encoders]
         gamma = self.config.spatial_norm
         return targets if gamma is None else [spatial_norm(target, gamma) for target in targets]
 
