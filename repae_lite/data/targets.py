@@ -8,10 +8,9 @@ a memory map.
 import json
 import math
 import os
-import shutil
 import struct
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from itertools import accumulate
 from pathlib import Path
 
@@ -147,15 +146,6 @@ class _Unfinished:
     """The file in the making, beside a journal of how many images are on the disk for certain.
 
     Its header says what the tokens are of: an unfinished file with the same header is continued.
-
-    Args:
-        folder: `PATH.partial`, see `locked`.
-        encoders: whose tokens.
-        count: how many images there are.
-        about: metadata.
-
-    Attributes:
-        done: how many images it holds.
     """
 
     def __init__(self, folder: Path, encoders: Sequence[VisionEncoder], count: int, about: dict[str, str]):
@@ -167,6 +157,7 @@ class _Unfinished:
             for i, one in enumerate(encoders)
         }
         text = json.dumps({"__metadata__": about} | tensors).encode()
+        text += b" " * (-len(text) % 8)  # numbers lie at multiples of their size
         head = struct.pack("<Q", len(text)) + text  # as https://huggingface.co/docs/safetensors describes it
         self.starts, self.values = [len(head) + at for at in ends[:-1]], [n * d for _, n, d in shapes]
         with writing(folder.parent):
@@ -205,4 +196,7 @@ class _Unfinished:
         with writing(path.parent):
             sync(self.path)
             os.replace(self.path, path)
-        shutil.rmtree(self.folder, ignore_errors=True)
+        with suppress(OSError):
+            self.journal.unlink(missing_ok=True)
+            (self.folder / "lock").unlink()
+            self.folder.rmdir()
