@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 class TrainingData(Dataset):
     """Images, cached latents or both; item i is a dict of "label" and what there is of "image" and "latent".
 
-    With cached targets there are "targets" too, and images are not read where latents stand for them.
+    With cached targets there are "target 0" … too, and images are not read where latents stand for them.
 
     Args:
         images: items (uint8 (3, H, W), label), or None.
@@ -80,7 +80,7 @@ class TrainingData(Dataset):
     def __getitem__(self, index: int) -> dict:
         item = {}
         if self.targets is not None:
-            item["targets"] = self.targets[index]
+            item |= {f"target {i}": tokens for i, tokens in enumerate(self.targets[index])}
         if self.images is not None and (self.latents is None or self.targets is None):
             item["image"], item["label"] = self.images[index]
         if self.latents is not None:

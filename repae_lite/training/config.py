@@ -347,6 +347,13 @@ class TrainConfig:
     gradient_checkpointing: bool = _option(
         False, "recompute activations: less memory, about a third more time", "machine", free=True
     )
+    micro_batches: int = _option(
+        1,
+        "cut every process's batch into so many parts: less memory, the same step",
+        "machine",
+        within=POSITIVE,
+        free=True,
+    )
     cache_targets: str | None = _option(
         None,
         "the encoders' tokens of all images, in float16: this file is written before the first step if it is "
@@ -357,13 +364,6 @@ class TrainConfig:
         metavar="FILE",
         free=True,
         needs="encoder",
-    )
-    micro_batches: int = _option(
-        1,
-        "cut every process's batch into so many parts: less memory, the same step",
-        "machine",
-        within=POSITIVE,
-        free=True,
     )
 
     report_to: str = _option(

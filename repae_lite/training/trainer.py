@@ -19,12 +19,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import (
-    InitProcessGroupKwargs,
-    ProjectConfiguration,
-    broadcast_object_list,
-    send_to_device,
-)
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -224,11 +219,11 @@ class Trainer:
                 self._resume(checkpoint, own=own)
             if self.main:
                 self._open_folder(own)
-        if config.cache_targets:
-            self._cache_targets()
         same_everywhere(*self.networks.values())
         if config.on_divergence == "rollback" and state.step == 0:
             self._save()
+        if config.cache_targets:
+            self._cache_targets()
         log = RunLog(
             config,
             self.accelerator,
@@ -257,20 +252,6 @@ class Trainer:
                     raise SystemExit(130 if caught and caught[0] == signal.SIGINT else 143)
             self._save()
             log.ended = "finished"
-
-    def _cache_targets(self) -> None:
-        """Has the encoders' tokens read from a file, which is written first if need be, and lets them go."""
-        share, cuts = self.share.stop - self.share.start, self.mechanics.micro_batches
-        self.data.targets = cache_targets(
-            self.encoders,
-            self.data.images,
-            self.config.cache_targets,
-            batch_size=max(1, share // cuts),
-            workers=self.config.num_workers,
-            device=self.device,
-            progress=self.main,
-        )
-        self.encoders = []
 
     def _open_folder(self, own: bool) -> None:
         """Makes the folder ready for what this start writes; `own`: it goes on from a checkpoint of its own.
@@ -361,7 +342,7 @@ class Trainer:
         """One step of the method; losses stay on the device."""
         state, config = self.state, self.config
         self._set_rates()
-        batch = send_to_device(batch, self.device, non_blocking=True)
+        batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
         labels, draws = batch["label"], self._draws()
         x = to_unit_range(batch["image"]) if "image" in batch else None
         targets = self._targets(batch)
@@ -396,13 +377,27 @@ class Trainer:
 
     def _targets(self, batch: dict[str, Tensor]) -> list[Tensor]:
         """The encoders' tokens: cached, or computed now, in micro-batches like the step's."""
-        targets = [target.float() for target in batch.get("targets", ())]
+        targets = [tokens.float() for name, tokens in batch.items() if name.startswith("target")]
         if self.encoders:
             chunks = [batch["image"][chunk] for chunk in self.mechanics.chunks(len(batch["image"]))]
             with self.mechanics.autocast():
                 targets = [torch.cat([encoder(chunk) for chunk in chunks]) for encoder in self.encoders]
         gamma = self.config.spatial_norm
         return targets if gamma is None else [spatial_norm(target, gamma) for target in targets]
+
+    def _cache_targets(self) -> None:
+        """Has the encoders' tokens read from a file, which is written first if need be, and lets them go."""
+        share, cuts = self.share.stop - self.share.start, self.mechanics.micro_batches
+        self.data.targets = cache_targets(
+            self.encoders,
+            self.data.images,
+            self.config.cache_targets,
+            batch_size=max(1, share // cuts),
+            workers=self.config.num_workers,
+            device=self.device,
+            progress=self.main,
+        )
+        self.encoders = []
 
     @torch.no_grad()
     def _frozen_latents(self, batch: dict[str, Tensor], x: Tensor | None, eps: Tensor) -> Tensor:

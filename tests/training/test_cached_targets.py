@@ -180,8 +180,8 @@ def test_images_are_not_read_where_latents_and_tokens_stand_for_them(tmp_path, d
     both = TrainingData(images, CachedLatentsDataset(tmp_path / "latents.h5"))
     alone, before = TrainingData(images, None), both.fingerprint
     both.targets = alone.targets = cache_targets([means()], images, tmp_path / "tokens")
-    assert both[3].keys() == {"latent", "label", "targets"} and both.fingerprint == before
-    assert alone[3].keys() == {"image", "label", "targets"}
+    assert both[3].keys() == {"latent", "label", "target 0"} and both.fingerprint == before
+    assert alone[3].keys() == {"image", "label", "target 0"}
     assert both[3]["label"] == alone[3]["label"] == images[3][1]
 
 
