@@ -128,8 +128,9 @@ def cache_targets(
                 if file:
                     file.add(rows, step)
                     bar.update(len(rows))
-        if file:
-            file.finish(path)
+        with together():  # nobody opens it before it is there
+            if file:
+                file.finish(path)
     with together():
         return CachedTargets(path, about)
 
