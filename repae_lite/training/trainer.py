@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader
 
 from repae_lite.data.datasets import read_batches
 from repae_lite.data.latents import vae_fingerprint
+from repae_lite.data.targets import cache_targets
 from repae_lite.evaluation.generate import Sampling, draw_images
 from repae_lite.method.losses import spatial_norm
 from repae_lite.method.steps import GRAD_NORMS, Draws, all_updates, check_norm, latent_updates
@@ -232,6 +233,8 @@ class Trainer:
         self._distribute()
         if config.on_divergence == "rollback" and state.step == 0:
             self._save()
+        if config.cache_targets:
+            self._cache_targets()
         log = RunLog(
             config,
             self.accelerator,
@@ -359,7 +362,7 @@ class Trainer:
         batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
         labels, draws = batch["label"], self._draws()
         x = to_unit_range(batch["image"]) if "image" in batch else None
-        targets = self._targets(batch.get("image"))
+        targets = self._targets(batch)
         if config.command != "ldm":
             losses, z = all_updates(state, x, labels, targets, draws)
             return losses | {"latent_variance": z.float().var((2, 3)).mean()}
@@ -390,15 +393,29 @@ class Trainer:
             device=self.device,
         )
 
-    def _targets(self, images: Tensor | None) -> list[Tensor]:
-        """The encoders' tokens, in micro-batches like the step's."""
-        if not self.encoders:
-            return []
-        chunks = [images[chunk] for chunk in self.mechanics.chunks(len(images))]
-        with self.mechanics.autocast():
-            targets = [torch.cat([encoder(chunk) for chunk in chunks]) for encoder in self.encoders]
+    def _targets(self, batch: dict[str, Tensor]) -> list[Tensor]:
+        """The encoders' tokens: cached, or computed now, in micro-batches like the step's."""
+        targets = [tokens.float() for name, tokens in batch.items() if name.startswith("target")]
+        if self.encoders:
+            chunks = [batch["image"][chunk] for chunk in self.mechanics.chunks(len(batch["image"]))]
+            with self.mechanics.autocast():
+                targets = [torch.cat([encoder(chunk) for chunk in chunks]) for encoder in self.encoders]
         gamma = self.config.spatial_norm
         return targets if gamma is None else [spatial_norm(target, gamma) for target in targets]
+
+    def _cache_targets(self) -> None:
+        """Has the encoders' tokens read from a file, which is written first if need be, and lets them go."""
+        share, cuts = self.share.stop - self.share.start, self.mechanics.micro_batches
+        self.data.targets = cache_targets(
+            self.encoders,
+            self.data.images,
+            self.config.cache_targets,
+            batch_size=max(1, share // cuts),
+            workers=self.config.workers,
+            device=self.device,
+            progress=self.main,
+        )
+        self.encoders = []
 
     @torch.no_grad()
     def _frozen_latents(self, batch: dict[str, Tensor], x: Tensor | None, eps: Tensor) -> Tensor:

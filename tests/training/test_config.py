@@ -203,6 +203,7 @@ OFF = {
 }
 SAID = {  # some value that is not the default
     "encoder_depth": 3, "projector": "conv", "enc_weights": "random", "proj_coeff": 0.7, "spatial_norm": 0.6,
+    "cache_targets": "tokens.safetensors",
     "disc_pretrained_ckpt": "d.pt", "disc_learning_rate": 2e-4, "perceptual": "tiny",
     "lpips_range": "official", "adam_beta1": 0.5, "adam_beta2": 0.5, "adam_epsilon": 1e-4,
     "loss_precision": "autocast", "logging_dir": "elsewhere", "sample_images": 3, "milestone_steps": 7,
