@@ -93,6 +93,7 @@ class Settings:
         repeats: timed calls.
         warmup: calls before, which are not timed.
         num_steps: of the samplers; None for 50 of the ODE and 250 of the SDE.
+        progress: show how far each measurement is.
     """
 
     config: TrainConfig
@@ -100,6 +101,7 @@ class Settings:
     repeats: int = 5
     warmup: int = 2
     num_steps: int | None = None
+    progress: bool = False
 
     @property
     def classes(self) -> int:
@@ -118,6 +120,11 @@ class Settings:
         precision = choose_precision(self.config.mixed_precision, torch.device(self.device))
         self.config.check_precision(precision)
         return precision
+
+    @property
+    def rounds(self) -> dict[str, int | bool]:
+        """How often what is measured is called."""
+        return {"repeats": self.repeats, "warmup": self.warmup, "progress": self.progress}
 
     def autocast(self) -> AbstractContextManager:
         """The precision of training."""
@@ -416,7 +423,7 @@ def measure(item: str, settings: Settings) -> list[dict]:
                 _compile(compiled_parts(work.state) if work.state else work.compiles, device)
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
-            seconds = in_turns({"": work.call}, device, repeats=settings.repeats, warmup=settings.warmup)[""]
+            seconds = in_turns({"": work.call}, device, **settings.rounds)[""]
             row["seconds"] = summary(seconds)
             row["images_per_second"] = work.images / row["seconds"]["median"]
             row["memory"] = peak_memory(device)
@@ -513,8 +520,7 @@ def against(settings: Settings, reference: ModuleType) -> dict:
     if device.type == "cuda" and settings.config.allow_tf32:
         tolerance = max(tolerance, TF32_AGREEMENT)
     check_agreement(losses, tolerance)
-    turns = {"repeats": settings.repeats, "warmup": settings.warmup}
-    seconds = in_turns(calls, device, **turns)
+    seconds = in_turns(calls, device, **settings.rounds)
     memory = None
     if device.type == "cuda":
         states = {"ours": theirs, "reference": ours}  # what else is held meanwhile
@@ -531,7 +537,7 @@ def against(settings: Settings, reference: ModuleType) -> dict:
         calls = {"": step_of(faster, reference.Official.only())}
         for way in ways:  # the optimisers' states, too, have a layout
             calls[way] = step_of(theirs if way == "contiguous" else faster, reference.Official.only(way))
-        spent = in_turns(calls, device, **turns)
+        spent = in_turns(calls, device, **settings.rounds)
     return {
         "losses": losses,
         "tolerance": tolerance,
