@@ -39,6 +39,7 @@ WANTED = (
 ).split()
 TRAINING = {name: given for flags in train_flags("repae").values() for name, given in flags.items()}
 TRAINING["--batch-size"] |= {"help": "images of a call (default: 32)"}
+TRAINING["--resolution"] |= {"help": "side of the images, pixels (default: 256; 32 with --vae tiny)"}
 TRAINING["--compile"] |= {"help": "torch.compile for SiT blocks and VAE; refused where it does not work"}
 FLAGS = {
     "what is measured": {
@@ -118,6 +119,7 @@ def run(args: argparse.Namespace) -> None:
         repeats=args.repeats,
         warmup=args.warmup,
         num_steps=args.num_steps,
+        progress=True,
     )
     content = {"machine": machine(torch.device(device)), "options": given | {"what": items}}
     content["precision"], content["rows"] = settings.precision, []
@@ -128,7 +130,7 @@ def run(args: argparse.Namespace) -> None:
     add_shares(content["rows"], content["peaks"])
     print(report(content))
     if reference:
-        print("measuring ours against the reference", file=sys.stderr)
+        print("measuring ours against the reference, then each official way alone", file=sys.stderr)
         content["against"] = benchmark.against(settings, reference)
         print(report_against(content["against"]))
     with writing(output):

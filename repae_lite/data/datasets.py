@@ -22,12 +22,14 @@ from torch.utils.data import DataLoader, Dataset
 from repae_lite.data.hdf5 import item_names, missing_names, open_h5, read_bytes, reading
 from repae_lite.data.image_files import center_crop, decode_image, failure, open_image, read_image
 from repae_lite.data.image_lists import LABELS, list_images, parse_labels, refuse_archive
+from repae_lite.data.index import Names, join, kept_index
 from repae_lite.data.shards import find_shards, index_shards
 from repae_lite.utils.errors import of_a_worker
 from repae_lite.utils.files import data_small_dir
 from repae_lite.utils.processes import process_rank
 
 SPLITS = ("train", "eval")
+LARGE = 1 << 26  # bytes of an HDF5 file whose names and labels are kept apart: smaller ones are read at once
 logger = logging.getLogger(__name__)
 
 
@@ -87,25 +89,35 @@ class H5Dataset(Dataset):
                     f"{self.path} has no dataset.json: it was not written by the official preprocessing or "
                     "by ours"
                 )
-            entries = parse_labels(read_bytes(file, LABELS), f"{LABELS} in {self.path}")
-            self.names = [name for name, _ in entries] or item_names(file)
-            missing = missing_names(file, self.names) if entries else []
-        if missing:
+            if self.path.stat().st_size < LARGE:
+                index = self._index(file)
+            else:
+                index = kept_index(f"{LABELS} 1", [self.path], lambda: self._index(file))
+        self.names, bare = Names(index["names"]), index["labels"][0] < 0
+        self.labels: np.ndarray = index["labels"].clip(0)
+        self.num_classes = int(self.labels.max()) + 1
+        self.no_classes = f"the {self.noun}s of {self.path} have no classes" if bare else ""
+
+    def _index(self, file: h5py.File) -> dict[str, np.ndarray]:
+        """Names, as `Names` takes them, and labels, which are -1 when there are none."""
+        entries = parse_labels(read_bytes(file, LABELS), f"{LABELS} in {self.path}")
+        names = [name for name, _ in entries] or item_names(file)
+        if missing := missing_names(file, names) if entries else []:
             raise ValueError(
                 f"{self.path} lacks {len(missing)} {self.noun}s that dataset.json lists, {missing[0]} first: "
                 "write it again"
             )
-        if not self.names:
+        if not names:
             raise ValueError(f"{self.path} holds no {self.noun}s: write it by {self.maker}")
-        self.labels = [label for _, label in entries] or [0] * len(self.names)
-        self.num_classes = max(self.labels) + 1
-        self.no_classes = "" if entries else f"the {self.noun}s of {self.path} have no classes"
+        labels = [label for _, label in entries] or [-1] * len(names)
+        return {"names": join(names), "labels": np.array(labels, np.int64)}
 
     def __len__(self) -> int:
         return len(self.names)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.decode(self.read(self.names[index]), self.names[index]), self.labels[index]
+        name = self.names[index]
+        return self.decode(self.read(name), name), int(self.labels[index])
 
     def read(self, name: str) -> bytes:
         """The bytes under a name.
@@ -209,7 +221,7 @@ class CroppedDataset(Dataset):
             if getattr(error, "errno", None) not in (None, errno.ENOENT):
                 raise OSError(f"{told} now ({failure(error)}): it may be whole all the same") from None
             raise ValueError(f"{told} ({failure(error)}): {self.remedy}") from None
-        return torch.from_numpy(pixels).permute(2, 0, 1).contiguous(), self.labels[index]
+        return torch.from_numpy(pixels).permute(2, 0, 1).contiguous(), int(self.labels[index])
 
 
 class ImageFolderDataset(CroppedDataset):
@@ -238,7 +250,8 @@ class ImageFolderDataset(CroppedDataset):
                 f"{found.root} lacks {len(found.missing)} images that dataset.json lists, {found.missing[0]} "
                 "first: restore them, or take them out of it"
             )
-        self.root, self.names, self.labels = found.root, found.names, found.labels
+        self.root, self.names = found.root, Names.of(found.names)
+        self.labels = np.array(found.labels, np.int64)
         self.num_classes = found.num_classes
         reason = found.no_classes
         self.no_classes = reason and f"the images of {found.root} have no classes ({reason})"
@@ -270,8 +283,8 @@ class ShardDataset(CroppedDataset):
         super().__init__(resolution)
         self.shards, self.root = shards, Path(os.path.commonpath([shard.parent for shard in shards]))
         self.names, self._places = index_shards(shards, self.root)
-        self.labels = self._places[:, 3].clip(0).tolist()
-        self.num_classes, bare = max(self.labels) + 1, self._places[0, 3] < 0
+        self.labels = self._places[:, 3].clip(0)
+        self.num_classes, bare = int(self.labels.max()) + 1, self._places[0, 3] < 0
         self.no_classes = f"the images of {shards[0]} have no .cls and no label in a .json" if bare else ""
         if process_rank() == 0:
             classes = "no" if bare else f"{self.num_classes:,}"

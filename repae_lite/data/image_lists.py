@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 from repae_lite.data.image_files import SUFFIXES
 from repae_lite.utils.files import SetTwice, once
 
@@ -103,7 +105,7 @@ def _counted(counts: dict[str, int], most: int = 8) -> str:
 
 def classes_without_images(labels: Sequence[int], num_classes: int) -> str:
     """A sentence about classes without images, as when labels start at 1; empty when there are none."""
-    used = set(labels)
+    used = set(np.unique(labels).tolist())
     empty = num_classes - len(used)
     if not empty:
         return ""

@@ -9,7 +9,7 @@ it, which names the VAE that the latents are of, and `NAME-latents-stats.pt` bes
 import hashlib
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
 
@@ -176,29 +176,27 @@ def cache_latents(
             "0"
         )
     vae, device = vae.to(device).eval(), torch.device(device)
+
+    def moments(images: Tensor) -> Tensor:
+        posterior = vae.encode(to_unit_range(images))
+        return torch.cat([posterior.mean, posterior.std], 1).float()
+
     with ExitStack() as stack:
         file = None
         with together():
             if process_rank() == 0:
                 check_output(path, dataset, overwrite)
             # Refuses images that do not fit.
-            first = vae.encode(to_unit_range(dataset[0][0][None]).to(device)).mean
+            first = moments(dataset[0][0][None].to(device))[0]
             if process_rank() == 0:
                 file, entries, about = _start(stack, vae, dataset, path, first.numel(), overwrite)
         done = torch.tensor([file.state["done"] if file else 0], device=device)
-        batches = _moments(
-            vae,
-            dataset,
-            (2 * first.shape[1], *first.shape[2:]),
-            batch_size,
-            workers,
-            device,
-            int(from_first_process(done)),
-        )
+        done = int(from_first_process(done))
+        batches = encode_in_order(moments, dataset, first, batch_size, workers, device, done)
         if file is None:  # only the first process knows the file
             for _ in batches:
                 pass
-            return LatentStats(*from_first_process(torch.zeros(2, first.shape[1], device=device)).cpu())
+            return LatentStats(*from_first_process(torch.zeros(2, len(first) // 2, device=device)).cpu())
         _encode_all(file, batches, len(dataset), max(1, step // batch_size) * batch_size, progress)
         stats = _stats(file.state)
         file.finish_labelled(
@@ -236,7 +234,7 @@ def _start(
     folder = stack.enter_context(locked(path.with_name(path.name + ".partial")))
     file = ResumableH5(folder, _source_print(dataset, about), state, check_count, discard=overwrite)
     file.check_free(*_beside(path), overwrite=overwrite)
-    check_space(path.parent, (len(dataset) - file.state["done"]) * (8 * values + 200), "the latents need")
+    check_space(path.parent, (len(dataset) - file.state["done"]) * (4 * values + 200), "the latents need")
     labels = [None if getattr(dataset, "no_classes", "") else int(label) for label in dataset.labels]
     entries = [(latent_name(i), label) for i, label in enumerate(labels)]
     return file, entries, about | {"images": image_marks(dataset)}
@@ -299,18 +297,27 @@ def _encode_all(file: ResumableH5, batches: Iterator[Tensor], total: int, step: 
     next(batches, None)  # ends the readers
 
 
-def _moments(
-    vae: AutoencoderKL,
+def encode_in_order(
+    encode: Callable[[Tensor], Tensor],
     dataset: Dataset,
-    shape: tuple[int, ...],
+    first: Tensor,
     batch: int,
     workers: int,
     device: torch.device,
     done: int,
 ) -> Iterator[Tensor]:
-    """Posterior means above stds of all images from number `done` on: (B, 2C, h, w), float32, on the CPU.
+    """What `encode` makes of all images from number `done` on, a batch at a time, on the CPU.
 
     Of N processes each encodes every N-th batch; all yield all of them.
+
+    Args:
+        encode: gets images (B, 3, H, W) uint8 on the device.
+        dataset: items (image, label).
+        first: what it makes of one image: shape and dtype of the others.
+        batch: images at once, in each process.
+        workers: processes that read images.
+        device: what it computes on.
+        done: images to leave out.
     """
     processes = process_count()
     batches = [range(at, min(at + batch, len(dataset))) for at in range(done, len(dataset), batch)]
@@ -321,17 +328,17 @@ def _moments(
         **loading(device, workers),
     )
     with closing(read_batches(loader)) as mine:
-        for first in range(0, len(batches), processes):
-            moments = torch.zeros(batch, *shape, device=device)
-            if first + process_rank() < len(batches):
-                posterior = vae.encode(to_unit_range(next(mine)[0].to(device, non_blocking=True)))
-                moments[: len(posterior.mean)] = torch.cat([posterior.mean, posterior.std], 1).float()
-            gathered = [moments]
+        for start in range(0, len(batches), processes):
+            rows = first.new_zeros(batch, *first.shape)
+            if start + process_rank() < len(batches):
+                encoded = encode(next(mine)[0].to(device, non_blocking=True))
+                rows[: len(encoded)] = encoded
+            gathered = [rows]
             if processes > 1:
-                gathered = [torch.empty_like(moments) for _ in range(processes)]
-                dist.all_gather(gathered, moments)
+                gathered = [torch.empty_like(rows) for _ in range(processes)]
+                dist.all_gather(gathered, rows)
             # The last round may be short.
-            for images, found in zip(batches[first : first + processes], gathered, strict=False):
+            for images, found in zip(batches[start : start + processes], gathered, strict=False):
                 yield found[: len(images)].cpu()
 
 

@@ -6,7 +6,6 @@ its place: order, shares of processes and resuming are those of any other data. 
 """
 
 import glob
-import hashlib
 import json
 import logging
 import posixpath
@@ -14,7 +13,6 @@ import re
 import tarfile
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +20,8 @@ from huggingface_hub import constants, snapshot_download
 
 from repae_lite.data.image_files import SUFFIXES
 from repae_lite.data.image_lists import parse_labels, shards_in
+from repae_lite.data.index import Names, join, kept_index
 from repae_lite.utils.downloads import fetching
-from repae_lite.utils.files import atomic_path
 
 HUB = re.compile(r"hf:/+datasets/([^/@]+/[^/@]+)(?:@([^/]+))?/(.+\.tar)")  # Path makes one slash of two
 logger = logging.getLogger(__name__)
@@ -71,7 +69,7 @@ def _expand(names: str) -> Iterator[str]:
         yield from _expand(f"{names[: found.start()]}{number:0{len(first)}}{names[found.end() :]}")
 
 
-def index_shards(shards: list[Path], root: Path) -> tuple[list[str], np.ndarray]:
+def index_shards(shards: list[Path], root: Path) -> tuple[Names, np.ndarray]:
     """Where the images of shards lie; kept in HF_HOME/assets until one of the files changes.
 
     Returns:
@@ -83,14 +81,16 @@ def index_shards(shards: list[Path], root: Path) -> tuple[list[str], np.ndarray]
             or that only some images have.
         OSError: a shard cannot be read.
     """
-    files = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in shards]
-    key = hashlib.sha256(json.dumps(["shards 1", str(root), files]).encode()).hexdigest()[:32]
-    kept = Path(constants.HF_ASSETS_CACHE, "repae_lite", "shards", "index", f"{key}.npz")
-    try:
-        with np.load(kept, allow_pickle=False) as file:
-            return bytes(file["names"]).decode(errors="surrogateescape").split("\0"), file["places"]
-    except Exception:  # not there, or damaged: NumPy raises many kinds
+
+    def look() -> dict[str, np.ndarray]:
         logger.info(f"looking through {len(shards):,} shards, {shards[0]} first: once, unless they change")
+        return _look_through(shards, root)
+
+    index = kept_index(f"shards 2 {root}", shards, look)
+    return Names(index["names"]), index["places"]
+
+
+def _look_through(shards: list[Path], root: Path) -> dict[str, np.ndarray]:
     names, places = [], []
     for number, shard in enumerate(shards):
         images = _images(shard)
@@ -104,11 +104,7 @@ def index_shards(shards: list[Path], root: Path) -> tuple[list[str], np.ndarray]
             f"{bare.sum():,} images in the shards of {root} have no class and the others have, "
             f'{names[bare.argmax()]} first: add its .cls, or a "label" in its .json'
         )
-    joined = np.frombuffer("\0".join(names).encode(errors="surrogateescape"), np.uint8)
-    # On a disk that cannot be written, every start looks through the shards.
-    with suppress(OSError), atomic_path(kept) as partial, open(partial, "wb") as file:
-        np.savez(file, names=joined, places=table)
-    return names, table
+    return {"names": join(names), "places": table}
 
 
 def _images(shard: Path) -> dict[str, tuple[int, int, int]]:

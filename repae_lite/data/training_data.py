@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 
+import numpy as np
 from torch.utils.data import Dataset
 
 from repae_lite.data.image_lists import classes_without_images
@@ -16,11 +17,14 @@ logger = logging.getLogger(__name__)
 class TrainingData(Dataset):
     """Images, cached latents or both; item i is a dict of "label" and what there is of "image" and "latent".
 
+    With cached targets there are "target 0" … too, and images are not read where latents stand for them.
+
     Args:
         images: items (uint8 (3, H, W), label), or None.
         latents: items (mean and std of the posterior (2C, h, w), label), or None.
 
     Attributes:
+        targets: items (float16 (N, D) of each encoder); None until they are set.
         num_classes: of the labels.
         no_classes: why the items have no classes; empty when they have.
         fingerprint: changes with names, labels, pixels (of three images) and the latents' VAE.
@@ -31,8 +35,10 @@ class TrainingData(Dataset):
 
     def __init__(self, images: Dataset | None, latents: Dataset | None):
         self.images, self.latents = images, latents
+        self.targets: Dataset | None = None
         one = images if images is not None else latents
-        if images is not None and latents is not None and list(images.labels) != list(latents.labels):
+        both = images is not None and latents is not None
+        if both and not np.array_equal(images.labels, latents.labels):
             raise ValueError(
                 f"the cached latents ({len(latents)}) and the images ({len(images)}) differ in labels: cache "
                 "those of these images"
@@ -44,7 +50,7 @@ class TrainingData(Dataset):
                 "of these images"
             )
         self.num_classes, self.no_classes = one.num_classes, getattr(one, "no_classes", "")
-        digest = hashlib.sha256(json.dumps([list(one.names), [int(label) for label in one.labels]]).encode())
+        digest = hashlib.sha256(json.dumps([list(one.names), np.asarray(one.labels).tolist()]).encode())
         for i in (0, len(one) // 2, len(one) - 1) if images is not None else ():
             digest.update(images[i][0].numpy().tobytes())
         if latents is not None:
@@ -73,7 +79,9 @@ class TrainingData(Dataset):
 
     def __getitem__(self, index: int) -> dict:
         item = {}
-        if self.images is not None:
+        if self.targets is not None:
+            item |= {f"target {i}": tokens for i, tokens in enumerate(self.targets[index])}
+        if self.images is not None and (self.latents is None or self.targets is None):
             item["image"], item["label"] = self.images[index]
         if self.latents is not None:
             item["latent"], item["label"] = self.latents[index]

@@ -17,6 +17,7 @@ The bold "no" is the stop-gradient: without it the VAE learns latents that are e
 """
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
@@ -129,7 +130,11 @@ class Mechanics:
             micro-batch alone.)
         gradient_checkpointing: recompute the perceptual network and the discriminator in the VAE step instead
             of keeping their activations; VAE and SiT have their own switch, `set_gradient_checkpointing`.
+        failed: on the device, 1.0 once a gradient was not finite, whereupon all updates are left out, and 0.0
+            before; None where that is an error at once.
     """
+
+    failed: Tensor | None = None
 
     def __init__(self, *, micro_batches: int = 1, gradient_checkpointing: bool = False):
         if micro_batches < 1:
@@ -174,13 +179,22 @@ class Mechanics:
                 before the update.
         """
         norm = self.clip(module, max_norm)
-        if not bool(norm.isfinite()):
-            raise FloatingPointError(
-                f"the gradient norm of {type(module).__name__} is {float(norm)}: lower the learning rate, or "
-                "use bfloat16 or float32"
-            )
+        check_norm(float(norm), module)
         optimizer.step()
         return norm
+
+
+def check_norm(norm: float, network: nn.Module) -> None:
+    """Refuses a network's gradient norm that is not finite.
+
+    Raises:
+        FloatingPointError: see above.
+    """
+    if not math.isfinite(norm):
+        raise FloatingPointError(
+            f"the gradient norm of {type(network).__name__} is {norm}: lower the learning rate, or use "
+            "bfloat16 or float32"
+        )
 
 
 @dataclass
@@ -261,25 +275,39 @@ def make_ema(sit: SiT) -> SiT:
 
 
 @torch.no_grad()
-def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
+def update_ema(ema: nn.Module, model: nn.Module, decay: float, failed: Tensor | None = None) -> None:
     """Moves every float tensor of ema towards model, BatchNorm statistics too; integer buffers are copied.
 
-    Of networks that FSDP has cut, both in the same way, each process moves its own pieces.
+    Both are of one class and one dtype. Of networks that FSDP has cut, both in the same way, each process
+    moves its own pieces. If `failed` is 1.0 (see `Mechanics`), floats stay as they are.
     """
-    source = _own_pieces(model)
-    averaged, current = [], []
-    for name, tensor in _own_pieces(ema).items():
-        if tensor.is_floating_point():
-            averaged.append(tensor)
-            current.append(source[name].to(tensor.dtype))
-        else:
-            tensor.copy_(source[name])
-    torch._foreach_lerp_(averaged, current, 1 - decay)
+    pairs = list(zip(_own_pieces(ema), _own_pieces(model), strict=True))
+    for mine, other in pairs:
+        if not mine.is_floating_point():
+            mine.copy_(other)
+    averaged, current = zip(*(pair for pair in pairs if pair[0].is_floating_point()), strict=True)
+    if failed is None:
+        torch._foreach_lerp_(averaged, current, 1 - decay)
+    else:  # the same, as a step of SGD with weight decay 1 up the "gradient" `current`, which heeds `failed`
+        torch._fused_sgd_(
+            averaged,
+            current,
+            [],
+            weight_decay=1.0,
+            momentum=0.0,
+            lr=1 - decay,
+            dampening=0.0,
+            nesterov=False,
+            maximize=True,
+            is_first_step=False,
+            found_inf=failed,
+        )
 
 
-def _own_pieces(module: nn.Module) -> dict[str, Tensor]:
-    state = module.state_dict()
-    return {name: t.to_local() if hasattr(t, "to_local") else t for name, t in state.items()}
+def _own_pieces(module: nn.Module) -> list[Tensor]:
+    """Parameters and buffers."""
+    tensors = itertools.chain(module.parameters(), module.buffers())
+    return [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
 
 
 @contextmanager
@@ -645,7 +673,7 @@ def latent_updates(
 ) -> dict[str, Tensor]:
     """`latent_step` unchecked and without waiting for the device."""
     losses = sit_step(state, z, labels, targets, **vars(draws))
-    update_ema(state.ema, state.sit, state.config.ema_decay)
+    update_ema(state.ema, state.sit, state.config.ema_decay, state.mechanics.failed)
     state.step += 1
     return losses
 

@@ -75,7 +75,7 @@ class BatchNorm2d(nn.BatchNorm2d):
 
     def _whole_statistics(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mean and biased variance per channel, and the number of values behind them, over all processes."""
-        count = x.new_tensor([x.numel() / x.shape[1]])
+        count = x.new_full((1,), x.numel() / x.shape[1])  # new_tensor would wait for a GPU
         total = sum_over_processes(torch.cat([x.sum((0, 2, 3)), count]))
         mean, count = total[:-1] / total[-1], total[-1].detach()
         centred = x - mean.view(1, -1, 1, 1)

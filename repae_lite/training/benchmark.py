@@ -93,6 +93,7 @@ class Settings:
         repeats: timed calls.
         warmup: calls before, which are not timed.
         num_steps: of the samplers; None for 50 of the ODE and 250 of the SDE.
+        progress: show how far each measurement is.
     """
 
     config: TrainConfig
@@ -100,6 +101,7 @@ class Settings:
     repeats: int = 5
     warmup: int = 2
     num_steps: int | None = None
+    progress: bool = False
 
     @property
     def classes(self) -> int:
@@ -118,6 +120,11 @@ class Settings:
         precision = choose_precision(self.config.mixed_precision, torch.device(self.device))
         self.config.check_precision(precision)
         return precision
+
+    @property
+    def rounds(self) -> dict[str, int | bool]:
+        """How often what is measured is called."""
+        return {"repeats": self.repeats, "warmup": self.warmup, "progress": self.progress}
 
     def autocast(self) -> AbstractContextManager:
         """The precision of training."""
@@ -204,8 +211,7 @@ def draws_of(settings: Settings, step: int) -> Draws:
     """The random numbers of a step, as the trainer draws them."""
     config = settings.config
     how = {"path": config.path_type, "weighting": config.weighting, "label_dropout": config.cfg_prob}
-    drawn = draw(config.seed, step, config.batch_size, settings.latent, **how)
-    return drawn.map(lambda numbers: numbers.to(settings.device, non_blocking=True))
+    return draw(config.seed, step, config.batch_size, settings.latent, device=settings.device, **how)
 
 
 def _tokens(settings: Settings, encoders: list[nn.Module], images: Tensor) -> list[Tensor]:
@@ -220,13 +226,13 @@ def _training(settings: Settings, command: str) -> Iterator[Work]:
         state.vae = state.discriminator = state.perceptual = None
         state.optimizers = {"sit": state.optimizers["sit"]}
 
-    def step() -> dict[str, float]:
+    def step() -> dict[str, Tensor]:
         images, labels = (tensor.to(settings.device, non_blocking=True) for tensor in batch)
         draws = draws_of(settings, state.step)
         targets = _tokens(settings, encoders, images)
         if command == "ldm":
-            return as_floats(latent_updates(state, draws.eps_posterior, labels, targets, draws))
-        return as_floats(all_updates(state, to_unit_range(images), labels, targets, draws)[0])
+            return latent_updates(state, draws.eps_posterior, labels, targets, draws)
+        return all_updates(state, to_unit_range(images), labels, targets, draws)[0]
 
     name = "REPA-E step" if command == "repae" else f"train-{command} step"
     yield Work(name, step, len(batch[0]), settings.precision, state, encoders)
@@ -298,7 +304,7 @@ def encoder(settings: Settings, stack: ExitStack) -> Iterator[Work]:
 def loader(settings: Settings, stack: ExitStack) -> Iterator[Work]:
     """Batches from an images.h5, as the trainer reads them."""
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-    batch, workers = settings.config.batch_size, settings.config.num_workers
+    batch, workers = settings.config.batch_size, settings.config.workers
     pixels = batch_of(settings)[0].repeat(-(-64 // batch), 1, 1, 1).numpy()
     write_images_h5(folder / "images.h5", pixels, np.arange(len(pixels)) % 10, compress=False)
     data = TrainingData(ImageH5Dataset(folder / "images.h5"), None)
@@ -322,7 +328,7 @@ def preprocessing(settings: Settings, stack: ExitStack) -> Iterator[Work]:
         smooth = np.asarray(coarse.resize((500, 400), Image.Resampling.BICUBIC))
         pixels = (smooth + rng.normal(0, 6, (400, 500, 1))).clip(0, 255).astype(np.uint8)
         Image.fromarray(pixels).save(source / f"{i:04d}.jpg", quality=90)
-    workers = max(1, settings.config.num_workers)
+    workers = max(1, settings.config.workers)
     how = {"resolution": settings.config.resolution, "workers": workers, "overwrite": True}
     call = partial(preprocess, source.parent, folder / "out", **how)
     yield Work(f"preprocess, {workers} workers", call, PHOTOS, None)
@@ -417,7 +423,7 @@ def measure(item: str, settings: Settings) -> list[dict]:
                 _compile(compiled_parts(work.state) if work.state else work.compiles, device)
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
-            seconds = in_turns({"": work.call}, device, repeats=settings.repeats, warmup=settings.warmup)[""]
+            seconds = in_turns({"": work.call}, device, **settings.rounds)[""]
             row["seconds"] = summary(seconds)
             row["images_per_second"] = work.images / row["seconds"]["median"]
             row["memory"] = peak_memory(device)
@@ -509,13 +515,12 @@ def against(settings: Settings, reference: ModuleType) -> dict:
         "ours": partial(_our_step, ours, x, labels, targets, draws),
         "reference": step_of(theirs, reference.Official()),
     }
-    losses = {name: call() for name, call in calls.items()}
+    losses = {"ours": as_floats(calls["ours"]()), "reference": calls["reference"]()}
     tolerance = AGREEMENT[precision]
     if device.type == "cuda" and settings.config.allow_tf32:
         tolerance = max(tolerance, TF32_AGREEMENT)
     check_agreement(losses, tolerance)
-    turns = {"repeats": settings.repeats, "warmup": settings.warmup}
-    seconds = in_turns(calls, device, **turns)
+    seconds = in_turns(calls, device, **settings.rounds)
     memory = None
     if device.type == "cuda":
         states = {"ours": theirs, "reference": ours}  # what else is held meanwhile
@@ -532,7 +537,7 @@ def against(settings: Settings, reference: ModuleType) -> dict:
         calls = {"": step_of(faster, reference.Official.only())}
         for way in ways:  # the optimisers' states, too, have a layout
             calls[way] = step_of(theirs if way == "contiguous" else faster, reference.Official.only(way))
-        spent = in_turns(calls, device, **turns)
+        spent = in_turns(calls, device, **settings.rounds)
     return {
         "losses": losses,
         "tolerance": tolerance,
@@ -549,8 +554,9 @@ def against(settings: Settings, reference: ModuleType) -> dict:
     }
 
 
-def _our_step(state: TrainState, *batch) -> dict[str, float]:
-    return as_floats(all_updates(state, *batch)[0])
+def _our_step(state: TrainState, *batch) -> dict[str, Tensor]:
+    """Without waiting for the device, as the trainer takes a step."""
+    return all_updates(state, *batch)[0]
 
 
 def check_agreement(losses: dict[str, dict[str, float]], tolerance: float) -> None:

@@ -28,7 +28,7 @@ from repae_lite.networks.sit import SIT_PRESETS, SiT
 from repae_lite.networks.vae import VAE_PRESETS, AutoencoderKL
 from repae_lite.training.config import NONE, TrainConfig
 from repae_lite.training.loss_config import is_built_in, read_loss_config
-from repae_lite.utils.devices import fused_optimizer
+from repae_lite.utils.devices import conv_layout, fused_optimizer
 from repae_lite.utils.files import data_small_dir
 from repae_lite.utils.pixels import to_unit_range
 from repae_lite.utils.processes import process_rank
@@ -139,6 +139,8 @@ def build(config: TrainConfig, num_classes: int, device: torch.device) -> TrainS
                 )
     for module in filter(None, (vae, sit, ema, discriminator, perceptual, *encoders)):
         module.to(device)
+    for module in filter(None, (vae, discriminator, perceptual)):
+        module.to(memory_format=conv_layout(device, config.resolution))
     set_gradient_checkpointing(config.gradient_checkpointing, vae, *([sit] if sit else []))
     trained = {
         "sit": (sit, config.learning_rate),

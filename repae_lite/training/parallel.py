@@ -1,8 +1,9 @@
 """One training step on many processes: which of them has which images, draws and gradients.
 
-Everything random in step s follows from the seed and s, for the whole batch; each process takes its slice. So
-N processes with b images make the step of one process with N * b, and a resumed run needs no generator's
-state to continue as if it had never stopped.
+Everything random in step s follows from the seed, s and an image's place in the whole batch, of which each
+process has a slice. So N processes with b images make the step of one process with N * b, and a resumed run
+needs no generator's state to continue as if it had never stopped. (One that goes on on another kind of
+device, CPU or GPU, does so with other numbers.)
 """
 
 import warnings
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler
 
 from repae_lite.method.interpolant import sample_time
-from repae_lite.method.steps import Draws, Mechanics
+from repae_lite.method.steps import Draws, Mechanics, check_norm
 from repae_lite.utils.seeding import generator
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 # Every parameter that trains has a gradient in each of its network's updates, so none has to be searched for
 # (which is what static_graph would save), and the only buffers, BatchNorm's, are equal anyway.
 DDP = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+ALL = slice(None)
 PRECISIONS = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -92,15 +94,28 @@ def draw(
     path: str,
     weighting: str,
     label_dropout: float,
+    share: slice = ALL,
+    device: torch.device | str = "cpu",
 ) -> Draws:
-    """All random numbers of a step for the whole batch, on the CPU; `latent` is the shape (C, h, w)."""
-    g = generator("draws", seed, step)
-    return Draws(
-        eps_posterior=torch.randn(batch, *latent, generator=g),
-        t=sample_time(batch, weighting=weighting, path=path, generator=g),
-        eps=torch.randn(batch, *latent, generator=g),
-        label_drop=torch.rand(batch, generator=g) < label_dropout,
-    )
+    """The random numbers of a step for some images of a batch; `latent` is the shape (C, h, w).
+
+    A CPU draws for the whole batch, one kind of number after the other. A GPU has a generator for each image,
+    so that a process draws its share alone, and nothing has to be copied from the host.
+    """
+
+    def drawn(images: int, *place: int) -> tuple[Tensor, ...]:
+        g = generator("draws", seed, step, *place, device=device)
+        return (
+            torch.randn(images, *latent, generator=g, device=device),
+            sample_time(images, weighting=weighting, path=path, generator=g, device=device),
+            torch.randn(images, *latent, generator=g, device=device),
+            torch.rand(images, generator=g, device=device) < label_dropout,
+        )
+
+    if torch.device(device).type == "cpu":
+        return Draws(*drawn(batch))[share]
+    each = [drawn(1, place) for place in range(batch)[share]]
+    return Draws(*map(torch.cat, zip(*each, strict=True)))
 
 
 class Losses(nn.Module):
@@ -129,8 +144,9 @@ class ParallelMechanics(Mechanics):
         device: where the networks are.
         precision: "no", "fp16" or "bf16".
         optimizers: by name.
-        strict: a norm that is not finite raises an error; otherwise the update is left out. (fp16 always
-            leaves it out and lowers its scale.)
+        strict: a norm that is not finite is an error; otherwise the update is left out. (fp16 always leaves
+            it out and lowers its scale.) Fused optimisers, for which the host does not wait, cannot raise it:
+            they leave out this update and all later ones, and `failed` tells whoever looks.
         more: see `Mechanics`.
     """
 
@@ -148,6 +164,8 @@ class ParallelMechanics(Mechanics):
         self.scalers = {
             name: torch.amp.GradScaler(device.type) for name in optimizers if self.dtype == torch.float16
         }
+        for scaler in self.scalers.values():
+            scaler.scale(torch.zeros((), device=device))  # which puts its scale there
         self._scaler_of = {optimizers[name]: scaler for name, scaler in self.scalers.items()}
         self.distributed: dict[str, nn.Module] = {}
         self.sharded: ShardedSiT | None = None
@@ -201,23 +219,39 @@ class ParallelMechanics(Mechanics):
         return norm.full_tensor() if self.sharded and module is self.sharded.sit else norm
 
     def update(self, module: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
-        """Clips and applies the gradients; returns their norm before clipping."""
+        """Clips and applies the gradients; returns their norm before clipping.
+
+        Raises:
+            FloatingPointError: the norm is not finite; see `strict`.
+        """
         scaler = self._scaler_of.get(optimizer)
-        if self.strict and not scaler:
-            return super().update(module, optimizer, max_norm)
         if scaler:
             scaler.unscale_(optimizer)
         norm = self.clip(module, max_norm)
         if scaler:
             scaler.step(optimizer)  # does nothing if a gradient is not finite
             scaler.update()
+        elif optimizer.defaults.get("fused"):
+            self._fused_step(optimizer, (~norm.isfinite()).float())
+        elif self.strict:
+            check_norm(float(norm), module)
+            optimizer.step()
         elif norm.isfinite():
             optimizer.step()
         return norm
 
-    def scales(self) -> dict[str, float]:
-        """Loss scales by optimiser; empty without fp16."""
-        return {name: scaler.get_scale() for name, scaler in self.scalers.items()}
+    def _fused_step(self, optimizer: torch.optim.Optimizer, failed: Tensor) -> None:
+        """A step that leaves weights and optimiser as they are if `failed` is 1.0 on the device."""
+        if self.strict:
+            self.failed = failed if self.failed is None else torch.maximum(self.failed, failed)
+            failed = self.failed
+        optimizer.grad_scale, optimizer.found_inf = None, failed  # what torch's GradScaler gives them, too
+        optimizer.step()
+        del optimizer.grad_scale, optimizer.found_inf
+
+    def scales(self) -> dict[str, Tensor]:
+        """Loss scales by optimiser, on the device (`get_scale` would wait for it); empty without fp16."""
+        return {name: scaler._get_scale_async() for name, scaler in self.scalers.items()}
 
     def state_dict(self) -> dict:
         """The scalers' states."""
@@ -225,6 +259,7 @@ class ParallelMechanics(Mechanics):
 
     def load_state_dict(self, state: dict, factor: float = 1.0) -> None:
         """Takes the scales of a `state_dict`, times a factor; without fp16 it has none."""
+        self.failed = None
         for name, scaler in self.scalers.items():
             if name in state:
                 scaler.load_state_dict(state[name] | {"scale": state[name]["scale"] * factor})

@@ -584,6 +584,11 @@ def fill_optimizer(
                 raise ValueError(f"{source} is damaged: its optimiser state {key} of {name} is no number")
         found[parameters[parameter]] = state
     optimizer.load_state_dict(optimizer.state_dict() | {"state": found})
+    for parameter, state in optimizer.state.items():  # fused kernels want them to lie in memory alike
+        for key, value in state.items():
+            same = isinstance(value, Tensor) and value.shape == parameter.shape
+            if same and value.stride() != parameter.stride():
+                state[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def _is_state(key: str, value: object) -> bool:

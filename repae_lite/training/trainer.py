@@ -12,6 +12,7 @@ import math
 import os
 import signal
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict
@@ -25,9 +26,10 @@ from torch.utils.data import DataLoader
 
 from repae_lite.data.datasets import read_batches
 from repae_lite.data.latents import vae_fingerprint
+from repae_lite.data.targets import cache_targets
 from repae_lite.evaluation.generate import Sampling, draw_images
 from repae_lite.method.losses import spatial_norm
-from repae_lite.method.steps import GRAD_NORMS, Draws, all_updates, as_floats, latent_updates
+from repae_lite.method.steps import GRAD_NORMS, Draws, all_updates, check_norm, latent_updates
 from repae_lite.networks.latent_stats import LatentStats
 from repae_lite.networks.sit import SiT
 from repae_lite.training.build import build, compiled_parts, latent_stats, open_data, run_judge
@@ -46,7 +48,7 @@ from repae_lite.training.run_folder import (
     with_way_out,
 )
 from repae_lite.training.run_log import RunLog, check_tracker
-from repae_lite.utils.devices import check_device, choose_precision, loading, try_compile
+from repae_lite.utils.devices import Later, check_device, choose_precision, loading, runs_ahead, try_compile
 from repae_lite.utils.files import set_aside, write_text
 from repae_lite.utils.locks import locked
 from repae_lite.utils.output import patient_output
@@ -204,6 +206,7 @@ class Trainer:
             falls=config.divergence_falls,
             variance=config.divergence_variance,
         )
+        self.unread: deque[tuple[int, Later, dict]] = deque()  # steps that the guard has not been told of
         self.stop = StopFlag(self.device)
         self.sharded = None  # a ShardedSiT with --shard
         self.rollbacks = 0
@@ -230,6 +233,8 @@ class Trainer:
         self._distribute()
         if config.on_divergence == "rollback" and state.step == 0:
             self._save()
+        if config.cache_targets:
+            self._cache_targets()
         log = RunLog(
             config,
             self.accelerator,
@@ -315,11 +320,10 @@ class Trainer:
         with closing(read_batches(self._loader())) as batches:
             for batch in batches:
                 try:
-                    losses = self._step(batch)
-                    finding = self._logged(losses, log)
+                    finding = self._noted(self._step(batch), log)
                 except FloatingPointError as error:
-                    finding = Finding(f"{error} (in step {state.step + 1})", state.step + 1)
-                if finding and config.on_divergence != "off":
+                    finding = _not_finite(error, state.step + 1)
+                if finding:
                     return finding
                 if config.sampling_steps and state.step % config.sampling_steps == 0:
                     self._sample()
@@ -329,7 +333,7 @@ class Trainer:
                     self._save()
                     log.checkpointed()
                 if self.stop.after_step(bool(caught)):
-                    return None
+                    return self._ask_guard(log)
         return None
 
     def _batches(self, steps: range) -> StepBatches:
@@ -341,7 +345,7 @@ class Trainer:
 
     def _loader(self) -> DataLoader:
         """This process's batches, from the state's step on."""
-        workers = self.config.num_workers
+        workers = self.config.workers
         return DataLoader(
             self.data,
             batch_sampler=self._batches(range(self.state.step, self.last_step)),
@@ -358,7 +362,7 @@ class Trainer:
         batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
         labels, draws = batch["label"], self._draws()
         x = to_unit_range(batch["image"]) if "image" in batch else None
-        targets = self._targets(batch.get("image"))
+        targets = self._targets(batch)
         if config.command != "ldm":
             losses, z = all_updates(state, x, labels, targets, draws)
             return losses | {"latent_variance": z.float().var((2, 3)).mean()}
@@ -377,7 +381,7 @@ class Trainer:
         """This process's share of the step's random numbers."""
         config, vae = self.config, self.state.vae.config
         side = config.resolution // vae.downsampling
-        drawn = draw(
+        return draw(
             config.seed,
             self.state.step,
             config.images_per_step,
@@ -385,18 +389,33 @@ class Trainer:
             path=config.path_type,
             weighting=config.weighting,
             label_dropout=config.cfg_prob,
+            share=self.share,
+            device=self.device,
         )
-        return drawn[self.share].map(lambda numbers: numbers.to(self.device, non_blocking=True))
 
-    def _targets(self, images: Tensor | None) -> list[Tensor]:
-        """The encoders' tokens, in micro-batches like the step's."""
-        if not self.encoders:
-            return []
-        chunks = [images[chunk] for chunk in self.mechanics.chunks(len(images))]
-        with self.mechanics.autocast():
-            targets = [torch.cat([encoder(chunk) for chunk in chunks]) for encoder in self.encoders]
+    def _targets(self, batch: dict[str, Tensor]) -> list[Tensor]:
+        """The encoders' tokens: cached, or computed now, in micro-batches like the step's."""
+        targets = [tokens.float() for name, tokens in batch.items() if name.startswith("target")]
+        if self.encoders:
+            chunks = [batch["image"][chunk] for chunk in self.mechanics.chunks(len(batch["image"]))]
+            with self.mechanics.autocast():
+                targets = [torch.cat([encoder(chunk) for chunk in chunks]) for encoder in self.encoders]
         gamma = self.config.spatial_norm
         return targets if gamma is None else [spatial_norm(target, gamma) for target in targets]
+
+    def _cache_targets(self) -> None:
+        """Has the encoders' tokens read from a file, which is written first if need be, and lets them go."""
+        share, cuts = self.share.stop - self.share.start, self.mechanics.micro_batches
+        self.data.targets = cache_targets(
+            self.encoders,
+            self.data.images,
+            self.config.cache_targets,
+            batch_size=max(1, share // cuts),
+            workers=self.config.workers,
+            device=self.device,
+            progress=self.main,
+        )
+        self.encoders = []
 
     @torch.no_grad()
     def _frozen_latents(self, batch: dict[str, Tensor], x: Tensor | None, eps: Tensor) -> Tensor:
@@ -410,21 +429,49 @@ class Trainer:
                 latents.append(self.state.vae.encode(x[chunk]).sample(eps[chunk]))
         return torch.cat(latents)
 
-    def _logged(self, losses: dict[str, Tensor], log: RunLog) -> Finding | None:
-        """Logs the step when it is due, and asks the guard."""
-        step, scales = self.state.step, self.mechanics.scales()
-        norms = as_floats({name: losses[norm] for name, norm in GRAD_NORMS.items() if norm in losses})
-        record = None
-        if step % self.config.logging_steps == 0 or step == self.last_step:
-            read = mean_over_processes(torch.stack([value.float() for value in losses.values()])).tolist()
-            record = dict(zip(losses, read, strict=True))
-            record |= {f"lr_{name}": o.param_groups[0]["lr"] for name, o in self.state.optimizers.items()}
-            record |= {f"loss_scale_{name}": scale for name, scale in scales.items()}
-            with together():
-                log.log(step, record)
+    def _noted(self, losses: dict[str, Tensor], log: RunLog) -> Finding | None:
+        """Logs the step when it is due, and asks the guard.
+
+        A GPU is not waited for: it works on this step while the guard is asked about the one before. Only
+        what is logged, drawn or saved is asked about at once.
+        """
+        step, config = self.state.step, self.config
+        last, told = step == self.last_step, {}
+        if last or step % config.logging_steps == 0:
+            told = losses
         else:
             log.passed(step)
-        return self.guard.check(step, norms, scales, record)
+        seen = (config.logging_steps, config.sampling_steps, config.checkpointing_steps, config.eval_every)
+        watched = {name: losses[norm] for name, norm in GRAD_NORMS.items() if norm in losses}
+        watched |= {f"loss_scale_{name}": scale for name, scale in self.mechanics.scales().items()}
+        self.unread.append((step, Later(watched), told))
+        wait = last or not runs_ahead(self.device) or any(n and step % n == 0 for n in seen)
+        return self._ask_guard(log, but=0 if wait else 1)
+
+    def _ask_guard(self, log: RunLog, *, but: int = 0) -> Finding | None:
+        """What is wrong with the steps that the guard has not been told of, but for the last ones."""
+        while len(self.unread) > but:
+            step, later, losses = self.unread.popleft()
+            watched, record = later.read(), None
+            norms = {name: watched.pop(name) for name in GRAD_NORMS if name in watched}
+            if self.mechanics.failed is not None:
+                try:
+                    for name, norm in norms.items():
+                        check_norm(norm, self.networks[name])
+                except FloatingPointError as error:
+                    return _not_finite(error, step)
+            if losses:
+                read = mean_over_processes(torch.stack([value.float() for value in losses.values()])).tolist()
+                record = dict(zip(losses, read, strict=True))
+                record |= {f"lr_{name}": o.param_groups[0]["lr"] for name, o in self.state.optimizers.items()}
+                record |= watched
+                with together():
+                    log.log(step, record)
+            scales = {name.removeprefix("loss_scale_"): scale for name, scale in watched.items()}
+            finding = self.guard.check(step, norms, scales, record)
+            if finding and self.config.on_divergence != "off":
+                return finding
+        return None
 
     # ---------------------------------------------------------------- checkpoints, collapse, samples
 
@@ -537,6 +584,7 @@ class Trainer:
                     logger.warning(f"{checkpoint.path} has no optimiser states of {name}: they start anew")
         self.state.step = checkpoint.step
         self.rollbacks = extras.get("rollbacks", 0)
+        self.unread.clear()
         self.mechanics.load_state_dict(extras.get("scalers", {}))
         if "guard" in extras:
             self.guard.load_state_dict(extras["guard"])
@@ -641,6 +689,10 @@ class Trainer:
                 save_grid(path, images.cpu())
             except OSError as error:
                 logger.warning(f"{path} cannot be written ({error.strerror or error}): training goes on")
+
+
+def _not_finite(error: FloatingPointError, step: int) -> Finding:
+    return Finding(f"{error} (in step {step})", step)
 
 
 def _ignore_stop_signals(_: int) -> None:

@@ -17,6 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from repae_lite.utils.progress import progress_bar
+
 REST = "rest"  # what belongs to no part
 
 
@@ -30,7 +32,12 @@ def synchronize(device: torch.device) -> None:
 
 
 def in_turns(
-    calls: Mapping[str, Callable[[], object]], device: torch.device, *, repeats: int, warmup: int
+    calls: Mapping[str, Callable[[], object]],
+    device: torch.device,
+    *,
+    repeats: int,
+    warmup: int,
+    progress: bool = False,
 ) -> dict[str, list[float]]:
     """Seconds of every repeat of each call; the calls take turns, every second round in the other order.
 
@@ -39,16 +46,20 @@ def in_turns(
         device: waited for before the clock starts and before it stops.
         repeats: timed rounds.
         warmup: rounds before, which are not timed.
+        progress: show a bar, between the calls.
     """
     found: dict[str, list[float]] = {name: [] for name in calls}
-    for i in range(warmup + repeats):
-        for name in list(calls)[:: -1 if i % 2 else 1]:
-            synchronize(device)
-            start = time.perf_counter()
-            calls[name]()
-            synchronize(device)
-            if i >= warmup:
-                found[name].append(time.perf_counter() - start)
+    rounds = warmup + repeats
+    with progress_bar(rounds * len(calls), 0, show=progress, unit="calls") as bar:
+        for i in range(rounds):
+            for name in list(calls)[:: -1 if i % 2 else 1]:
+                synchronize(device)
+                start = time.perf_counter()
+                calls[name]()
+                synchronize(device)
+                if i >= warmup:
+                    found[name].append(time.perf_counter() - start)
+                bar.update()
     return found
 
 

@@ -5,7 +5,6 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.utils import make_grid
 
 from repae_lite.utils.files import atomic_path
 
@@ -42,6 +41,8 @@ def to_uint8(x: Tensor, rounding: str = "round") -> Tensor:
 
 def save_grid(path: Path, images: Tensor) -> None:
     """Writes images (N, 3, H, W) uint8 as one PNG, eight in a row."""
+    from torchvision.utils import make_grid  # 90 MB that no loader process needs
+
     canvas = make_grid(images, nrow=8, padding=0, pad_value=255)
     with atomic_path(path) as partial:
         Image.fromarray(canvas.permute(1, 2, 0).numpy()).save(partial, "PNG")

@@ -5,7 +5,7 @@ import hashlib
 import torch
 
 
-def generator(*key: object) -> torch.Generator:
-    """A CPU generator that depends on the key alone; other keys give independent numbers."""
+def generator(*key: object, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator that depends on the key alone; other keys, or kinds of device, give independent numbers."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest) >> 1)
+    return torch.Generator(device).manual_seed(int.from_bytes(digest) >> 1)

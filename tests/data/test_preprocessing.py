@@ -120,7 +120,7 @@ def test_the_two_datasets_are_equal(images, tmp_path):
     stored, direct = ImageH5Dataset(tmp_path / "images.h5"), ImageFolderDataset(images, 16)
     assert (
         len(stored) == len(direct) == COUNT
-        and stored.labels == direct.labels
+        and list(stored.labels) == list(direct.labels)
         and stored.num_classes == direct.num_classes == 3
     )
     for (image, label), (other, other_label) in zip(stored, direct, strict=True):
@@ -146,7 +146,7 @@ def test_a_dataset_json_gives_the_labels(images, tmp_path):
         json.dumps({"labels": [[name, i % 5] for i, name in enumerate(names)]})
     )
     report = preprocess(folder, tmp_path / "out", resolution=16, workers=1)
-    assert ImageH5Dataset(tmp_path / "out" / "images.h5").labels == [
+    assert list(ImageH5Dataset(tmp_path / "out" / "images.h5").labels) == [
         names.index(name) % 5 for name in sorted(names)
     ]
     assert report["classes"] == [[str(label), 5 - (label == 4)] for label in range(5)]
@@ -154,7 +154,7 @@ def test_a_dataset_json_gives_the_labels(images, tmp_path):
 
 def test_the_first_images_keep_the_labels_they_have_among_all(images, tmp_path):
     preprocess(images, tmp_path, resolution=16, workers=1, max_images=10)
-    assert ImageH5Dataset(tmp_path / "images.h5").labels == [0] * 8 + [1] * 2
+    assert list(ImageH5Dataset(tmp_path / "images.h5").labels) == [0] * 8 + [1] * 2
 
 
 # ---------------------------------------------------------------- unreadable images
@@ -207,7 +207,7 @@ def test_skipped_images_leave_their_number_out(spoiled, tmp_path, capsys, monkey
     dataset = ImageH5Dataset(tmp_path / "out" / "images.h5")
     bad = [entry["name"] for entry in json.loads((tmp_path / "out" / REPORT).read_text())["unreadable"]]
     assert len(dataset) == COUNT and len(bad) == 2
-    assert sorted(dataset.names + bad) == [image_name(i) for i in range(COUNT + 2)]
+    assert sorted([*dataset.names, *bad]) == [image_name(i) for i in range(COUNT + 2)]
     with h5py.File(dataset.path) as file:
         assert not any(name in file for name in bad)
 

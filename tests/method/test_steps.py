@@ -28,6 +28,7 @@ from repae_lite.method.steps import (
     vae_losses,
     vae_step,
 )
+from repae_lite.networks.sit import SiT
 
 GROUPS = ("vae_encoder", "vae_decoder", "sit_before_tap", "sit_after_tap", "projectors", "discriminator")
 
@@ -358,6 +359,21 @@ def test_ema_averages_floats_and_copies_integers():
     assert ema.weight.tolist() == [1.5, 1.5]
     assert ema.running_var.tolist() == [2.0, 2.0]
     assert int(ema.num_batches_tracked) == 7
+
+
+def test_ema_that_fails_stays():
+    sit, ema = (SiT.from_preset("tiny", width=8, depth=2, heads=2) for _ in range(2))
+    plain, failed = copy.deepcopy(ema), copy.deepcopy(ema)
+    sit.bn.running_mean.fill_(2.0)
+    for average, how in ((plain, None), (ema, torch.tensor(0.0)), (failed, torch.tensor(1.0))):
+        before = copy.deepcopy(average.state_dict())
+        update_ema(average, sit, 0.75, how)
+        assert bool(moved(before, average)) == (how != 1)
+    for name, tensor in plain.state_dict().items():
+        assert_close(ema.state_dict()[name], tensor)
+    sit.bn.running_mean.fill_(float("nan"))
+    update_ema(failed, sit, 0.75, torch.tensor(1.0))
+    assert failed.bn.running_mean.isfinite().all()
 
 
 def test_frozen_restores_exactly_what_trained():

@@ -13,6 +13,7 @@ from repae_lite.commands.presets import preset_content, preset_names, presets_di
 from repae_lite.commands.rows import row_names
 from repae_lite.commands.train_flags import config_from
 from repae_lite.method.losses import VAELossConfig
+from repae_lite.training import config as options
 from repae_lite.training.build import build
 from repae_lite.training.config import (
     COMMANDS,
@@ -202,6 +203,7 @@ OFF = {
 }
 SAID = {  # some value that is not the default
     "encoder_depth": 3, "projector": "conv", "enc_weights": "random", "proj_coeff": 0.7, "spatial_norm": 0.6,
+    "cache_targets": "tokens.safetensors",
     "disc_pretrained_ckpt": "d.pt", "disc_learning_rate": 2e-4, "perceptual": "tiny",
     "lpips_range": "official", "adam_beta1": 0.5, "adam_beta2": 0.5, "adam_epsilon": 1e-4,
     "loss_precision": "autocast", "logging_dir": "elsewhere", "sample_images": 3, "milestone_steps": 7,
@@ -331,6 +333,17 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(capsys):
     assert (
         captured.err == "repae train-repae: --batch-size is 0: it must be more than 0\n" and not captured.out
     )
+
+
+def test_loader_processes_have_a_core_each(monkeypatch):
+    found = {}
+    for cores, processes in ((2, 1), (16, 2), (64, 8), (8, 8), (4, 8)):
+        monkeypatch.setattr(options, "core_count", lambda cores=cores: cores)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+        found[cores, processes] = TrainConfig.build("repae", vae_ckpt="none").workers
+    assert list(found.values()) == [2, 4, 4, 1, 1]
+    assert TrainConfig.build("repae", vae_ckpt="none", num_workers=0).workers == 0
+    assert TrainConfig.build("repae", vae="tiny").workers == 0
 
 
 def test_resuming_compares_what_the_numbers_depend_on():

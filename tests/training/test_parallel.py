@@ -1,11 +1,19 @@
 """A step's images and draws depend on the seed and the step alone, and processes share them out."""
 
+import copy
+
 import pytest
 import torch
+from pretended_mps import pretended_mps
+from small_states import LABELS, make_batch, make_state
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from repae_lite.method import interpolant
 from repae_lite.method.interpolant import sample_time
-from repae_lite.method.steps import Mechanics
+from repae_lite.method.steps import Draws, Mechanics, TrainState, all_updates
+from repae_lite.networks import sit
 from repae_lite.training.parallel import ParallelMechanics, StepBatches, draw, share_of
 from repae_lite.utils.processes import StopFlag, mean_over_processes
 from repae_lite.utils.seeding import generator
@@ -62,6 +70,25 @@ def test_draws_follow_from_seed_and_step():
     before = torch.get_rng_state()
     draw(0, 0, 2, (1, 2, 2), **DRAW)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_gpu_draws_the_numbers_of_its_images_alone(monkeypatch):
+    with pretended_mps(monkeypatch):
+        whole, *shares = (
+            vars(draw(3, 7, 6, (2, 4, 4), **DRAW, share=share, device="mps"))
+            for share in (slice(None), slice(0, 2), slice(2, 6))
+        )
+        others = [vars(draw(*key, 6, (2, 4, 4), **DRAW, device="mps")) for key in ((3, 8), (4, 7))]
+        for name, tensor in whole.items():
+            assert tensor.device.type == "mps"
+            assert torch.equal(torch.cat([share[name] for share in shares]), tensor)
+            if name != "label_drop":
+                assert not any(torch.equal(tensor, other[name]) for other in others)
+                assert len({tuple(image.flatten().tolist()) for image in tensor}) == 6
+        assert not torch.equal(whole["eps"], whole["eps_posterior"])
+        many = draw(0, 0, 300, (1, 4, 4), **DRAW, device="mps")
+    assert abs(many.eps.mean()) < 0.06 and abs(many.eps.std() - 1) < 0.06
+    assert abs(many.t.mean() - 0.5) < 0.06 and abs(many.label_drop.float().mean() - 0.5) < 0.12
 
 
 def test_draws_have_the_right_distributions():
@@ -123,6 +150,88 @@ def test_a_gradient_that_is_not_finite_changes_no_weight(strict):
     else:
         assert not mechanics.update(layer, optimizer, 1.0).isfinite()
     assert torch.equal(layer.weight, before)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD])
+def test_a_fused_optimizer_leaves_the_update_out_by_itself(kind, strict):
+    layer, _ = layer_and_optimizer()
+    optimizer = kind(layer.parameters(), lr=0.1, fused=True)
+    mechanics = ParallelMechanics(torch.device("cpu"), "no", {"layer": optimizer}, strict=strict)
+
+    def update(factor: float) -> bool:
+        """Whether it changed anything: a weight or the optimiser's state."""
+        before = copy.deepcopy((layer.state_dict(), optimizer.state_dict()["state"]))
+        optimizer.zero_grad()
+        mechanics.backward(factor * layer(torch.ones(1, 3)).sum(), optimizer)
+        assert mechanics.update(layer, optimizer, 1.0).isfinite() == (factor == 1)
+        after = layer.state_dict(), optimizer.state_dict()["state"]
+        pairs = zip(tree_leaves(before), tree_leaves(after), strict=True)
+        return not all(torch.equal(one, other) for one, other in pairs if isinstance(one, torch.Tensor))
+
+    assert update(1.0) and not update(float("inf")) and not update(float("nan"))
+    assert update(1.0) != strict and mechanics.failed == (1.0 if strict else None)
+    mechanics.load_state_dict({})  # as after a rollback
+    assert update(1.0)
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses to read a number, for which the host would have to wait for a GPU."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func._schema.name not in ("aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal")
+        return func(*args, **(kwargs or {}))
+
+
+def fused_state(device: torch.device, **more) -> TrainState:
+    state = make_state()
+    for name in state.optimizers:
+        network = getattr(state, name).to(device)
+        trained = [p for p in network.parameters() if p.requires_grad]
+        state.optimizers[name] = torch.optim.AdamW(trained, fused=True)
+    state.ema.to(device), state.perceptual.to(device)
+    more = {"precision": "no"} | more
+    state.mechanics = ParallelMechanics(device, optimizers=state.optimizers, **more)
+    return state
+
+
+def whole_step(state: TrainState) -> dict[str, torch.Tensor]:
+    device, (x, targets, draws) = state.mechanics.device, make_batch()
+    draws = Draws(**draws, label_drop=LABELS == 3).map(lambda drawn: drawn.to(device))
+    targets, x, labels = [target.to(device) for target in targets], x.to(device), LABELS.to(device)
+    if device.type == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        with NoWaiting():
+            return all_updates(state, x, labels, targets, draws)[0]
+    finally:
+        if device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+
+
+WAYS = [{}, {"micro_batches": 2, "gradient_checkpointing": True}, {"precision": "fp16"}]
+
+
+@pytest.mark.parametrize("more", WAYS)
+def test_a_step_with_fused_optimizers_waits_for_nothing(monkeypatch, more):
+    for module in (interpolant, sit):  # as they do on a GPU
+        monkeypatch.setattr(module, "can_look_at", lambda _: False)
+    state = fused_state(torch.device("cpu"), **more)
+    with NoWaiting(), pytest.raises(AssertionError):
+        bool(torch.ones(2).isfinite().all())
+    before = copy.deepcopy(state)
+    whole_step(state)
+    for name in state.optimizers if more.get("precision") != "fp16" else ():  # whose first scale is too large
+        old, new = (getattr(each, name).state_dict().values() for each in (before, state))
+        assert not all(torch.equal(a, b) for a, b in zip(old, new, strict=True)), name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("more", [*WAYS, {"precision": "bf16"}])
+def test_a_step_on_a_gpu_waits_for_nothing(more):
+    state = fused_state(torch.device("cuda"), **more)
+    whole_step(state), whole_step(state)
+    assert state.step == 2
 
 
 def test_fp16_has_a_loss_scale_for_each_optimizer():

@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import itertools
 import json
 import math
 import os
@@ -392,6 +393,23 @@ def test_another_architecture_is_named_with_three_mismatches(folder):
     assert torch.equal(wide.first.weight, before)
     with pytest.raises(ValueError, match="has no sit: it is of another kind of training"):
         fill({"sit": wide}, read_checkpoint(folder.checkpoints()[5]))
+
+
+def test_moments_lie_in_memory_as_their_weights_do():
+    def conv(layout):
+        torch.manual_seed(0)
+        net = nn.Conv2d(4, 6, 3).to(memory_format=layout)
+        optimizer = torch.optim.AdamW(net.parameters(), fused=True)
+        net(torch.ones(1, 4, 5, 5)).sum().backward()
+        optimizer.step()
+        return net, optimizer
+
+    for layout, other in itertools.permutations((torch.channels_last, torch.contiguous_format)):
+        (net, optimizer), (source, before) = conv(layout), conv(other)
+        fill_optimizer(optimizer, net, named_state(before, source), None)
+        moments, expected = optimizer.state[net.weight]["exp_avg"], before.state[source.weight]["exp_avg"]
+        assert moments.stride() == net.weight.stride() != expected.stride() and torch.equal(moments, expected)
+        optimizer.step()
 
 
 def test_optimiser_states_that_do_not_fit_are_refused():

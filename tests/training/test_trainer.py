@@ -10,13 +10,16 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partialmethod
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_runs import STEPS, assert_same_run, run
+from small_runs import STEPS, assert_same_run, run, weights
+from small_states import LABELS, make_batch, make_state
+from torch import nn
 from torch.testing import assert_close
 
 from repae_lite.checkpoints.models import load_latent_stats, load_sit, load_vae
@@ -25,7 +28,7 @@ from repae_lite.data.datasets import ImageH5Dataset
 from repae_lite.data.hdf5 import write_images_h5
 from repae_lite.data.latents import cache_latents
 from repae_lite.networks.discriminator import PatchDiscriminator
-from repae_lite.training import run_folder, run_log
+from repae_lite.training import build, run_folder, run_log
 from repae_lite.training import trainer as training
 from repae_lite.training.config import TrainConfig
 from repae_lite.training.parallel import ParallelMechanics
@@ -592,6 +595,35 @@ def test_without_a_compiler_it_trains_uncompiled(tmp_path, monkeypatch, caplog):
     assert said in caplog.messages
 
 
+def test_the_layout_of_convolutions_does_not_matter(whole, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "conv_layout", lambda *_: torch.contiguous_format)
+        run(tmp_path, max_train_steps=2)
+    resumed = run(tmp_path, resume="latest", max_train_steps=4)  # goes on in channels last
+    for one, other in zip(resumed.metrics(), whole.metrics()[:4], strict=True):
+        assert one == pytest.approx(other, rel=2e-3, abs=1e-4)
+
+
+def test_a_few_graphs_are_compiled_and_none_again(monkeypatch):
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="eager"))
+    monkeypatch.setattr(training, "try_compile", lambda _: None)
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters["stats"]
+    state, (x, targets, draws) = make_state(), make_batch()
+    training._compile(state, torch.device("cpu"))
+    label_drop, before = torch.zeros(len(x), dtype=torch.bool), counters["unique_graphs"]
+    try:
+        for again in (False, True, True):
+            with torch._dynamo.config.patch(error_on_recompile=again):
+                training.all_updates(
+                    state, x, LABELS, targets, training.Draws(**draws, label_drop=label_drop)
+                )
+            # The VAE's two halves, and a block of SiT, of which all are alike, frozen and training.
+            assert counters["unique_graphs"] - before == 4
+    finally:
+        torch._dynamo.reset()
+
+
 # ---------------------------------------------------------------- the collapse guard
 
 
@@ -606,6 +638,34 @@ def test_a_gradient_that_is_not_finite_halts_before_it_does_harm(tmp_path, caplo
     (report,) = reports(tmp_path)
     assert report["action"] == "halted" and re.search("gradient norm of .* is (nan|inf)", report["finding"])
     assert report["history"] and "collapse guard" in caplog.text
+
+
+def test_a_guard_that_is_asked_a_step_later_saves_no_damage(tmp_path, monkeypatch):
+    """As on a GPU: optimisers that leave out a bad update by themselves, and a host that does not wait."""
+    monkeypatch.setattr(build, "fused_optimizer", lambda _: True)
+    updates, runs = training.all_updates, {}
+    for ahead in (False, True):
+        bad = [5, 8]
+
+        def call(state, x, *rest, bad=bad):
+            if state.step + 1 in bad[:1]:
+                bad.pop(0)
+                x = x * float("inf")
+            return updates(state, x, *rest)
+
+        monkeypatch.setattr(training, "all_updates", call)
+        monkeypatch.setattr(training, "runs_ahead", lambda _, ahead=ahead: ahead)
+        options = {"max_train_steps": 8, "checkpointing_steps": 4, "logging_steps": 4}
+        runs[ahead] = run(tmp_path / str(ahead), on_divergence="rollback", **options)
+        first, second = reports(tmp_path / str(ahead))
+        assert (first["step"], first["since"], first["last_good_checkpoint"]) == (5 + ahead, 5, 4)
+        assert (second["step"], second["since"], second["last_good_checkpoint"]) == (8, 8, 4)
+        assert "gradient norm of AutoencoderKL is nan: lower the learning rate" in first["finding"]
+        assert [line["step"] for line in first["history"]] == [1, 2, 3, 4]
+    assert runs[False].metrics() == runs[True].metrics()
+    at_once, later = (weights(runs[ahead], 8) for ahead in (False, True))
+    assert at_once and all(later[name].isfinite().all() for name in at_once)
+    assert all(torch.equal(later[name], tensor) for name, tensor in at_once.items())
 
 
 @pytest.mark.parametrize(
@@ -637,7 +697,7 @@ def test_each_collapse_halts(tmp_path, monkeypatch, changes, patch, message):
 
 def test_a_falling_loss_scale_halts(tmp_path, monkeypatch):
     scales = iter([2.0**-i for i in range(9)])
-    monkeypatch.setattr(ParallelMechanics, "scales", lambda self: {"sit": next(scales)})
+    monkeypatch.setattr(ParallelMechanics, "scales", lambda self: {"sit": torch.tensor(next(scales))})
     monkeypatch.setattr(TrainConfig, "check_precision", lambda *_: None)  # as if this were fp16
     with pytest.raises(SystemExit) as stop:
         run(tmp_path, divergence_falls=2)
