@@ -176,7 +176,7 @@ def caught(act) -> Exception:
         lambda: torch.zeros(2).view(3, 3),
         lambda: torch.multinomial(torch.ones(1), -1),
         lambda: np.zeros(3).reshape(2, 2),
-        lambda: torch.distributions.Normal(0.0, -1.0),
+        lambda: torch.distributions.Normal(0.0, -1.0, validate_args=True),
         lambda: os.close(10**6),
         lambda: __import__("repae_lite.no_such_room"),
         lambda: LatentStats("a", "b"),  # a call in this package, an error in another's function
