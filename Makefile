@@ -45,7 +45,7 @@ test: set-up
 	@echo "Checking the style (ruff)."
 	@$(PY) -m ruff check .
 	@echo "Running the tests (pytest)."
-	@$(PY) -m pytest -q $(ARGS)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 	@echo "Running the notebooks in smoke mode (nbval), chapters and solutions side by side."
 	@mkdir -p runs; $(NBVAL) notebooks/solutions >runs/solutions.txt 2>&1 & solutions=$$!; \
 	$(NBVAL) notebooks/[0-9]*.ipynb; code=$$?; \

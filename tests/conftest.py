@@ -1,4 +1,4 @@
-"""Shared set-up: two threads, no network, no progress bars that fill logs."""
+"""Shared set-up: two threads (one in each of pytest-xdist's workers), no network, no bars that fill logs."""
 
 import importlib
 import os

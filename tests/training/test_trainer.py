@@ -387,7 +387,7 @@ def test_checkpoints_are_pruned(tmp_path):
 KILLED = """
 import os, signal, sys
 import torch
-torch.set_num_threads(2)
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 from repae_lite.commands import main
 from repae_lite.training import run_folder, trainer
 
