@@ -25,6 +25,7 @@ from huggingface_hub import constants, scan_cache_dir
 from repae_lite import __version__
 from repae_lite.checkpoints.released import ORGANISATION, RELEASED
 from repae_lite.commands.presets import Preset, preset_names, read_preset
+from repae_lite.commands.rows import read_row, row_names
 from repae_lite.data.datasets import SPLITS, ImageH5Dataset
 from repae_lite.networks.discriminator import PatchDiscriminator
 from repae_lite.networks.encoder_table import ENCODERS, EncoderSpec
@@ -57,7 +58,10 @@ def survey(
     """
     presets = {name: read_preset(name) for name in names or preset_names(based=False)}
     found = this_machine(folder, pretrained)
-    found["presets"] = {name: needs(preset) | verdict(preset, found) for name, preset in presets.items()}
+    rows, found["presets"] = row_names(), {}
+    for name, preset in presets.items():
+        cost = read_row(name).hours if name in rows else "not known"
+        found["presets"][name] = needs(preset) | verdict(preset, found) | {"cost": cost}
     return found
 
 
@@ -340,14 +344,14 @@ def report(found: dict) -> str:
     released = sorted({*cached["pretrained"], *cached["released"]})
     lines.append(f"released sets here: {', '.join(released) or 'none (repae download fetches them)'}")
     lines.append(
-        "presets (device memory without activations, which grow with the images per process; times are not "
-        "published):"
+        "presets (device memory without activations, which grow with the images per process; GPU-hours of "
+        "an H100 from published speeds or from operations, none is measured):"
     )
     for name, preset in found["presets"].items():
         lines.append(
             f"  {name}: {preset['command']}, {preset['model']} on {preset['vae']}, {preset['steps']:,} steps "
             f"of {preset['batch']} images; {_gib(preset['device_memory'])} of device memory and more, "
-            f"{preset['disk'] / 1e9:.1f} GB of disk"
+            f"{preset['disk'] / 1e9:.1f} GB of disk; training: {preset['cost']}"
         )
         against = "; ".join(preset["against"])
         lines.append(f"    not possible here: {against}" if against else "    possible here")

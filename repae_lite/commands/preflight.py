@@ -46,9 +46,7 @@ def preflight(plan: Plan, stage: Stage) -> list[str]:
         _room(plan, preset_of(plan, plan.trained[-1].name), short := [])
         missing += [reason for reason in short if "of disk" in reason]
     if scale == "full" and row.cost:
-        hours = row.cost.gpu_hours
-        shown = hours if isinstance(hours, str) else f"about {hours:g} H100 hours"
-        lines.append(f"cost of the row's training: {shown} ({row.cost.basis})")
+        lines.append(f"cost of the row's training, on H100: {row.hours} ({row.cost.basis})")
     if missing:
         raise ValueError(f"{stage.name} cannot start: {'; '.join(missing)}")
     return lines

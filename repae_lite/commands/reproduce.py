@@ -472,7 +472,7 @@ def _list() -> list[str]:
     """All rows in lines of `WIDTH` columns."""
     from textwrap import wrap
 
-    from repae_lite.commands.row_results import cost, guidance, shown, state, verify
+    from repae_lite.commands.row_results import guidance, shown, state, verify
     from repae_lite.commands.rows import read_row, row_names
 
     results, lines = _results(), []
@@ -497,8 +497,7 @@ def _list() -> list[str]:
             told.append(f"not built: {row.not_built}")
         else:
             runs = [result for result in results.values() if (result.row, result.scale) == (name, "full")]
-            hours = cost(row)
-            told += [f"cost {hours}", state(each for run in runs for each in verify(run, row))]
+            told += [f"cost {row.hours}", state(each for run in runs for each in verify(run, row))]
         words = "; ".join(word for word in told if word)
         lines += wrap(words, WIDTH, initial_indent="    ", subsequent_indent="    ")
     return lines
@@ -525,7 +524,6 @@ def _needs(plan: "Plan") -> list[str]:
     from repae_lite.commands.machine import GIB, needs
     from repae_lite.commands.preflight import preset_of
     from repae_lite.commands.presets import presets_dir, read_preset
-    from repae_lite.commands.row_results import cost
     from repae_lite.evaluation.protocols import load_protocol
 
     lines, disk, memory = [], 0, 0
@@ -554,7 +552,7 @@ def _needs(plan: "Plan") -> list[str]:
     )
     if plan.scale == "full":
         basis = f" ({plan.row.cost.basis})" if plan.row.cost else ""
-        lines.append(f"cost: {cost(plan.row)}{basis}")
+        lines.append(f"cost: {plan.row.hours}{basis}")
     else:
         each = {"tiny": "minutes on two CPU cores", "mid": "an evening on one GPU"}[plan.scale]
         lines.append(f"cost: {each}" + f" for each of {len(trained)} trainings" * (len(trained) > 1))

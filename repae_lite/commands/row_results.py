@@ -451,14 +451,6 @@ def state(verdicts: Iterable[Verdict]) -> str:
     return next((each for each in (OUTSIDE, NOT_COMPARABLE, WITHIN, NOT_JUDGED) if each in states), NOT_RUN)
 
 
-def cost(row: Row) -> str:
-    """GPU-hours of a row at full scale, in words."""
-    if row.cost is None:
-        return "no training" if row.command in ("generate", "reconstruct") else "not known"
-    hours = row.cost.gpu_hours
-    return "not known" if hours == "not known" else f"{hours:,.0f} GPU-hours"
-
-
 def tables(results: dict[str, Result]) -> str:
     """All rows in Markdown, a table for each protocol: published, ours, cost and state.
 
@@ -523,7 +515,7 @@ def _table(entries: list[tuple[Row, Expected]], results: dict[str, Result], judg
             expected.source + (f" ({expected.note})" if expected.note else ""),
             _numbers(expected, expected.metrics),
             "; ".join(ours) or "–",
-            cost(row),
+            row.hours,
             "; ".join(states) or (f"not built: {row.not_built}" if row.not_built else NOT_RUN),
         )
         lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")

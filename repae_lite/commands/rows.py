@@ -75,11 +75,11 @@ class Cost:
     """What a run of the row takes at full scale, training alone.
 
     Attributes:
-        gpu_hours: of one H100, or "not known".
+        gpu_hours: of one H100, or from which to which number, or "not known".
         basis: what that was computed from, or why it is not known.
     """
 
-    gpu_hours: float | Literal["not known"]
+    gpu_hours: float | tuple[float, float] | Literal["not known"]
     basis: str
 
 
@@ -128,6 +128,17 @@ class Row:
     def preset(self) -> Preset | None:
         """Its training options at full scale; None for rows that do not train."""
         return read_preset(self.name) if (self.command or "").startswith("train-") else None
+
+    @property
+    def hours(self) -> str:
+        """What training takes at full scale, in words."""
+        if self.cost is None:
+            return "no training" if self.command in ("generate", "reconstruct") else "not known"
+        known = self.cost.gpu_hours
+        if isinstance(known, str):
+            return known
+        ends = known if isinstance(known, tuple) else (known,)
+        return f"{' to '.join(f'{each:,.0f}' for each in ends)} GPU-hours"
 
     def resolution(self, scale: str) -> int:
         """Side of the images at a scale, pixels."""

@@ -115,7 +115,7 @@ def test_a_dry_run_prints_command_lines_that_exist_and_writes_nothing(capsys, tm
         "export-vae",
         "generate",
     }
-    assert "# needed: --images" in out and "GB" in out and "not known" in out
+    assert "# needed: --images" in out and "GB" in out and "GPU-hours (not measured" in out
     assert not list(tmp_path.iterdir())
 
 

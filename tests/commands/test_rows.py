@@ -52,10 +52,24 @@ def test_a_row_says_what_it_costs_how_near_is_near_and_where_it_differs(row):
     assert row.command and row.basis and row.cost.basis
     assert all(0 < share < 1 for share in row.tolerance.values())
     assert row.tolerance.keys() <= {metric for entry in row.published for metric in entry.metrics}
-    if row.preset and row.cost.gpu_hours != "not known":  # REPA's 5.4 steps/s on 8 H100 are of SiT-XL
-        assert "XL" in row.preset.config.model and "5.4 steps/s" in row.cost.basis
-        hours = row.preset.config.max_train_steps / 5.4 / 3600 * 8
-        assert row.cost.gpu_hours == pytest.approx(hours, rel=0.01)
+    if not row.preset:
+        return
+    config, hours = row.preset.config, row.cost.gpu_hours
+    images, published = config.max_train_steps * config.batch_size, 5.4 * 256 / 8  # REPA's, of XL, an H100's
+    if not isinstance(hours, tuple):
+        assert "XL" in config.model and "5.4 steps/s" in row.cost.basis
+        assert hours == pytest.approx(images / published / 3600, rel=0.01)
+        return
+    of_one = 1e12 * float(re.match(r"not measured; ([\d.]+) TFLOP an image", row.cost.basis)[1])
+    speeds = (0.4 * 989e12, published * 0.770e12)
+    assert hours == pytest.approx([images * of_one / speed / 3600 for speed in speeds], rel=0.03, abs=1)
+
+
+@pytest.mark.parametrize("name", ["repa-b-sdvae", "repae-b-sdvae"])
+def test_operations_are_those_that_a_row_names(name, benchmark_script):
+    row = read_row(name)
+    counted = benchmark_script("operations").flops(row.preset.config)
+    assert row.cost.basis.startswith(f"not measured; {counted / 1e12:.2f} TFLOP an image")
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if row.starts_from], ids=named)
