@@ -5,7 +5,8 @@
 All is measured on the 2,000 evaluation images, of posterior means, normalised per channel as SiT sees them.
 What is fitted, is fitted to the first half and measured on the second. A minute or so for ten VAEs, on one
 thread. Every number goes to data_small/evidence/tuned_latents.json; the differences from the start and from
-the control (`vae-only`, the same seed and length) are printed with their 95 % intervals.
+the control (`vae-only`, the same seed and length) are printed with their 95 % intervals. Runs in that file
+whose VAEs are not here keep their numbers.
 """
 
 import argparse
@@ -186,10 +187,13 @@ def main() -> None:
     }
     for name in SHIPPED:
         record["shipped"][name] = measure(small.eval_latents(load_vae(name)), start, known)
+    done = json.loads(options.out.read_text())["runs"] if options.out.is_file() else []
+    runs = {(run["steps"], run["arm"], run["seed"]): run for run in done}
     for (steps, arm, seed), path in kept_vaes(options.runs).items():
         found = measure(small.eval_latents(load_vae(path)), start, known)
-        record["runs"].append({"arm": arm, "steps": steps, "seed": seed} | found)
+        runs[steps, arm, seed] = {"arm": arm, "steps": steps, "seed": seed} | found
         print(arm, steps, seed, flush=True)
+    record["runs"] = [runs[key] for key in sorted(runs)]
     write_text(options.out, json.dumps(record, indent=1) + "\n")
     report(record["runs"], record["shipped"][START])
 
