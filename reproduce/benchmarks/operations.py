@@ -3,10 +3,10 @@
     python reproduce/benchmarks/operations.py                       # every row that trains
     python reproduce/benchmarks/operations.py repae-sdvae repa-l-sdvae
 
-Counted is one step with one image, on torch's device without numbers ("meta"): seconds, and the memory of the
-networks. Attention counts as two products, without what fused kernels compute again in the backward pass.
-Hours are of one H100 and a range, since nothing was measured: from `PEAK_SHARE` of the card's bf16 peak to
-what REPA's published speed amounts to. A row's file has them as `cost`.
+Counted is one step with one image, on torch's device without numbers ("meta"): seconds a row, and the memory
+of its networks. Attention counts as two products, without what fused kernels compute again in the backward
+pass. Hours are of one H100 and a range, since nothing was measured: from `PEAK_SHARE` of the card's bf16 peak
+to what REPA's published speed amounts to. A row's file has them as `cost`.
 """
 
 import argparse
@@ -37,14 +37,8 @@ def flops(config: TrainConfig) -> float:
     with ExitStack() as stack:
         (work,) = benchmark.WORKS[config.command](settings, stack)
         state = work.state
-        for module in (
-            state.vae,
-            state.sit,
-            state.ema,
-            state.discriminator,
-            state.perceptual,
-            *work.encoders,
-        ):
+        networks = [state.vae, state.sit, state.ema, state.discriminator, state.perceptual, *work.encoders]
+        for module in networks:
             if module is not None:
                 module.to("meta")
         draws = {name: value.to("meta") for name, value in vars(benchmark.draws_of(settings, 0)).items()}
@@ -60,9 +54,10 @@ def flops(config: TrainConfig) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("rows", nargs="*", default=row_names(), help="names (default: all that train)")
+    args = parser.parse_args()
     slow = flops(read_row(PUBLISHED_ROW).preset.config) * PUBLISHED_SPEED
     print(f"{PUBLISHED_ROW}'s published speed is {slow / 1e12:.0f} TFLOP/s")
-    for name in parser.parse_args().rows:
+    for name in args.rows:
         if (preset := read_row(name).preset) is None:
             continue
         config = preset.config
