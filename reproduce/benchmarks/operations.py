@@ -11,6 +11,7 @@ to what REPA's published speed amounts to. A row's file has them as `cost`.
 
 import argparse
 from contextlib import ExitStack
+from functools import cache
 from unittest.mock import patch
 
 import torch
@@ -31,11 +32,16 @@ DECIDES = (
 
 
 def flops(config: TrainConfig) -> float:
-    """Of a training step, for one image."""
-    known = {name: getattr(config, name) for name in DECIDES}
+    """Of a training step, for one image; counted once for all rows that compute the same."""
+    return _flops(config.command, *(getattr(config, name) for name in DECIDES))
+
+
+@cache
+def _flops(command: str, *decides: object) -> float:
+    known = dict(zip(DECIDES, decides, strict=True))
     settings = benchmark.Settings(benchmark.bench_config(batch_size=1, **known))
     with ExitStack() as stack:
-        (work,) = benchmark.WORKS[config.command](settings, stack)
+        (work,) = benchmark.WORKS[command](settings, stack)
         state = work.state
         networks = [state.vae, state.sit, state.ema, state.discriminator, state.perceptual, *work.encoders]
         for module in networks:

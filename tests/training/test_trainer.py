@@ -387,7 +387,7 @@ def test_checkpoints_are_pruned(tmp_path):
 KILLED = """
 import os, signal, sys
 import torch
-torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+torch.set_num_threads(int(sys.argv.pop(1)))
 from repae_lite.commands import main
 from repae_lite.training import run_folder, trainer
 
@@ -423,7 +423,7 @@ def test_a_killed_run_goes_on_to_the_bit(whole, tmp_path, module, name, count, l
     )
     arguments = [*command.split(), "--output-dir", str(tmp_path), "--exp-name", "run"]
     done = subprocess.run(
-        [sys.executable, "-c", KILLED, module, name, str(count), *arguments],
+        [sys.executable, "-c", KILLED, str(torch.get_num_threads()), module, name, str(count), *arguments],
         cwd=ROOT,
         capture_output=True,
         text=True,
