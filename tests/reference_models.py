@@ -115,8 +115,12 @@ NORM_TOLERANCE = (1e-4, 5e-4, 4e-3)
 SIGNED = {"vae_align": 1.0, "sit_align": 1.0, "logits_real": 1.0, "logits_fake": 1.0, "weighted_gan": 0.1}
 
 
-def assert_golden_steps(state: TrainState, variant: str, step: Callable[..., dict[str, float]]) -> None:
-    """Three steps, called like `repae_step`, give the official losses, norms and weights."""
+def assert_golden_steps(
+    state: TrainState, variant: str, step: Callable[..., dict[str, float]], *, factor: float = 1.0
+) -> None:
+    """Three steps, called like `repae_step`, give the official losses, norms and weights; losses and norms
+    within `factor` times the tolerances.
+    """
     tensors, numbers = golden()
     for i, expected in enumerate(numbers[f"steps_{variant}"]):
         losses = step(
@@ -132,7 +136,7 @@ def assert_golden_steps(state: TrainState, variant: str, step: Callable[..., dic
         for name, value in expected.items():
             tolerance = (NORM_TOLERANCE if name.startswith("grad_norm") else LOSS_TOLERANCE)[i]
             scale = SIGNED.get(name, abs(expected["vae_reg"] if name == "kl" and i else value))
-            assert losses[name] == pytest.approx(value, abs=tolerance * scale), f"step {i}: {name}"
+            assert losses[name] == pytest.approx(value, abs=factor * tolerance * scale), f"step {i}: {name}"
 
     trained = {"vae": state.vae, "sit": state.sit, "ema": state.ema, "discriminator": state.discriminator}
     for model, expected in numbers[f"after_{variant}"].items():

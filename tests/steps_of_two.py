@@ -7,7 +7,9 @@ FOLDER/RANK.pt.
 import itertools
 import sys
 from dataclasses import replace
+from functools import partialmethod
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from accelerate import Accelerator
@@ -18,6 +20,7 @@ from repae_lite.method.losses import VAELossConfig
 from repae_lite.method.steps import Draws, TrainState, all_updates, latent_updates, make_ema
 from repae_lite.networks.layers import set_gradient_checkpointing
 from repae_lite.networks.sit import SiT
+from repae_lite.training import trainer
 from repae_lite.training.parallel import DDP, ParallelMechanics, share_of
 from repae_lite.training.run_folder import named_state
 from repae_lite.training.sharding import ShardedSiT
@@ -36,7 +39,11 @@ KINDS = {
     "no weight on alignment": ({"proj_coeff": 0.0}, {}),
     "naive": (NAIVE, {}),
     "bf16": ({}, {"precision": "bf16"}),
+    "compiled": ({}, {}),
+    "compiled, recomputed activations": ({}, {"gradient_checkpointing": True}),
+    "fused optimisers": ({}, {}),
     "in pieces": ({}, {}),
+    "in pieces, fused optimisers": ({}, {}),
     "in pieces, recomputed activations": ({}, {"gradient_checkpointing": True}),
     "in pieces, naive, micro-batches": (
         NAIVE | {"vae_loss": VAELossConfig(gan_weight=0.0)},
@@ -61,15 +68,25 @@ def prepared(kind: str, accelerator: Accelerator) -> TrainState:
     if kind in LATENTS_ALONE:
         state.vae.requires_grad_(False)
         networks = {"sit": state.sit}
-    # With SGD a weight's difference is a gradient's.
     state.optimizers = {
-        name: torch.optim.SGD([p for p in network.parameters() if p.requires_grad], RATES[name], momentum=0.5)
+        name: optimizer(kind, [p for p in network.parameters() if p.requires_grad], RATES[name])
         for name, network in networks.items()
     }
     state.mechanics = ParallelMechanics(accelerator.device, optimizers=state.optimizers, **more)
     set_gradient_checkpointing(state.mechanics.gradient_checkpointing, state.vae, state.sit)
     state.mechanics.distribute(accelerator, networks)
+    if "compiled" in kind:  # as the trainer does, but for the compiler
+        by = partialmethod(nn.Module.compile, backend="aot_eager")
+        with patch.object(nn.Module, "compile", by), patch.object(trainer, "try_compile", lambda _: None):
+            trainer._compile(state, accelerator.device)
     return state
+
+
+def optimizer(kind: str, parameters: list[nn.Parameter], rate: float) -> torch.optim.Optimizer:
+    """With SGD a weight's difference is a gradient's, and nearly so with Adam and a large eps."""
+    if "fused" in kind:
+        return torch.optim.AdamW(parameters, rate, eps=1.0, fused=True)
+    return torch.optim.SGD(parameters, rate, momentum=0.5)
 
 
 def cut(state: TrainState, accelerator: Accelerator) -> None:
@@ -80,15 +97,20 @@ def cut(state: TrainState, accelerator: Accelerator) -> None:
 
 
 def numbers(state: TrainState) -> dict[str, Tensor]:
-    """Weights and statistics, and SiT's momenta; put together where they are in pieces."""
+    """Weights and statistics, and SiT's moments; put together where they are in pieces."""
     networks = {"ema": state.ema} | {name: getattr(state, name) for name in state.optimizers}
     optimizer, sharded = state.optimizers["sit"], state.mechanics.sharded
     if sharded:
         device = torch.device("cpu")
         networks |= {name: sharded.whole(networks[name], device) for name in ("sit", "ema")}
         optimizer = sharded.whole_optimizer(networks["sit"])
-    momenta = named_state(optimizer, networks["sit"])
-    return {f"momentum.{name}": each["momentum_buffer"].clone() for name, each in momenta.items()} | {
+    moments = named_state(optimizer, networks["sit"])
+    return {
+        f"{moment}.{name}": each[moment].clone()
+        for name, each in moments.items()
+        for moment in ("momentum_buffer", "exp_avg", "exp_avg_sq")
+        if moment in each
+    } | {
         f"{network}.{name}": tensor.clone()
         for network, module in networks.items()
         for name, tensor in module.state_dict().items()

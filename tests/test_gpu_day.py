@@ -28,7 +28,7 @@ def test_without_a_gpu_it_says_so(gpu_day, monkeypatch, capsys, tmp_path):
 
 
 def test_the_budgets_fit_into_25_minutes(gpu_day):
-    assert list(gpu_day.PARTS) == ["tests", "bench", "stability", "processes", "evidence"]
+    assert list(gpu_day.PARTS) == ["tests", "bench", "attempts", "stability", "processes", "evidence"]
     assert sum(budget for budget, _ in gpu_day.PARTS.values()) <= 25 * 60
 
 
@@ -80,7 +80,7 @@ def test_a_part_that_fails_says_why_and_the_others_run(gpu_day, monkeypatch, cap
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("part", ["tests", "bench", "stability", "processes", "evidence"])
+@pytest.mark.parametrize("part", ["tests", "bench", "attempts", "stability", "processes", "evidence"])
 def test_every_part_can_be_tried_on_a_cpu(gpu_day, monkeypatch, part, tmp_path):
     assert (
         start(gpu_day, monkeypatch, "--device", "cpu", "--quick", "--only", part, "--output", tmp_path) == 0
@@ -91,11 +91,14 @@ def test_every_part_can_be_tried_on_a_cpu(gpu_day, monkeypatch, part, tmp_path):
         == {
             "tests": {"said"},
             "bench": {"tiny"},
+            "attempts": {"attempts"},
             "stability": {"no", "bf16"},
             "processes": {"steps", "largest relative differences"},
             "evidence": {"learning_curves", "causes"},
         }[part]
     )
+    if part == "attempts":
+        assert all(a["ratio"]["median"] > 0 for name, a in found["attempts"].items() if name != "compiling")
     if part == "stability":
         assert all(run["steps"] == 3 and run["largest"]["grad_norm_sit"] > 0 for run in found.values())
     if part == "evidence":

@@ -15,7 +15,7 @@ from repae_lite.utils.tables import table_lines
 
 ITEMS = {
     "repae": "a step of train-repae: images on the device, encoder, three updates, moving average",
-    "ldm": "a step of train-ldm on cached latents, encoder included",
+    "ldm": "a step of train-ldm on cached latents, encoder included, and one on cached targets",
     "vae": "a step of train-vae",
     "sample": "latents by ODE and SDE, without guidance, with it on [0, 0.65] and everywhere",
     "encode": "images to latents",
@@ -254,6 +254,10 @@ def report(content: dict) -> str:
             spent = part.get("seconds", 0)
             cells.append([name, _time(spent), f"{spent / total:.1%}", *_work(part)])
         lines += ["\n".join(table_lines(cells))] * bool(parts)
+    idle = [row for row in content["rows"] if "outside_kernels" in row]
+    if idle:
+        said = (f"{row['what']} {row['outside_kernels']:.1%}" for row in idle)
+        lines.append(f"outside the GPU's kernels and copies: {'; '.join(said)}")
     about, found = content["machine"], content["peaks"]
     busy = f", load {about['load']} when it began" if "load" in about else ""
     products = ", ".join(f"{value / 1e9:,.4g} GFLOP/s ({name})" for name, value in found["matmul"].items())

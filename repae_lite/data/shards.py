@@ -64,9 +64,8 @@ def _expand(names: str) -> Iterator[str]:
     if not (found := re.search(r"\{(\d+)\.\.(\d+)\}", names)):
         yield names
         return
-    first, last = found.groups()
-    for number in range(int(first), int(last) + 1):
-        yield from _expand(f"{names[: found.start()]}{number:0{len(first)}}{names[found.end() :]}")
+    for number in range(int(found[1]), int(found[2]) + 1):
+        yield from _expand(f"{names[: found.start()]}{number:0{len(found[1])}}{names[found.end() :]}")
 
 
 def index_shards(shards: list[Path], root: Path) -> tuple[Names, np.ndarray]:
@@ -96,8 +95,7 @@ def _look_through(shards: list[Path], root: Path) -> dict[str, np.ndarray]:
         images = _images(shard)
         names += [f"{shard.relative_to(root)}/{name}" for name in images]
         places.append(np.array([(number, *place) for place in images.values()], np.int64).reshape(-1, 4))
-    table = np.concatenate(places)
-    if not len(table):
+    if not len(table := np.concatenate(places)):
         raise ValueError(f"{shards[0]} holds no images: unpack it with tar -xf into a folder, and give that")
     if 0 < (bare := table[:, 3] < 0).sum() < len(table):
         raise ValueError(

@@ -10,7 +10,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -38,11 +38,12 @@ from repae_lite.networks.vae import VAE_PRESETS, AutoencoderKL
 from repae_lite.training.build import TrainSetup, build, compiled_parts
 from repae_lite.training.config import NONE, OPTIONS, TrainConfig
 from repae_lite.training.parallel import PRECISIONS, ParallelMechanics, StepBatches, draw
-from repae_lite.utils.devices import choose_precision, loading, peak_memory, try_compile
+from repae_lite.utils.devices import choose_precision, conv_layout, loading, peak_memory, try_compile
 from repae_lite.utils.measure import (
     REST,
     Parts,
     counting,
+    device_seconds,
     in_turns,
     peak_resident,
     summary,
@@ -174,6 +175,7 @@ def networks(settings: Settings, command: str = "repae") -> TrainSetup:
     state = setup.state
     if config.vae != "tiny":
         state.perceptual = LPIPSLoss(pretrained_trunk=False).to(device)
+        state.perceptual.to(memory_format=conv_layout(device, config.resolution))
     if state.sit is not None:
         for p in state.sit.parameters():
             if p.requires_grad and not p.any():
@@ -204,7 +206,12 @@ def batch_of(settings: Settings) -> tuple[Tensor, Tensor]:
     count, side, g = settings.config.batch_size, settings.config.resolution, generator("bench")
     images = torch.randint(0, 256, (count, 3, side, side), dtype=torch.uint8, generator=g)
     labels = torch.randint(0, settings.classes, (count,), generator=g)
-    return (images.pin_memory(), labels.pin_memory()) if "cuda" in settings.device else (images, labels)
+    return _pinned(settings, images, labels)
+
+
+def _pinned(settings: Settings, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """On the CPU, as a loader gives them."""
+    return tuple(tensor.pin_memory() for tensor in tensors) if "cuda" in settings.device else tensors
 
 
 def draws_of(settings: Settings, step: int) -> Draws:
@@ -220,18 +227,13 @@ def _tokens(settings: Settings, encoders: list[nn.Module], images: Tensor) -> li
 
 
 def _training(settings: Settings, command: str) -> Iterator[Work]:
-    setup, batch = networks(settings, command.replace("ldm", "repae")), batch_of(settings)
+    setup, batch = networks(settings, command), batch_of(settings)
     state, encoders = setup.state, setup.encoders
-    if command == "ldm":  # latents are cached
-        state.vae = state.discriminator = state.perceptual = None
-        state.optimizers = {"sit": state.optimizers["sit"]}
 
     def step() -> dict[str, Tensor]:
         images, labels = (tensor.to(settings.device, non_blocking=True) for tensor in batch)
         draws = draws_of(settings, state.step)
         targets = _tokens(settings, encoders, images)
-        if command == "ldm":
-            return latent_updates(state, draws.eps_posterior, labels, targets, draws)
         return all_updates(state, to_unit_range(images), labels, targets, draws)[0]
 
     name = "REPA-E step" if command == "repae" else f"train-{command} step"
@@ -244,8 +246,27 @@ def repae(settings: Settings, stack: ExitStack) -> Iterator[Work]:
 
 
 def ldm(settings: Settings, stack: ExitStack) -> Iterator[Work]:
-    """A step of train-ldm on cached latents; the encoder's targets are computed."""
-    yield from _training(settings, "ldm")
+    """A step of train-ldm on cached latents: the encoder's targets computed, then cached, too."""
+    setup, (images, labels) = networks(settings), batch_of(settings)
+    state, encoders = setup.state, setup.encoders
+    state.vae = state.discriminator = state.perceptual = None
+    state.optimizers = {"sit": state.optimizers["sit"]}
+    state.sit.config = replace(state.sit.config, fixed_latent_stats=True)
+    (moments,) = _pinned(settings, torch.rand(len(images), 2 * settings.latent[0], *settings.latent[1:]))
+
+    def step(targets_of: Callable[..., list[Tensor]], *batch: Tensor) -> dict[str, Tensor]:
+        posterior, labels, *rest = (tensor.to(settings.device, non_blocking=True) for tensor in batch)
+        mean, std = posterior.chunk(2, dim=1)
+        draws = draws_of(settings, state.step)
+        return latent_updates(state, mean + std * draws.eps_posterior, labels, targets_of(*rest), draws)
+
+    call = partial(step, partial(_tokens, settings, encoders), moments, labels, images)
+    yield Work("train-ldm step", call, len(images), settings.precision, state, encoders)
+    if encoders:
+        kept = [tokens.half().cpu() for tokens in _tokens(settings, encoders, images.to(settings.device))]
+        cached = partial(step, lambda *tokens: [t.float() for t in tokens], moments, labels)
+        call = partial(cached, *_pinned(settings, *kept))
+        yield Work("train-ldm step, cached targets", call, len(images), settings.precision, state)
 
 
 def vae(settings: Settings, stack: ExitStack) -> Iterator[Work]:
@@ -408,7 +429,8 @@ def measure(item: str, settings: Settings) -> list[dict]:
     """The rows of an item of `WORKS`, as JSON values; seconds, bytes and FLOPs of one call.
 
     `memory` is the most that was held: on CUDA by torch for this row, on a CPU by this process since the item
-    began. `parts` are those of a training step, each with its mean seconds, FLOPs and bytes.
+    began. `outside_kernels`, on CUDA alone, is the share of the time in which the GPU does nothing. `parts`
+    are those of a training step, each with its mean seconds, FLOPs and bytes.
 
     Raises:
         ValueError: what the item needs is not there.
@@ -427,6 +449,8 @@ def measure(item: str, settings: Settings) -> list[dict]:
             row["seconds"] = summary(seconds)
             row["images_per_second"] = work.images / row["seconds"]["median"]
             row["memory"] = peak_memory(device)
+            if (busy := device_seconds(work.call, device)) is not None:
+                row["outside_kernels"] = max(0.0, 1 - busy / row["seconds"]["median"])
             if device.type == "cpu" and before is not None:
                 row["memory"] = peak_resident() - before
             if work.state is not None:

@@ -344,7 +344,8 @@ class TrainConfig:
     cpu: bool = _option(False, "use no GPU", "machine")
     compile: bool = _option(
         False,
-        "torch.compile for SiT blocks and VAE; left out, with a sentence, where a short trial of it fails",
+        "torch.compile for SiT blocks and VAE; left out, with a sentence, where a short trial of it fails; "
+        "TORCHINDUCTOR_CACHE_DIR, on a disk that stays, spares the next start the compiling",
         "machine",
     )
     gradient_checkpointing: bool = _option(

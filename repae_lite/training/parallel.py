@@ -138,7 +138,10 @@ class ParallelMechanics(Mechanics):
     """Updates in mixed precision, with gradients averaged over processes.
 
     accelerate wraps the networks (`distribute`). Its mixed precision is not used: it has one loss scale for
-    all optimisers, so that an overflow of one network would hold up the others, and no fp16 on a CPU.
+    all optimisers, so that an overflow of one network would hold up the others, and no fp16 on a CPU. It does
+    not prepare optimisers and loader either: optimisers skip updates by that one scale, and its loader deals
+    out whole batches, where a process here has a share of each. `--shard` calls the FSDP2 of torch itself:
+    the plugin of accelerate is for all networks that it prepares, and two of three stay whole here.
 
     Args:
         device: where the networks are.

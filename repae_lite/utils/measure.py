@@ -5,7 +5,7 @@ Used by `repae bench`; knows nothing of what is measured.
 
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import quantiles
@@ -67,6 +67,26 @@ def summary(values: list[float]) -> dict[str, float | list[float]]:
     """Median and quartiles of measured values, and the values."""
     low, median, high = quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
     return {"median": median, "low": low, "high": high, "values": values}
+
+
+def covered(spans: Iterable[tuple[float, float]]) -> float:
+    """How much spans (begin, end) cover; what several cover counts once."""
+    total, until = 0.0, float("-inf")
+    for begin, end in sorted(spans):
+        total += max(0.0, end - max(begin, until))
+        until = max(until, end)
+    return total
+
+
+def device_seconds(call: Callable[[], object], device: torch.device) -> float | None:
+    """For how long a GPU computes or copies during a call, by torch's profiler; None but on CUDA."""
+    if device.type != "cuda":
+        return None
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        synchronize(device)
+    events = (event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA)
+    return covered((event.time_range.start, event.time_range.end) for event in events) / 1e6
 
 
 # ---------------------------------------------------------------- memory

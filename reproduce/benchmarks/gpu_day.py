@@ -49,11 +49,16 @@ from repae_lite.commands.main import main
 sys.exit(main(sys.argv[1:]))
 """
 TINY = "--vae tiny --batch-size 2"
+AGAINST = ["--against", "reference"]
 FROM_SCRATCH = (
     "--vae f8d4 --vae-ckpt none --model SiT-B/2 --resolution 32 --enc-weights random --perceptual tiny "
     "--num-workers 0 --batch-size 32"
 )
 SAME = 1e-3  # relative difference of losses that rounding may make in a few steps
+# Of a run in half precision beside float32: how far the means of its last losses may be apart, and how many
+# of 500 steps may have a number that is not finite (fp16 looks for its loss scale in such steps).
+WATCHED = ("denoising", "sit_align", "reconstruction", "perceptual")
+CLOSE, LOST = 0.05, {"no": 0, "bf16": 0, "fp16": 25}
 
 
 class OutOfTime(Exception):
@@ -129,19 +134,45 @@ def tests(day: Day) -> Found:
 def bench(day: Day) -> Found:
     """Our step against the reference, and what is around it; what may take longest comes last."""
     full = "--vae f8d4 --model SiT-XL/2 --mixed-precision bf16 --allow-tf32".split()
-    tiny = "repae --vae tiny --model tiny --batch-size 2 --repeats 1 --warmup 0 --against reference".split()
+    few = ["--repeats", "3", "--warmup", "1"]
+    tiny = "repae --vae tiny --model tiny --batch-size 2 --repeats 1 --warmup 0".split() + AGAINST
     runs = {
-        "reference": ["repae", *full, "--batch-size", "32", "--against", "reference"],
+        "reference": ["repae", *full, "--batch-size", "32", *AGAINST],
         "checkpointing-32": ["repae", *full, "--batch-size", "32", "--gradient-checkpointing"],
         "checkpointing-4": ["repae", *full, "--batch-size", "4", "--gradient-checkpointing"],
         "ldm": ["ldm", "encoder", *full, "--batch-size", "32", "--compile"],
-        "sampling": ["sample", "encode", "decode", *full, "--batch-size", "32", "--num-steps", "10"],
-        "reference-compiled": ["repae", *full, "--batch-size", "32", "--compile", "--against", "reference"],
+        "reference-compiled": ["repae", *full, "--batch-size", "32", "--compile", *AGAINST],
+        "sampling": ["sample", "encode", "decode", *full, "--batch-size", "32", "--num-steps", "10", *few],
     }
     for name, words in ({"tiny": tiny} if day.quick else runs).items():
-        where = ["--device", day.device, "--output-dir", f"bench/{name}"]
-        day.run(f"bench-{name}", ["-m", "repae_lite", "bench", *words, *where])
-        yield name, json.loads((day.folder / "bench" / name / "bench.json").read_text())
+        yield name, _bench(day, name, *words)
+    for size in () if day.quick else (48, 64, 96, 128, 192, 256):  # the largest that fits both steps
+        words = ["repae", *full, *few, "--batch-size", str(size), *AGAINST]
+        try:
+            found = _bench(day, f"batch-{size}", *words)
+        except ChildProcessError as error:
+            if "out of memory" not in str(error):
+                raise
+            yield f"batch-{size}", str(error)
+            return
+        yield f"batch-{size}", found
+
+
+def _bench(day: Day, name: str, *words: str) -> dict:
+    where = ["--device", day.device, "--output-dir", f"bench/{name}"]
+    day.run(f"bench-{name}", ["-m", "repae_lite", "bench", *words, *where])
+    return json.loads((day.folder / "bench" / name / "bench.json").read_text())
+
+
+def attempts(day: Day) -> Found:
+    """What each of our ways of taking a step is worth; see attempts.py."""
+    words = f"{TINY} --model tiny --repeats 1" if day.quick else "--mixed-precision bf16"
+    script = str(ROOT / "reproduce" / "benchmarks" / "attempts.py")
+    path = day.folder / "attempts" / "attempts.json"
+    try:
+        day.run("attempts", [script, *words.split(), "--device", day.device, "--out", str(path)])
+    finally:
+        yield "attempts", json.loads(path.read_text())["attempts"] if path.is_file() else {}
 
 
 def _train(day: Day, name: str, steps: int, *words: str) -> list[str]:
@@ -156,7 +187,13 @@ def _metrics(day: Day, name: str) -> list[dict]:
 
 
 def stability(day: Day) -> Found:
-    """500 steps in bf16 and fp16 beside float32: f8d4 and SiT-B/2 from scratch, on the embedded images."""
+    """500 steps in bf16 and fp16 beside float32: f8d4 and SiT-B/2 from scratch, on the embedded images.
+
+    Raises:
+        ValueError: one of them ends elsewhere than float32, or loses more steps to numbers that are not
+            finite than it may.
+    """
+    exact: dict[str, float] = {}
     steps, words = (3, TINY.split()) if day.quick else (500, FROM_SCRATCH.split())
     if not day.quick:
         words += ["--data-dir", str(data_small_dir() / "train")]
@@ -169,28 +206,26 @@ def stability(day: Day) -> Found:
             key: [line[key] for line in lines if line.get(key) is not None] for key in lines[-1]
         }
         others = ("step", "lr_", "grad_norm_", "loss_scale_")
-        yield (
-            precision,
-            {
-                "steps": lines[-1]["step"],
-                "steps with a number that is not finite": sum(None in line.values() for line in lines),
-                "mean of the last 50": {
-                    key: sum(values[-50:]) / len(values[-50:])
-                    for key, values in measures.items()
-                    if values and not key.startswith(others)
-                },
-                "largest": {
-                    key: max(values)
-                    for key, values in measures.items()
-                    if values and key.startswith("grad_norm_")
-                },
-                "smallest": {
-                    key: min(values)
-                    for key, values in measures.items()
-                    if values and key.startswith("loss_scale_")
-                },
-            },
-        )
+        last = {
+            key: sum(values[-50:]) / len(values[-50:])
+            for key, values in measures.items()
+            if values and not key.startswith(others)
+        }
+        extremes = {"largest": (max, "grad_norm_"), "smallest": (min, "loss_scale_")}
+        lost = sum(None in line.values() for line in lines)
+        found = {"steps": lines[-1]["step"], "steps with a number that is not finite": lost}
+        found["mean of the last 50"] = last
+        for kind, (extreme, start) in extremes.items():
+            found[kind] = {
+                key: extreme(values) for key, values in measures.items() if values and key.startswith(start)
+            }
+        yield precision, found
+        exact = exact or last
+        apart = {
+            key: abs(last[key] - exact[key]) / max(abs(exact[key]), 0.1) for key in WATCHED if key in last
+        }
+        if lost > LOST[precision] or not max(apart.values()) <= CLOSE:
+            raise ValueError(f"{precision} beside float32: {lost} steps lost, differences {apart}")
 
 
 def processes(day: Day) -> Found:
@@ -231,18 +266,19 @@ def evidence(day: Day) -> Found:
         day.run("evidence", [*script, *some], REPAE_DATA_SMALL=str(data))
     except OutOfTime as error:
         yield "left out", f"runs that the time did not allow ({error})"
-        day.deadline = math.inf
+        day.deadline = time.monotonic() + 60
         day.run("evidence-join", [*script, "--join"], REPAE_DATA_SMALL=str(data))
     for name in records:
         yield name, json.loads((data / "evidence" / f"{name}.json").read_text())
 
 
-PARTS: dict[str, tuple[int, Callable[[Day], Found]]] = {  # budget in seconds; together 24 minutes
-    "tests": (240, tests),
-    "bench": (540, bench),
-    "stability": (240, stability),
-    "processes": (120, processes),
-    "evidence": (300, evidence),
+PARTS: dict[str, tuple[int, Callable[[Day], Found]]] = {  # budget in seconds; together 25 minutes
+    "tests": (200, tests),
+    "bench": (600, bench),
+    "attempts": (160, attempts),
+    "stability": (220, stability),
+    "processes": (80, processes),
+    "evidence": (240, evidence),
 }
 
 

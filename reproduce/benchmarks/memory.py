@@ -1,6 +1,7 @@
 """What one training step keeps in memory for its backward passes, and how much it computes, counted on a CPU.
 
     python reproduce/benchmarks/memory.py --preset mid
+    python reproduce/benchmarks/memory.py --preset repae-sdvae --parts   # each network's share
 
 The preset's own networks with random weights take a step of few images, and every tensor that autograd saves
 is counted while it lives, weights apart; a straight line through two sizes of the batch gives bytes per image
@@ -137,12 +138,48 @@ def operations(config: TrainConfig) -> float:
     return counter.get_total_flops()
 
 
+def parts(config: TrainConfig) -> None:
+    """Prints what each network's forward passes with one image save in bfloat16, and how much they compute:
+    what `--gradient-checkpointing` saves there at most, and what it costs.
+    """
+    state = networks(config, True)
+    x = torch.rand(1, 3, config.resolution, config.resolution) * 2 - 1
+    labels, t = torch.zeros(1, dtype=torch.int64), torch.full((1,), 0.5)
+    with torch.no_grad():
+        z = state.vae.encode(x).mean
+    x_hat, latents = torch.rand_like(x).requires_grad_(), z.clone().requires_grad_()
+
+    def sit(grad_of: str) -> object:
+        state.sit.requires_grad_(grad_of == "weights")
+        return state.sit(latents, t, labels, project=True, align_only=grad_of == "latents")
+
+    calls = {
+        "VAE, encoder": lambda: state.vae.encode(x).mean,
+        "VAE, decoder": lambda: state.vae.decode(z),
+        "LPIPS": lambda: state.perceptual(x, x_hat),
+        "discriminator, its update": lambda: (state.discriminator(x), state.discriminator(x_hat.detach())),
+        "SiT to the tap, for the VAE": lambda: sit("latents"),
+        "SiT, its update": lambda: sit("weights"),
+    }
+    for name, call in calls.items():
+        saved = Saved(state.vae, state.sit, state.discriminator, state.perceptual)
+        flops = FlopCounterMode(display=False)
+        with saved_tensors_hooks(saved.pack, saved.unpack), flops, state.mechanics.autocast():
+            kept = call()
+        gib, tflop = saved.peak / GIB, flops.get_total_flops() / 1e12
+        print(f"{name}: {gib:.3f} GiB, {tflop:.3f} TFLOP, {gib / tflop:.2f} GiB per TFLOP")
+        del kept
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--preset", default="mid")
     parser.add_argument("--images", type=int, nargs=2, default=(1, 2), help="sizes of the batch")
+    parser.add_argument("--parts", action="store_true", help="what each network saves, one image, bfloat16")
     args = parser.parse_args()
     preset = read_preset(args.preset, "repae")
+    if args.parts:
+        return parts(preset.config)
     config = replace(preset, options={**preset.options, "micro_batches": 1}).config
     state = needs(preset)["device_memory"]
     network = VisionEncoder.from_name(config.encoders.split(",")[0], config.resolution, weights="random")

@@ -2,11 +2,13 @@
 
     python reproduce/benchmarks/operations.py                       # every row that trains
     python reproduce/benchmarks/operations.py repae-sdvae repa-l-sdvae
+    python reproduce/benchmarks/operations.py repae-sdvae --images-per-second 60   # of one card, as measured
 
 Counted is one step with one image, on torch's device without numbers ("meta"): seconds a row, and the memory
 of its networks. Attention counts as two products, without what fused kernels compute again in the backward
 pass. Hours are of one H100 and a range, since nothing was measured: from `PEAK_SHARE` of the card's bf16 peak
-to what REPA's published speed amounts to. A row's file has them as `cost`.
+to what REPA's published speed amounts to. With a measured speed (`repae bench`) hours are what it makes, and
+no range. A row's file has them as `cost`.
 """
 
 import argparse
@@ -41,7 +43,7 @@ def _flops(command: str, *decides: object) -> float:
     known = dict(zip(DECIDES, decides, strict=True))
     settings = benchmark.Settings(benchmark.bench_config(batch_size=1, **known))
     with ExitStack() as stack:
-        (work,) = benchmark.WORKS[command](settings, stack)
+        work = next(benchmark.WORKS[command](settings, stack))
         state = work.state
         networks = [state.vae, state.sit, state.ema, state.discriminator, state.perceptual, *work.encoders]
         for module in networks:
@@ -60,7 +62,10 @@ def _flops(command: str, *decides: object) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("rows", nargs="*", default=row_names(), help="names (default: all that train)")
+    parser.add_argument("--images-per-second", type=float, help="of one card, measured with one of the rows")
     args = parser.parse_args()
+    if args.images_per_second is not None and not (args.images_per_second > 0 and len(args.rows) == 1):
+        parser.error("--images-per-second is one row's, and more than 0: name the row")
     slow = flops(read_row(PUBLISHED_ROW).preset.config) * PUBLISHED_SPEED
     print(f"{PUBLISHED_ROW}'s published speed is {slow / 1e12:.0f} TFLOP/s")
     for name in args.rows:
@@ -68,8 +73,12 @@ def main() -> None:
             continue
         config = preset.config
         one = flops(config)
-        whole = one * config.max_train_steps * config.batch_size
-        low, high = (whole / speed / 3600 for speed in (PEAK * PEAK_SHARE, slow))
+        images = config.max_train_steps * config.batch_size
+        if args.images_per_second:
+            hours = images / args.images_per_second / 3600
+            print(f"{name}: {hours:.0f} GPU-hours at {args.images_per_second:g} images/s")
+            continue
+        low, high = (images * one / speed / 3600 for speed in (PEAK * PEAK_SHARE, slow))
         print(f"{name}: {one / 1e12:.2f} TFLOP an image, {low:.0f} to {high:.0f} GPU-hours", flush=True)
 
 

@@ -16,6 +16,8 @@ set -u
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))}  # of this job alone: others may share a node
 export MASTER_ADDR MASTER_PORT OMP_NUM_THREADS="$SLURM_CPUS_PER_TASK"
+# What --compile has compiled, where the next job finds it: a disk that all machines see.
+export TORCHINDUCTOR_CACHE_DIR="${TORCHINDUCTOR_CACHE_DIR:-$PWD/exps/.compiled}"
 
 # The command of one GPU, with --resume latest: a first start, a requeued job and one after a crash are the same line.
 # When one has ended, in whatever way, the others have two minutes to end as well: they might wait for it for hours.

@@ -18,6 +18,7 @@ from huggingface_hub import constants
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from small_runs import assert_same_run, run
 from torch.utils.data import DataLoader
 
 from repae_lite.commands.main import main
@@ -147,6 +148,19 @@ def test_resuming_and_shares_are_exact(folder):
             assert torch.equal(whole[4 + step][i], torch.cat([half[step][i] for half in halves]))
     epoch = torch.cat([image for image, _ in whole[3:6]])  # every image once
     assert len({image.numpy().tobytes() for image in epoch}) == COUNT
+
+
+def test_a_run_on_shards_goes_on_to_the_bit(folder, tmp_path):
+    """Three steps are an epoch; the run is stopped in the second one, and goes on with loader processes."""
+    options = {"data_dir": str(folder)}
+    straight = run(tmp_path, "straight", num_workers=0, **options)
+    run(tmp_path, "parts", max_train_steps=4, num_workers=0, **options)
+    parts = run(tmp_path, "parts", resume="latest", num_workers=2, **options)
+    assert_same_run(straight, parts)
+    words = (tmp_path / "damaged", {"data_dir": str(folder / "train-{000..002}.tar")})
+    shutil.copytree(tmp_path / "parts", words[0] / "parts")
+    with pytest.raises(ValueError, match="data"):
+        run(words[0], "parts", max_train_steps=8, resume="latest", **words[1])
 
 
 # ---------------------------------------------------------------- classes

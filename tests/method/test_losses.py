@@ -116,6 +116,14 @@ def test_lpips_is_frozen_and_stays_in_eval_mode():
     assert float(loss(x, x)) == 0.0 < float(loss(x, -x))
 
 
+def test_lpips_keeps_no_graph_for_real_images():
+    loss, graphs = LPIPSLoss(pretrained_trunk=False), []
+    loss.net.net.slice5.register_forward_hook(lambda *call: graphs.append(call[-1].requires_grad))
+    x = torch.rand(1, 3, 64, 64) * 2 - 1
+    loss(x, x.clone().requires_grad_()).sum().backward()
+    assert graphs == [False, True]
+
+
 def test_tiny_perceptual_distance_has_gradient_and_is_zero_for_equal_images():
     torch.manual_seed(0)
     loss = TinyPerceptualLoss()

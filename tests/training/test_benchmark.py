@@ -26,7 +26,7 @@ def reference():
 
 
 ROWS = {
-    "repae": 1, "ldm": 1, "vae": 1, "sample": 6, "encode": 1, "decode": 1, "encoder": 1, "loader": 1,
+    "repae": 1, "ldm": 2, "vae": 1, "sample": 6, "encode": 1, "decode": 1, "encoder": 1, "loader": 1,
     "preprocess": 1, "evaluate": 5,
 }  # fmt: skip
 
@@ -65,11 +65,11 @@ PARTS = {
 
 @pytest.mark.parametrize("command", PARTS)
 def test_the_parts_of_a_step_add_up(command):
-    (row,) = measure(command, tiny())
+    row, *_ = measure(command, tiny())
     assert row["parts"].keys() == PARTS[command]
     assert all(part["seconds"] > 0 for part in row["parts"].values())
     with ExitStack() as stack, FlopCounterMode(display=False) as counter:
-        (work,) = benchmark.WORKS[command](tiny(), stack)
+        work = next(benchmark.WORKS[command](tiny(), stack))
         work.call()
     assert sum(part["flops"] for part in row["parts"].values()) == row["flops"] == counter.get_total_flops()
     networks = {name for name in row["parts"] if "," in name}
@@ -79,6 +79,15 @@ def test_the_parts_of_a_step_add_up(command):
         p.numel() for o in work.state.optimizers.values() for g in o.param_groups for p in g["params"]
     )
     assert moved >= 7 * 4 * weights  # reads weight, gradient and two moments, writes three of them
+
+
+def test_cached_targets_are_the_encoders_and_their_step_does_without_one():
+    live, cached = benchmark.ldm(tiny(), ExitStack())
+    first, second = (work.call() for work in (live, cached))
+    assert set(first) == set(second) and live.state is cached.state and not cached.encoders
+    live, cached = measure("ldm", tiny())
+    assert "encoder, forward" not in cached["parts"]
+    assert live["flops"] - cached["flops"] == live["parts"]["encoder, forward"]["flops"] > 0
 
 
 def test_watching_a_step_changes_nothing_and_leaves_nothing():

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from steps_of_two import KINDS, steps
 from torch.testing import assert_close
 
 from repae_lite.method.steps import GRAD_NORMS
+from repae_lite.training import sharding
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -59,6 +61,18 @@ def test_two_halves_make_the_steps_of_one(halves, alone, kind):
             atol=rounding / 10,
             msg=lambda text, name=name: f"{name}: {text}",
         )
+
+
+def test_a_torch_that_sums_the_gradients_of_pieces_is_refused(monkeypatch):
+    def summing(layer, mesh):
+        def pieces(weight):
+            weight.grad.full_tensor = lambda: weight.grad * mesh.size()
+
+        layer.weight.register_post_accumulate_grad_hook(pieces)
+
+    monkeypatch.setattr(sharding, "fully_shard", summing)
+    with pytest.raises(ValueError, match="makes the gradients of sharded weights 2 times as large on cpu"):
+        sharding._check_averages(SimpleNamespace(size=lambda: 2, device_type="cpu"))
 
 
 def test_an_overflow_in_one_process_holds_up_all(halves):

@@ -7,8 +7,8 @@ import torch
 from pretended_mps import pretended_mps
 from small_states import LABELS, make_batch, make_state
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from waiting import no_waiting
 
 from repae_lite.method import interpolant
 from repae_lite.method.interpolant import sample_time
@@ -175,14 +175,6 @@ def test_a_fused_optimizer_leaves_the_update_out_by_itself(kind, strict):
     assert update(1.0)
 
 
-class NoWaiting(TorchDispatchMode):
-    """Refuses to read a number, for which the host would have to wait for a GPU."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        assert func._schema.name not in ("aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal")
-        return func(*args, **(kwargs or {}))
-
-
 def fused_state(device: torch.device, **more) -> TrainState:
     state = make_state()
     for name in state.optimizers:
@@ -199,14 +191,8 @@ def whole_step(state: TrainState) -> dict[str, torch.Tensor]:
     device, (x, targets, draws) = state.mechanics.device, make_batch()
     draws = Draws(**draws, label_drop=LABELS == 3).map(lambda drawn: drawn.to(device))
     targets, x, labels = [target.to(device) for target in targets], x.to(device), LABELS.to(device)
-    if device.type == "cuda":
-        torch.cuda.set_sync_debug_mode("error")
-    try:
-        with NoWaiting():
-            return all_updates(state, x, labels, targets, draws)[0]
-    finally:
-        if device.type == "cuda":
-            torch.cuda.set_sync_debug_mode("default")
+    with no_waiting(device):
+        return all_updates(state, x, labels, targets, draws)[0]
 
 
 WAYS = [{}, {"micro_batches": 2, "gradient_checkpointing": True}, {"precision": "fp16"}]
@@ -217,7 +203,7 @@ def test_a_step_with_fused_optimizers_waits_for_nothing(monkeypatch, more):
     for module in (interpolant, sit):  # as they do on a GPU
         monkeypatch.setattr(module, "can_look_at", lambda _: False)
     state = fused_state(torch.device("cpu"), **more)
-    with NoWaiting(), pytest.raises(AssertionError):
+    with no_waiting(torch.device("cpu")), pytest.raises(AssertionError):
         bool(torch.ones(2).isfinite().all())
     before = copy.deepcopy(state)
     whole_step(state)

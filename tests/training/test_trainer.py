@@ -27,12 +27,15 @@ from repae_lite.commands.main import main
 from repae_lite.data.datasets import ImageH5Dataset
 from repae_lite.data.hdf5 import write_images_h5
 from repae_lite.data.latents import cache_latents
+from repae_lite.method.steps import Mechanics
 from repae_lite.networks.discriminator import PatchDiscriminator
+from repae_lite.networks.layers import set_gradient_checkpointing
 from repae_lite.training import build, run_folder, run_log
 from repae_lite.training import trainer as training
 from repae_lite.training.config import TrainConfig
 from repae_lite.training.parallel import ParallelMechanics
 from repae_lite.training.run_folder import RunFolder
+from repae_lite.utils.devices import compile_obstacle
 from repae_lite.utils.locks import locked
 from repae_lite.utils.state_dicts import read_weights
 
@@ -604,24 +607,54 @@ def test_the_layout_of_convolutions_does_not_matter(whole, tmp_path, monkeypatch
         assert one == pytest.approx(other, rel=2e-3, abs=1e-4)
 
 
-def test_a_few_graphs_are_compiled_and_none_again(monkeypatch):
+@pytest.mark.parametrize(
+    ("changes", "graphs"),
+    [
+        ({}, 4),  # the VAE's two halves, and a block of SiT, of which all are alike, frozen and training
+        ({"gradient_checkpointing": True}, 4),
+        ({"micro_batches": 3}, None),  # of one image, one, and two
+    ],
+)
+def test_a_few_graphs_are_compiled_and_none_again(monkeypatch, changes, graphs):
     monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="eager"))
     monkeypatch.setattr(training, "try_compile", lambda _: None)
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters["stats"]
     state, (x, targets, draws) = make_state(), make_batch()
+    state.mechanics = Mechanics(**changes)
+    set_gradient_checkpointing(state.mechanics.gradient_checkpointing, state.vae, state.sit)
     training._compile(state, torch.device("cpu"))
-    label_drop, before = torch.zeros(len(x), dtype=torch.bool), counters["unique_graphs"]
+    label_drop, before, seen = torch.zeros(len(x), dtype=torch.bool), counters["unique_graphs"], set()
     try:
         for again in (False, True, True):
             with torch._dynamo.config.patch(error_on_recompile=again):
                 training.all_updates(
                     state, x, LABELS, targets, training.Draws(**draws, label_drop=label_drop)
                 )
-            # The VAE's two halves, and a block of SiT, of which all are alike, frozen and training.
-            assert counters["unique_graphs"] - before == 4
+            seen.add(counters["unique_graphs"] - before)
+        assert seen == {graphs} if graphs else len(seen) == 1
     finally:
         torch._dynamo.reset()
+
+
+@pytest.mark.skipif(compile_obstacle(torch.device("cpu")) is not None, reason="there is no C++ compiler")
+def test_a_compiled_run_is_the_run_and_compiles_nothing_after_its_first_step(tmp_path):
+    """By torch's own compiler and log, as a user would see it."""
+    plain = run(tmp_path, "plain", max_train_steps=3)
+    words = "train-repae --vae tiny --cpu --compile --batch-size 4 --max-train-steps 3 --sampling-steps 0"
+    done = subprocess.run(
+        [sys.executable, "-m", "repae_lite", *words.split(), "--exp-name=run", f"--output-dir={tmp_path}"],
+        env=os.environ | {"TORCH_LOGS": "recompiles", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "compiled")},
+        capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert any((tmp_path / "compiled").rglob("*.so")), "nothing was compiled"
+    first, said, later = done.stderr.partition("step 1 of 3")
+    # In the first step a block is compiled twice: frozen in the VAE's update, and training.
+    assert "without --compile" not in first and first.count("Recompiling") == 1
+    assert said and "step 3 of 3" in later and "Recompiling" not in later
+    for one, other in zip(plain.metrics(), RunFolder(tmp_path / "run").metrics(), strict=True):
+        assert one == pytest.approx(other, rel=2e-3, abs=1e-4)
 
 
 # ---------------------------------------------------------------- the collapse guard
