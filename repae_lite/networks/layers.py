@@ -5,7 +5,7 @@ works wherever torch.distributed does.
 Taught in `notebooks/02_latent_diffusion.ipynb` (the latents' BatchNorm).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -88,14 +88,14 @@ class BatchNorm2d(nn.BatchNorm2d):
         self.running_var.lerp_((var * count / (count - 1)).to(self.running_var.dtype), self.momentum)
 
 
-def recompute(module: nn.Module, *inputs: Tensor) -> Tensor:
+def recompute(module: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     """Runs a module without keeping its activations; recomputing them leaves BatchNorm's statistics alone."""
     if torch.compiler.is_compiling():  # it does not support context_fn; nothing compiled here has a BatchNorm
         return checkpoint(module, *inputs, use_reentrant=False)
     return checkpoint(module, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), _untracked()))
 
 
-def run(owner: object, module: nn.Module, *inputs: Tensor) -> Tensor:
+def run(owner: object, module: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     """Calls a module, recomputing it in the backward pass if owner.gradient_checkpointing says so."""
     return (
         recompute(module, *inputs)

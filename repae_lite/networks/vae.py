@@ -6,6 +6,7 @@ tunes, f8d4 (SD-VAE) and f16d32 (IN-VAE, VA-VAE), and a tiny one for two CPU cor
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -107,8 +108,19 @@ class Posterior:
         return 0.5 * (self.mean.square() + self.log_var.exp() - 1.0 - self.log_var).sum(dim=(1, 2, 3))
 
 
+def swish(norm: nn.Module, h: Tensor) -> Tensor:
+    """Of the normalised h, both of one shape."""
+    return F.silu(norm(h))
+
+
 class ResidualBlock(nn.Module):
-    """Norm, swish, 3x3 convolution, twice, added to the input (a 1x1 convolution adapts its channels)."""
+    """Norm, swish, 3x3 convolution, twice, added to the input (a 1x1 convolution adapts its channels).
+
+    Norms and swishes have a switch of their own for recomputation: it repeats no product, and under autocast,
+    which has them in float32 and convolutions in half precision, they keep more than half of all.
+    """
+
+    gradient_checkpointing = False  # see repae_lite.networks.layers
 
     def __init__(self, in_channels: int, out_channels: int, groups: int):
         super().__init__()
@@ -121,8 +133,8 @@ class ResidualBlock(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         shortcut = self.nin_shortcut(h) if hasattr(self, "nin_shortcut") else h
-        h = self.conv1(F.silu(self.norm1(h)))
-        return shortcut + self.conv2(F.silu(self.norm2(h)))
+        h = self.conv1(run(self, partial(swish, self.norm1), h))
+        return shortcut + self.conv2(run(self, partial(swish, self.norm2), h))
 
 
 class AttentionBlock(nn.Module):
@@ -224,7 +236,7 @@ class Encoder(nn.Module):
             h = run(self, level, h)
             if hasattr(level, "downsample"):
                 h = level.downsample(h)
-        return self.conv_out(F.silu(self.norm_out(self.mid(h))))
+        return self.conv_out(swish(self.norm_out, self.mid(h)))
 
 
 class Decoder(nn.Module):
@@ -260,7 +272,7 @@ class Decoder(nn.Module):
             h = run(self, level, h)
             if hasattr(level, "upsample"):
                 h = level.upsample(h)
-        return self.unfold(self.conv_out(F.silu(self.norm_out(h))))
+        return self.unfold(self.conv_out(run(self, partial(swish, self.norm_out), h)))
 
 
 class AutoencoderKL(nn.Module):

@@ -709,7 +709,8 @@ def _compile(state, device: torch.device) -> None:
         logger.warning(f"training goes on without --compile: {obstacle}")
         return
     # What is compiled is small already: one block's gradients are averaged while the next one computes. The
-    # cuts of DistributedDataParallel would not help, and do not work where activations are recomputed.
+    # cuts of DistributedDataParallel would not help, and older versions of torch refuse them where
+    # activations are recomputed.
     torch._dynamo.config.optimize_ddp = False
     for module in compiled_parts(state):
         module.compile()

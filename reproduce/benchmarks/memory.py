@@ -12,8 +12,8 @@ products and convolutions, two to a multiplication.
 
 import argparse
 from collections import Counter
-from collections.abc import Callable
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from unittest.mock import patch
 
@@ -28,8 +28,9 @@ from repae_lite.method.losses import LPIPSLoss
 from repae_lite.method.steps import Draws, Mechanics, StepConfig, TrainState, all_updates, make_ema
 from repae_lite.networks.discriminator import PatchDiscriminator
 from repae_lite.networks.encoders import VisionEncoder
+from repae_lite.networks.layers import set_gradient_checkpointing
 from repae_lite.networks.sit import SiT
-from repae_lite.networks.vae import VAE_PRESETS, AutoencoderKL
+from repae_lite.networks.vae import VAE_PRESETS, AutoencoderKL, ResidualBlock
 from repae_lite.training.config import TrainConfig
 
 CARDS = (8, 12, 24)  # GiB
@@ -37,18 +38,23 @@ REST = 1.5  # GiB, assumed: context, workspaces, what lives only inside an opera
 
 
 class HalfPrecision(Mechanics):
-    """Autocast to bfloat16 as on a GPU, where norms, unlike on a CPU, compute in float32."""
+    """Autocast to bfloat16."""
 
-    @contextmanager
-    def autocast(self):
-        with torch.autocast("cpu", torch.bfloat16), ExitStack() as patches:
-            for name in ("group_norm", "layer_norm"):
-                patches.enter_context(patch.object(functional, name, _in_float32(getattr(functional, name))))
-            yield
+    def autocast(self) -> AbstractContextManager:
+        return torch.autocast("cpu", torch.bfloat16)
 
 
-def _in_float32(norm: Callable) -> Callable:
-    return lambda x, *rest, **named: norm(x.float(), *rest, **named)
+@contextmanager
+def as_on_a_gpu() -> Iterator[None]:
+    """Inside, norms compute in float32 under autocast, too."""
+
+    def in_float32(norm: Callable) -> Callable:
+        return lambda x, *rest, **named: norm(x.float(), *rest, **named)
+
+    with ExitStack() as patches:
+        for name in ("group_norm", "layer_norm"):
+            patches.enter_context(patch.object(functional, name, in_float32(getattr(functional, name))))
+        yield
 
 
 class Saved:
@@ -123,7 +129,7 @@ def peak(config: TrainConfig, images: int, half: bool) -> int:
     """Bytes that a step of some images keeps at most."""
     state = networks(config, half)
     saved = Saved(state.vae, state.sit, state.discriminator, state.perceptual)
-    with saved_tensors_hooks(saved.pack, saved.unpack):
+    with saved_tensors_hooks(saved.pack, saved.unpack), as_on_a_gpu():
         one_step(state, config, images)
     return saved.peak
 
@@ -139,43 +145,65 @@ def operations(config: TrainConfig) -> float:
 
 
 def parts(config: TrainConfig) -> None:
-    """Prints what each network's forward passes with one image save in bfloat16, and how much they compute:
-    what `--gradient-checkpointing` saves there at most, and what it costs.
+    """Prints what each network's forward passes save in bfloat16 for each image, and how much they compute:
+    what `--gradient-checkpointing` saves there at most, and what it costs. With it, one level of the VAE at a
+    time is kept, whose norms are computed again.
     """
     state = networks(config, True)
-    x = torch.rand(1, 3, config.resolution, config.resolution) * 2 - 1
-    labels, t = torch.zeros(1, dtype=torch.int64), torch.full((1,), 0.5)
-    with torch.no_grad():
-        z = state.vae.encode(x).mean
-    x_hat, latents = torch.rand_like(x).requires_grad_(), z.clone().requires_grad_()
+    vae, sit, channels = state.vae, state.sit, VAE_PRESETS[config.vae].latent_channels
 
-    def sit(grad_of: str) -> object:
-        state.sit.requires_grad_(grad_of == "weights")
-        return state.sit(latents, t, labels, project=True, align_only=grad_of == "latents")
+    def align(z: torch.Tensor, *, whole: bool) -> object:
+        sit.requires_grad_(whole)
+        labels, t = torch.zeros(len(z), dtype=torch.int64), torch.full((len(z),), 0.5)
+        return sit(z, t, labels, project=True, align_only=not whole)
+
+    def largest_level(x: torch.Tensor) -> torch.Tensor:
+        level = vae.decoder.up[0]
+        channels = level.block[0].norm1.num_channels
+        return level(x.mean(1, keepdim=True).expand(-1, channels, -1, -1))
+
+    def norms_again(call: Callable) -> Callable:
+        def run(x: torch.Tensor, z: torch.Tensor) -> object:
+            set_gradient_checkpointing(True, *(m for m in vae.modules() if isinstance(m, ResidualBlock)))
+            return call(x, z)
+
+        return run
 
     calls = {
-        "VAE, encoder": lambda: state.vae.encode(x).mean,
-        "VAE, decoder": lambda: state.vae.decode(z),
-        "LPIPS": lambda: state.perceptual(x, x_hat),
-        "discriminator, its update": lambda: (state.discriminator(x), state.discriminator(x_hat.detach())),
-        "SiT to the tap, for the VAE": lambda: sit("latents"),
-        "SiT, its update": lambda: sit("weights"),
+        "VAE, encoder": lambda x, z: vae.encode(x).mean,
+        "VAE, decoder": lambda x, z: vae.decode(z),
+        "VAE, the decoder's last level": lambda x, z: largest_level(x),
+        "LPIPS": lambda x, z: state.perceptual(x.detach(), x),
+        "discriminator, its update": lambda x, z: (state.discriminator(x), state.discriminator(x)),
+        "SiT to the tap, for the VAE": lambda x, z: align(z, whole=False),
+        "SiT, its update": lambda x, z: align(z.detach(), whole=True),
+    }
+    calls |= {
+        f"{name}, norms computed again": norms_again(call) for name, call in calls.items() if "VAE," in name
     }
     for name, call in calls.items():
-        saved = Saved(state.vae, state.sit, state.discriminator, state.perceptual)
-        flops = FlopCounterMode(display=False)
-        with saved_tensors_hooks(saved.pack, saved.unpack), flops, state.mechanics.autocast():
-            kept = call()
-        gib, tflop = saved.peak / GIB, flops.get_total_flops() / 1e12
-        print(f"{name}: {gib:.3f} GiB, {tflop:.3f} TFLOP, {gib / tflop:.2f} GiB per TFLOP")
-        del kept
+        found = []
+        for images in (1, 2):  # autocast's copies of the weights do not grow with the batch
+            x = torch.rand(images, 3, config.resolution, config.resolution).requires_grad_()
+            z = torch.randn(images, channels, sit.config.input_size, sit.config.input_size).requires_grad_()
+            saved = Saved(vae, sit, state.discriminator, state.perceptual)
+            counter = FlopCounterMode(display=False)
+            with saved_tensors_hooks(saved.pack, saved.unpack), as_on_a_gpu(), counter:
+                with state.mechanics.autocast():
+                    kept = call(x, z)
+                found.append((saved.peak / GIB, counter.get_total_flops() / 1e12))
+                del kept
+        gib, tflop = (two - one for one, two in zip(*found, strict=True))
+        print(f"{name}: {gib:.3f} GiB, {tflop:.3f} TFLOP, {gib / tflop:.1f} GiB per TFLOP", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--preset", default="mid")
     parser.add_argument("--images", type=int, nargs=2, default=(1, 2), help="sizes of the batch")
-    parser.add_argument("--parts", action="store_true", help="what each network saves, one image, bfloat16")
+    parser.add_argument(
+        "--parts", action="store_true", help="what each network saves for an image, in bfloat16"
+    )
     args = parser.parse_args()
     preset = read_preset(args.preset, "repae")
     if args.parts:

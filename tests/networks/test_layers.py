@@ -8,11 +8,13 @@ import torch.multiprocessing as mp
 from batch_norm_halves import normalise_half, pair
 from small_states import LABELS, make_batch, make_state
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.testing import assert_close
 
 from repae_lite.method.losses import VAELossConfig
 from repae_lite.method.steps import Mechanics, latent_step, repae_step
 from repae_lite.networks.layers import BatchNorm2d, recompute, set_gradient_checkpointing
+from repae_lite.networks.vae import AutoencoderKL, ResidualBlock
 
 
 @pytest.mark.parametrize("affine", [False, True])
@@ -114,6 +116,31 @@ def test_gradient_checkpointing_changes_nothing():
     for name, state in weights.items():
         for key, a in state.items():
             assert torch.equal(a, same_weights[name][key]), (name, key)
+
+
+class Kept(dict):
+    """The tensors that autograd keeps, by address."""
+
+    def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
+        return self.setdefault(tensor.data_ptr(), tensor)
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_the_norms_of_a_vae_can_be_recomputed_alone(half):
+    found = []
+    for again in (False, True):
+        torch.manual_seed(0)
+        vae, x = AutoencoderKL.from_preset("tiny"), torch.rand(2, 3, 32, 32)
+        blocks = [module for module in vae.modules() if isinstance(module, ResidualBlock)]
+        set_gradient_checkpointing(again, *blocks)
+        kept = Kept()
+        with torch.autocast("cpu", torch.bfloat16, enabled=half), saved_tensors_hooks(kept, lambda t: t):
+            loss = vae.decode(vae.encode(x).mean).square().mean()
+        loss.backward()
+        found.append((sum(t.nbytes for t in kept.values()), [p.grad for p in vae.parameters()]))
+    (before, expected), (after, gradients) = found
+    assert after < 0.85 * before
+    assert all(torch.equal(one, other) for one, other in zip(expected, gradients, strict=True))
 
 
 @pytest.mark.parametrize("parts", [2, 3, 9])
