@@ -35,7 +35,7 @@ also runs reproduce/benchmarks/reference_step.py, the official order of a step w
 ours on the same weights and draws, checks that the losses agree, and times each official way alone."""
 WANTED = (
     "--vae --model --enc-type --resolution --batch-size --mixed-precision --allow-tf32 --compile "
-    "--gradient-checkpointing --num-workers"
+    "--gradient-checkpointing --micro-batches --num-workers"
 ).split()
 TRAINING = {name: given for flags in train_flags("repae").values() for name, given in flags.items()}
 TRAINING["--batch-size"] |= {"help": "images of a call (default: 32)"}
@@ -82,7 +82,7 @@ GIB = 2**30
 
 def saves_memory(args: argparse.Namespace, error: BaseException) -> str:
     """What helps when memory runs out."""
-    return "try a smaller --batch-size, --model or --resolution, or --gradient-checkpointing"
+    return "try a smaller --batch-size, --model or --resolution, --micro-batches or --gradient-checkpointing"
 
 
 def run(args: argparse.Namespace) -> None:

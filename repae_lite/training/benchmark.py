@@ -185,6 +185,7 @@ def networks(settings: Settings, command: str = "repae") -> TrainSetup:
         device,
         settings.precision,
         state.optimizers,
+        micro_batches=config.micro_batches,
         gradient_checkpointing=config.gradient_checkpointing,
     )
     return setup
@@ -518,10 +519,14 @@ def against(settings: Settings, reference: ModuleType) -> dict:
         time without it, or the reason why it is `idle` here.
 
     Raises:
-        ValueError: there is no encoder to align with; or the losses do not agree.
+        ValueError: there is no encoder to align with; there are micro-batches; or the losses do not agree.
     """
     if not settings.config.encoders:
         raise ValueError("--against reference compares steps that align: give --enc-type a name")
+    if settings.config.micro_batches > 1:
+        raise ValueError(
+            "--against reference takes each batch at once, as officially: leave out --micro-batches"
+        )
     device, precision = torch.device(settings.device), settings.precision
     setup = networks(settings)
     ours, theirs = setup.state, networks(settings).state  # the same: all follows from the seed

@@ -140,6 +140,7 @@ def bench(day: Day) -> Found:
         "reference-8": ["repae", *full, "--batch-size", "8", *AGAINST],
         "checkpointing-32": ["repae", *full, "--batch-size", "32", "--gradient-checkpointing"],
         "checkpointing-4": ["repae", *full, "--batch-size", "4", "--gradient-checkpointing"],
+        "micro-batches-32": ["repae", *full, "--batch-size", "32", "--micro-batches", "2"],
         "ldm": ["ldm", "encoder", *full, "--batch-size", "32", "--compile"],
         "reference-8-compiled": ["repae", *full, "--batch-size", "8", "--compile", *AGAINST],
         "sampling": ["sample", "encode", "decode", *full, "--batch-size", "32", "--num-steps", "10", *few],

@@ -115,6 +115,11 @@ def test_checkpointing_repeats_forward_passes():
     assert sum(repeated.values()) > 1.2 * sum(plain.values())
 
 
+def test_micro_batches_compute_as_much():
+    (whole,), (cut,) = (measure("repae", tiny(micro_batches=count)) for count in (1, 2))
+    assert cut["flops"] == whole["flops"] and cut["bytes"] > whole["bytes"]
+
+
 def test_no_weight_of_sit_is_idle_and_all_follows_from_the_seed():
     one, other = networks(tiny()).state, networks(tiny()).state
     assert all(p.any() for p in one.sit.parameters())
@@ -183,6 +188,8 @@ def test_what_cannot_be_measured_is_refused(reference, monkeypatch):
     plain = tiny(enc_type="none")
     with pytest.raises(ValueError, match="give --enc-type a name"):
         against(plain, reference)
+    with pytest.raises(ValueError, match="leave out --micro-batches"):
+        against(tiny(micro_batches=2), reference)
     with pytest.raises(ValueError, match="no encoder to measure"):
         measure("encoder", plain)
     monkeypatch.setattr(benchmark, "try_compile", lambda device: "there is no compiler")
