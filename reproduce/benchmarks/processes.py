@@ -30,10 +30,12 @@ def seconds(steps: int, batch: int, *, together: int = 1, beside: int = 1, more:
             train = f"repae_lite train-repae --output-dir {folder} --exp-name {i} --max-train-steps {steps}"
             train += f" --batch-size {batch * together} --checkpointing-steps 1000000 --sampling-steps 0"
             words = ["-m", *(start if together > 1 else []), *train.split(), *more]
-            how = {"env": os.environ | {"OMP_NUM_THREADS": "1"}, "stdout": subprocess.DEVNULL}
-            runs.append(subprocess.Popen([sys.executable, *words], **how))
+            how = {"env": os.environ | {"OMP_NUM_THREADS": "1"}, "stderr": subprocess.STDOUT}
+            with open(Path(folder, f"{i}.log"), "w") as log:
+                runs.append(subprocess.Popen([sys.executable, *words], stdout=log, **how))
         if any([run.wait() for run in runs]):
-            raise SystemExit("a run failed: see above")
+            said = "\n".join(log.read_text()[-2000:] for log in sorted(Path(folder).glob("*.log")))
+            raise SystemExit(f"{said}\na run failed: see above")
         told = [json.loads(path.read_text()) for path in Path(folder).glob("*/manifest.json")]
     return max(about["sessions"][0]["seconds"] for about in told)
 
