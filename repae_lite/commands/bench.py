@@ -121,6 +121,8 @@ def run(args: argparse.Namespace) -> None:
         num_steps=args.num_steps,
         progress=True,
     )
+    if reference:
+        benchmark.check_comparable(settings)
     content = {"machine": machine(torch.device(device)), "options": given | {"what": items}}
     content["precision"], content["rows"] = settings.precision, []
     for name in items:

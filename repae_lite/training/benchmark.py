@@ -503,6 +503,20 @@ def _compile(modules: list[nn.Module], device: torch.device) -> None:
 # ---------------------------------------------------------------- against the reference
 
 
+def check_comparable(settings: Settings) -> None:
+    """Refuses what the reference cannot do.
+
+    Raises:
+        ValueError: there is no encoder to align with, or there are micro-batches.
+    """
+    if not settings.config.encoders:
+        raise ValueError("--against reference compares steps that align: give --enc-type a name")
+    if settings.config.micro_batches > 1:
+        raise ValueError(
+            "--against reference takes each batch at once, as officially: leave out --micro-batches"
+        )
+
+
 def against(settings: Settings, reference: ModuleType) -> dict:
     """A REPA-E step of ours and of the reference in turns, on the same weights, images, targets and draws.
 
@@ -519,14 +533,9 @@ def against(settings: Settings, reference: ModuleType) -> dict:
         time without it, or the reason why it is `idle` here.
 
     Raises:
-        ValueError: there is no encoder to align with; there are micro-batches; or the losses do not agree.
+        ValueError: see `check_comparable`; or the losses do not agree.
     """
-    if not settings.config.encoders:
-        raise ValueError("--against reference compares steps that align: give --enc-type a name")
-    if settings.config.micro_batches > 1:
-        raise ValueError(
-            "--against reference takes each batch at once, as officially: leave out --micro-batches"
-        )
+    check_comparable(settings)
     device, precision = torch.device(settings.device), settings.precision
     setup = networks(settings)
     ours, theirs = setup.state, networks(settings).state  # the same: all follows from the seed

@@ -65,6 +65,11 @@ def test_the_items_are_those_that_can_be_measured():
         (["--batch-size", "0"], "--batch-size is 0: it must be more than 0"),
         (["--resolution", "30"], "30"),
         (["encoder", "--enc-type", "none"], "no encoder to measure"),
+        (["--against", "reference", "--micro-batches", "2"], "takes each batch at once, as officially"),
+        (
+            ["--against", "reference", "--enc-type", "none"],
+            "compares steps that align: give --enc-type a name",
+        ),
     ],
 )
 def test_refusals_are_one_sentence(words, sentence, tmp_path, capsys):
