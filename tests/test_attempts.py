@@ -42,6 +42,46 @@ def test_attempts_change_what_they_say(attempts):
     assert attempts.other_optimizers(settings).state.optimizers["sit"].defaults["fused"] is True
     assert not usual.optimizers["sit"].defaults["fused"]
     assert attempts.checkpointing(settings).state.sit.gradient_checkpointing
+    again = attempts.norms(settings).state
+    assert again.vae.decoder.mid.block_1.gradient_checkpointing and not again.sit.gradient_checkpointing
+
+
+def test_loss_networks_compute_in_the_other_layout(attempts):
+    settings = attempts.Settings(attempts.benchmark.bench_config(vae="tiny", model="tiny", batch_size=2))
+    for make in (attempts.ours, lambda settings: attempts.other_layout(settings, "perceptual")):
+        work, layouts = make(settings), set()
+        for module in work.state.perceptual.modules():
+            if isinstance(module, torch.nn.Conv2d):
+                module.register_forward_hook(
+                    lambda *call, layouts=layouts: layouts.add(call[-1].is_contiguous())
+                )
+        work.call()
+        assert layouts == {make is not attempts.ours}
+
+
+def test_waits_draws_and_lists_are_the_other_ones(attempts, monkeypatch):
+    settings = attempts.Settings(attempts.benchmark.bench_config(vae="tiny", model="tiny", batch_size=2))
+    read, real = [], torch.Tensor.__float__
+    monkeypatch.setattr(torch.Tensor, "__float__", lambda tensor: read.append(1) or real(tensor))
+    counts = []
+    for make in (attempts.ours, attempts.reads):
+        work = make(settings)
+        read.clear()
+        work.call()
+        counts.append(len(read))
+    assert counts[1] == counts[0] + len(work.state.optimizers)
+    asked, draws_of = [], attempts.benchmark.draws_of
+    monkeypatch.setattr(
+        attempts.benchmark, "draws_of", lambda how, step: asked.append(how) or draws_of(how, step)
+    )
+    attempts.host_draws(settings).call()
+    assert asked[-1] is not settings and asked[-1].device == "cpu"
+    work, dicts = attempts.state_dict_average(settings), []
+    for name in ("ema", "sit"):
+        module = getattr(work.state, name)
+        monkeypatch.setattr(module, "state_dict", lambda of=module.state_dict: dicts.append(1) or of())
+    work.call()
+    assert len(dicts) == 2
 
 
 def test_an_attempt_that_computes_something_else_is_no_measurement(attempts, monkeypatch, tmp_path, capsys):

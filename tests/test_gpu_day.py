@@ -2,10 +2,15 @@
 
 import json
 import sys
+from pathlib import Path
 
 import psutil
 import pytest
 import torch
+
+from repae_lite.commands.main import make_parser
+from repae_lite.commands.train_flags import config_from
+from repae_lite.training.build import build
 
 
 @pytest.fixture
@@ -76,6 +81,63 @@ def test_a_part_that_fails_says_why_and_the_others_run(gpu_day, monkeypatch, cap
     assert start(gpu_day, monkeypatch, *words) == 1  # again: only what is not done
     assert calls == ["tests", "bench", "tests"] and "bench: done before" in capsys.readouterr().out
     assert start(gpu_day, monkeypatch, *words, "--only", "bench") == 0
+
+
+def test_stability_trains_what_it_says(gpu_day):
+    """`--quick` tries a smaller run: here the real one is built."""
+    day = gpu_day.Day(Path("nowhere"), "cpu", False)
+    words = gpu_day._train(day, "name", 500, *gpu_day.FROM_SCRATCH.split(), "--mixed-precision", "fp16")
+    config = config_from(make_parser().parse_args(words))
+    state = build(config, 10, torch.device("cpu")).state
+    assert (state.sit.config.width, state.vae.config.latent_channels, config.batch_size) == (768, 4, 32)
+    assert state.discriminator is not None and config.on_divergence == "halt"
+
+
+def test_evidence_that_ran_out_of_time_is_not_done(gpu_day, monkeypatch, tmp_path):
+    calls = []
+
+    def run(day, log, *commands, **environment):
+        calls.append(log)
+        if log == "evidence":
+            raise gpu_day.OutOfTime("ended while it ran")
+        for name in ("learning_curves", "causes"):
+            (tmp_path / "data_small" / "evidence" / f"{name}.json").write_text('{"runs": []}')
+
+    monkeypatch.setattr(gpu_day.Day, "run", run)
+    found = gpu_day.take("evidence", gpu_day.Day(tmp_path, "cuda", False))
+    assert calls == ["evidence", "evidence-join"] and found["state"] == "out of time"
+    assert found["result"] == {"learning_curves": {"runs": []}, "causes": {"runs": []}}
+
+
+def test_the_bench_goes_on_after_a_failure_and_looks_for_the_largest_batch(gpu_day, monkeypatch, tmp_path):
+    ran = []
+
+    def run(day, log, command):
+        ran.append(log)
+        if log == "bench-checkpointing-4":
+            raise ChildProcessError("losses disagree")
+        if log == "bench-reference-48":
+            raise ChildProcessError("out of memory on the GPU")
+        path = tmp_path / "bench" / log.removeprefix("bench-") / "bench.json"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps({"words": command[3:]}))
+
+    monkeypatch.setattr(gpu_day.Day, "run", run)
+    found = gpu_day.take("bench", gpu_day.Day(tmp_path, "cuda", False))
+    assert found["state"] == "failed" and found["why"].endswith("checkpointing-4: losses disagree")
+    assert {"micro-batches-32", "ldm", "sampling", "reference-32", "reference-32-compiled"} <= found[
+        "result"
+    ].keys()
+    assert found["result"]["reference-48"] == "out of memory on the GPU" and "bench-reference-64" not in ran
+    for entry in found["result"].values():  # every command is one
+        if isinstance(entry, dict):
+            make_parser().parse_args(["bench", *entry["words"]])
+    before = len(ran)
+    gpu_day.take("bench", gpu_day.Day(tmp_path, "cuda", False))
+    assert ran[before:] == [
+        "bench-checkpointing-4",
+        "bench-reference-48",
+    ]  # what was measured is not repeated
 
 
 @pytest.mark.slow

@@ -52,6 +52,7 @@ FLAGS = {
             "choices": ("reference",),
             "help": "measure a plain step in the official order, too, and the ratio; in a checkout only",
         },
+        "--no-ways": {"action": "store_true", "help": "with --against: leave out each official way alone"},
     },
     "how": {
         **{name: TRAINING[name] for name in WANTED},
@@ -111,6 +112,8 @@ def run(args: argparse.Namespace) -> None:
     if started_together():
         raise ValueError("repae bench is one process's work: start it without accelerate or torchrun")
     reference = reference_module() if args.against else None
+    if args.no_ways and not reference:
+        raise ValueError("--no-ways shortens --against reference: give that, too, or leave it out")
     given = {name: value for name, value in vars(args).items() if name in OPTIONS and name != "output_dir"}
     device, output = choose_device(args.device), Path(args.output_dir)
     settings = benchmark.Settings(
@@ -133,7 +136,7 @@ def run(args: argparse.Namespace) -> None:
     print(report(content))
     if reference:
         print("measuring ours against the reference, then each official way alone", file=sys.stderr)
-        content["against"] = benchmark.against(settings, reference)
+        content["against"] = benchmark.against(settings, reference, ways=not args.no_ways)
         print(report_against(content["against"]))
     with writing(output):
         output.mkdir(parents=True, exist_ok=True)

@@ -127,6 +127,10 @@ class Settings:
         """How often what is measured is called."""
         return {"repeats": self.repeats, "warmup": self.warmup, "progress": self.progress}
 
+    def set_tf32(self) -> None:
+        """Has float32 products take TF32 or not, as the options say."""
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = self.config.allow_tf32
+
     def autocast(self) -> AbstractContextManager:
         """The precision of training."""
         dtype = PRECISIONS[self.precision]
@@ -166,7 +170,6 @@ def networks(settings: Settings, command: str = "repae") -> TrainSetup:
     losses what they compute.
     """
     config, device = settings.config, torch.device(settings.device)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
     if command == "vae":
         shared = [name for name, option in OPTIONS.items() if command in option.metadata["only"]]
         config = TrainConfig(command=command, **{name: getattr(config, name) for name in shared})
@@ -437,6 +440,7 @@ def measure(item: str, settings: Settings) -> list[dict]:
         ValueError: what the item needs is not there.
     """
     device, rows, before = torch.device(settings.device), [], peak_resident()
+    settings.set_tf32()
     with ExitStack() as stack:
         for work in WORKS[item](settings, stack):
             row = {"item": item, "what": work.name, "images": work.images, "precision": work.precision}
@@ -517,7 +521,7 @@ def check_comparable(settings: Settings) -> None:
         )
 
 
-def against(settings: Settings, reference: ModuleType) -> dict:
+def against(settings: Settings, reference: ModuleType, *, ways: bool = True) -> dict:
     """A REPA-E step of ours and of the reference in turns, on the same weights, images, targets and draws.
 
     The encoder, which both would call alike, is left out. Then every way of the official code alone, against
@@ -526,6 +530,7 @@ def against(settings: Settings, reference: ModuleType) -> dict:
     Args:
         settings: how.
         reference: the module reproduce/benchmarks/reference_step.py.
+        ways: also measure every way of the official code alone.
 
     Returns:
         JSON values: `losses` of the first step; `seconds` of both; `ratio`, reference over ours, round by
@@ -536,6 +541,7 @@ def against(settings: Settings, reference: ModuleType) -> dict:
         ValueError: see `check_comparable`; or the losses do not agree.
     """
     check_comparable(settings)
+    settings.set_tf32()
     device, precision = torch.device(settings.device), settings.precision
     setup = networks(settings)
     ours, theirs = setup.state, networks(settings).state  # the same: all follows from the seed
@@ -561,19 +567,23 @@ def against(settings: Settings, reference: ModuleType) -> dict:
     seconds = in_turns(calls, device, **settings.rounds)
     memory = None
     if device.type == "cuda":
-        states = {"ours": theirs, "reference": ours}  # what else is held meanwhile
-        memory = {name: _peak_of(calls[name], device, besides=state) for name, state in states.items()}
+        memory = {  # without what else is held meanwhile
+            "ours": _peak_of(calls["ours"], device, besides=theirs),
+            "reference": _peak_of(calls["reference"], device, besides=ours),
+        }
     idle = {"float32_losses": "there is no autocast"} if precision == "no" else {}
     if ours.discriminator is None:
         idle["loss_calls"] = "there is no discriminator"
-    if settings.config.compile:  # every way would be compiled anew
+    if not ways:
+        idle = dict.fromkeys(reference.WAYS, "--no-ways")
+    elif settings.config.compile:  # every way would be compiled anew
         idle = dict.fromkeys(reference.WAYS, "it is measured without --compile")
     del ours, setup, calls  # a third state may not fit beside them
-    ways, spent = [way for way in reference.WAYS if way not in idle], {}
-    if ways:
+    wanted, spent = [way for way in reference.WAYS if way not in idle], {}
+    if wanted:
         faster = networks(settings).state
         calls = {"": step_of(faster, reference.Official.only())}
-        for way in ways:  # the optimisers' states, too, have a layout
+        for way in wanted:  # the optimisers' states, too, have a layout
             calls[way] = step_of(theirs if way == "contiguous" else faster, reference.Official.only(way))
         spent = in_turns(calls, device, **settings.rounds)
     return {

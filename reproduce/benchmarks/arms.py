@@ -97,7 +97,7 @@ def targets_of(small: SmallScale, kind: str) -> Tensor:
     if kind == "label only":  # the mean token of the image's class, at each position
         return by_label(tokens, small.labels)
     if kind == "shuffled":  # the tokens of another image, always the same one
-        return tokens[torch.randperm(len(tokens), generator=torch.Generator().manual_seed(7))]
+        return tokens[torch.randperm(len(tokens), generator=small.generator(7))]
     if kind == "no mean token":  # where in the object, not which object
         return tokens - tokens.mean(1, keepdim=True)
     return tokens
@@ -141,7 +141,7 @@ def train(small: SmallScale, arm: Arm, steps: int, seed: int) -> tuple[TrainStat
     state.config = replace(state.config, ema_decay=0.98 if steps <= 400 else 0.995, **arm.config)
     if arm.sit_running_stats:
         follow_but_run(state.sit)
-    step = fresh_step(torch.Generator().manual_seed(1000 + seed)) if arm.fresh_draws else repae_step
+    step = fresh_step(small.generator(1000 + seed)) if arm.fresh_draws else repae_step
     targets = None if arm.method == "sit" else targets_of(small, arm.targets)
     start = time.perf_counter()
     history = small.train(state, steps, targets=targets, seed=seed, label=arm.method, moving_step=step)
@@ -198,7 +198,8 @@ def run(small: SmallScale, name: str, steps: int, seed: int) -> dict:
     """Trains and judges one arm; its weights stay in runs/arms. What ships is only judged."""
     about = {"arm": name, "steps": steps, "seed": seed, "commit": commit()}
     if name in PAIRS:
-        return about | {"seconds": 0.0} | judge(small, load_sit(name), load_vae(name), seed)
+        shipped = (load(name).to(small.device) for load in (load_sit, load_vae))
+        return about | {"seconds": 0.0} | judge(small, *shipped, seed)
     state, history, seconds = train(small, ARMS[name], steps, seed)
     last = history[-100:]
     about |= {"seconds": round(seconds, 1)}
@@ -244,7 +245,7 @@ def main() -> None:
     if not options.join:
         small = SmallScale.load(options.device)
         RUNS.mkdir(parents=True, exist_ok=True)
-        for record, seed in itertools.product(options.record, options.seeds):
+        for seed, record in itertools.product(options.seeds, options.record):
             for arm, steps in RECORDS[record]:
                 path = path_of(arm, steps, seed, "json")
                 if path.is_file() or (options.steps and steps not in options.steps):

@@ -6,8 +6,8 @@
 Each part has its budget in seconds; one that needs longer is ended and keeps what it has found, and the rest
 still run. Results lie as JSON in one folder: PART.json of each, with the logs and what the commands wrote,
 and gpu_day.json, which says what ran when, on which card and with which versions. Parts that are done are not
-repeated, so that the same command goes on where it was. Exit codes: 0, all parts are done; 1, one failed or
-ran out of time; 2, there is no GPU.
+repeated, nor are measurements of a part that was ended, so that the same command goes on where it was. Exit
+codes: 0, all parts are done; 1, one failed or ran out of time; 2, there is no GPU.
 """
 
 import argparse
@@ -49,7 +49,7 @@ from repae_lite.commands.main import main
 sys.exit(main(sys.argv[1:]))
 """
 TINY = "--vae tiny --batch-size 2"
-AGAINST = ["--against", "reference"]
+AGAINST = "--against reference"
 FROM_SCRATCH = (
     "--vae f8d4 --vae-ckpt none --model SiT-B/2 --resolution 32 --enc-weights random --perceptual tiny "
     "--num-workers 0 --batch-size 32"
@@ -132,38 +132,66 @@ def tests(day: Day) -> Found:
 
 
 def bench(day: Day) -> Found:
-    """Our step against the reference, and what is around it; what may take longest comes last."""
-    full = "--vae f8d4 --model SiT-XL/2 --mixed-precision bf16 --allow-tf32".split()
-    few = ["--repeats", "3", "--warmup", "1"]
-    tiny = "repae --vae tiny --model tiny --batch-size 2 --repeats 1 --warmup 0".split() + AGAINST
+    """Our step against the reference, and what is around it; what is compiled, and takes longest, comes last.
+
+    Raises:
+        ChildProcessError: what failed, after all the others.
+    """
+    full = "repae --vae f8d4 --model SiT-XL/2 --mixed-precision bf16 --allow-tf32"
+    around = full.removeprefix("repae ")
+    few = "--no-ways --repeats 3 --warmup 1"
+    if day.quick:
+        yield (
+            "tiny",
+            _bench(day, "tiny", f"repae --vae tiny --model tiny --batch-size 2 --repeats 1 {AGAINST}"),
+        )
+        return
     runs = {
-        "reference-8": ["repae", *full, "--batch-size", "8", *AGAINST],
-        "checkpointing-32": ["repae", *full, "--batch-size", "32", "--gradient-checkpointing"],
-        "checkpointing-4": ["repae", *full, "--batch-size", "4", "--gradient-checkpointing"],
-        "micro-batches-32": ["repae", *full, "--batch-size", "32", "--micro-batches", "2"],
-        "ldm": ["ldm", "encoder", *full, "--batch-size", "32", "--compile"],
-        "reference-8-compiled": ["repae", *full, "--batch-size", "8", "--compile", *AGAINST],
-        "sampling": ["sample", "encode", "decode", *full, "--batch-size", "32", "--num-steps", "10", *few],
+        "reference-8": f"{full} --batch-size 8 {AGAINST}",
+        "checkpointing-32": f"{full} --batch-size 32 --gradient-checkpointing",
+        "checkpointing-4": f"{full} --batch-size 4 --gradient-checkpointing",
+        "micro-batches-32": f"{full} --batch-size 32 --micro-batches 2",
+        "ldm": f"ldm encoder {around} --batch-size 32",
     }
-    for name, words in ({"tiny": tiny} if day.quick else runs).items():
-        yield name, _bench(day, name, *words)
-    # The largest that fits, beside a second state.
-    for size in () if day.quick else (16, 32, 48, 64, 96, 128):
-        words = ["repae", *full, *few, "--batch-size", str(size), *AGAINST]
+    failed, largest = [], 8
+    for name, words in runs.items():
         try:
-            found = _bench(day, f"reference-{size}", *words)
+            yield name, _bench(day, name, words)
         except ChildProcessError as error:
-            if "out of memory" not in str(error):
-                raise
+            failed.append(f"{name}: {error}")
+    for size in (16, 32, 48, 64, 96, 128):  # until one does not fit beside a second state
+        try:
+            yield (
+                f"reference-{size}",
+                _bench(day, f"reference-{size}", f"{full} --batch-size {size} {AGAINST} {few}"),
+            )
+            largest = size
+        except ChildProcessError as error:
             yield f"reference-{size}", str(error)
-            return
-        yield f"reference-{size}", found
+            if "out of memory" not in str(error):
+                failed.append(f"reference-{size}: {error}")
+            break
+    last = {
+        "ldm-compiled": f"ldm {around} --batch-size 32 --compile",
+        "sampling": f"sample encode decode {around} --batch-size 32 --num-steps 10 --repeats 3 --warmup 1",
+        f"reference-{largest}-compiled": f"{full} --batch-size {largest} --compile {AGAINST} {few}",
+    }
+    for name, words in last.items():
+        try:
+            yield name, _bench(day, name, words)
+        except ChildProcessError as error:
+            failed.append(f"{name}: {error}")
+    if failed:
+        raise ChildProcessError("; ".join(failed))
 
 
-def _bench(day: Day, name: str, *words: str) -> dict:
-    where = ["--device", day.device, "--output-dir", f"bench/{name}"]
-    day.run(f"bench-{name}", ["-m", "repae_lite", "bench", *words, *where])
-    return json.loads((day.folder / "bench" / name / "bench.json").read_text())
+def _bench(day: Day, name: str, words: str) -> dict:
+    """What `repae bench` has measured; now, or before this part was ended."""
+    path = day.folder / "bench" / name / "bench.json"
+    if not path.is_file():
+        where = ["--device", day.device, "--output-dir", f"bench/{name}"]
+        day.run(f"bench-{name}", ["-m", "repae_lite", "bench", *words.split(), *where])
+    return json.loads(path.read_text())
 
 
 def attempts(day: Day) -> Found:
@@ -257,21 +285,27 @@ def processes(day: Day) -> Found:
 
 
 def evidence(day: Day) -> Found:
-    """The records of chapters 03 and 05 at the embedded scale, as many of their runs as the time allows."""
-    data, records = day.folder / "data_small", ["learning_curves", "causes"]
+    """The records of chapters 03 and 05 at the embedded scale, as many of their runs as the time allows.
+
+    Raises:
+        OutOfTime: some are missing; those that are there were yielded.
+    """
+    late, data, records = None, day.folder / "data_small", ["learning_curves", "causes"]
     if not data.is_dir():
         shutil.copytree(data_small_dir(), data, ignore=shutil.ignore_patterns("evidence"))
         (data / "evidence").mkdir()
     script = [str(ROOT / "reproduce" / "benchmarks" / "arms.py"), *records, "--device", day.device]
-    some = ["--steps", "0"] if day.quick else []  # there are no runs of 0
+    some = ["--steps", *(["0"] if day.quick else ["400", "1000"])]  # there are no runs of 0
     try:
         day.run("evidence", [*script, *some], REPAE_DATA_SMALL=str(data))
     except OutOfTime as error:
-        yield "left out", f"runs that the time did not allow ({error})"
+        late = error
         day.deadline = time.monotonic() + 60
         day.run("evidence-join", [*script, "--join"], REPAE_DATA_SMALL=str(data))
     for name in records:
         yield name, json.loads((data / "evidence" / f"{name}.json").read_text())
+    if late:
+        raise late
 
 
 PARTS: dict[str, tuple[int, Callable[[Day], Found]]] = {  # budget in seconds; together 25 minutes
@@ -324,6 +358,8 @@ def main() -> int:
     before = json.loads(path.read_text()) if path.is_file() else about
     same = all(before[key] == about[key] for key in ("machine", "versions", "commit", "quick"))
     about["parts"] = before["parts"] if same else {}
+    if not same:  # another card, version or commit: nothing of it counts
+        shutil.rmtree(day.folder / "bench", ignore_errors=True)
     for name in options.only:
         if about["parts"].get(name, {}).get("state") == "done":
             print(f"{name}: done before", flush=True)

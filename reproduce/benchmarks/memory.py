@@ -13,7 +13,7 @@ products and convolutions, two to a multiplication.
 import argparse
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from unittest.mock import patch
 
@@ -189,7 +189,11 @@ def parts(config: TrainConfig) -> None:
             saved = Saved(vae, sit, state.discriminator, state.perceptual)
             counter = FlopCounterMode(display=False)
             with saved_tensors_hooks(saved.pack, saved.unpack), as_on_a_gpu(), counter:
-                with state.mechanics.autocast():
+                exact = name in (
+                    "LPIPS",
+                    "discriminator, its update",
+                )  # as officially; see DIFFERENCES.md, D11
+                with nullcontext() if exact else state.mechanics.autocast():
                     kept = call(x, z)
                 found.append((saved.peak / GIB, counter.get_total_flops() / 1e12))
                 del kept

@@ -65,6 +65,7 @@ def test_the_items_are_those_that_can_be_measured():
         (["--batch-size", "0"], "--batch-size is 0: it must be more than 0"),
         (["--resolution", "30"], "30"),
         (["encoder", "--enc-type", "none"], "no encoder to measure"),
+        (["--no-ways"], "--no-ways shortens --against reference: give that, too"),
         (["--against", "reference", "--micro-batches", "2"], "takes each batch at once, as officially"),
         (
             ["--against", "reference", "--enc-type", "none"],

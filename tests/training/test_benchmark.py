@@ -157,6 +157,8 @@ def test_ours_and_the_reference_take_turns(reference, monkeypatch):
     assert found["ways"].keys() == {*reference.WAYS}
     for way, entry in found["ways"].items():
         assert ("idle" in entry) if way in idle else (entry["cost"]["values"] == [0.5, 0.0])
+    short = against(tiny(), reference, ways=False)
+    assert short["ratio"] == found["ratio"] and all("idle" in entry for entry in short["ways"].values())
 
 
 def test_a_reference_that_computes_something_else_is_refused(reference):
