@@ -327,7 +327,7 @@ def conv_layout(device: torch.device, resolution: int) -> torch.memory_format:
     """How convolutional networks lie in memory.
 
     CUDA's tensor cores work on channels last. On a CPU that gained 9 % of a step at 32 pixels; at 256 it cost
-    17 % on one machine and changed nothing that shows on another (reproduce/PERFORMANCE.md).
+    17 % on one machine and gained 4 % on another (reproduce/PERFORMANCE.md).
     """
     last = device.type == "cuda" or (device.type == "cpu" and resolution <= 64)
     return torch.channels_last if last else torch.contiguous_format
