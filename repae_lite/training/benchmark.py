@@ -178,7 +178,7 @@ def networks(settings: Settings, command: str = "repae") -> TrainSetup:
     state = setup.state
     if config.vae != "tiny":
         state.perceptual = LPIPSLoss(pretrained_trunk=False).to(device)
-        state.perceptual.to(memory_format=conv_layout(device, config.resolution))
+        state.perceptual.to(memory_format=conv_layout(device))
     if state.sit is not None:
         for p in state.sit.parameters():
             if p.requires_grad and not p.any():

@@ -140,7 +140,7 @@ def build(config: TrainConfig, num_classes: int, device: torch.device) -> TrainS
     for module in filter(None, (vae, sit, ema, discriminator, perceptual, *encoders)):
         module.to(device)
     for module in filter(None, (vae, discriminator, perceptual)):
-        module.to(memory_format=conv_layout(device, config.resolution))
+        module.to(memory_format=conv_layout(device))
     set_gradient_checkpointing(config.gradient_checkpointing, vae, *([sit] if sit else []))
     trained = {
         "sit": (sit, config.learning_rate),

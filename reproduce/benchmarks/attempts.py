@@ -41,7 +41,7 @@ def ours(settings: Settings) -> Work:
 def other_layout(settings: Settings, *names: str) -> Work:
     """Channels last instead of contiguous, or the reverse."""
     work = ours(settings)
-    usual = conv_layout(torch.device(settings.device), settings.config.resolution)
+    usual = conv_layout(torch.device(settings.device))
     other = torch.contiguous_format if usual == torch.channels_last else torch.channels_last
 
     def convert(_: torch.nn.Module, images: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

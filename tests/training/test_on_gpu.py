@@ -24,7 +24,7 @@ def on_device(state: TrainState, device: torch.device) -> TrainState:
     for module in modules:
         module.to(device)
     for module in (state.vae, state.discriminator, state.perceptual):
-        module.to(memory_format=conv_layout(device, 64))
+        module.to(memory_format=conv_layout(device))
     state.optimizers = {name: make_optimizer(getattr(state, name)) for name in state.optimizers}
     state.mechanics = ParallelMechanics(device, "no", state.optimizers)
     return state

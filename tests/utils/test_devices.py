@@ -224,8 +224,7 @@ def test_what_runs_where():
     assert widest == [torch.float64, torch.float64, torch.float32]
     assert [devices.fused_optimizer(device) for device in (cpu, cuda, mps)] == [None, True, None]
     first, last = torch.contiguous_format, torch.channels_last
-    for side, layouts in {32: [last, last, first], 256: [first, last, first]}.items():
-        assert [devices.conv_layout(device, side) for device in (cpu, cuda, mps)] == layouts
+    assert [devices.conv_layout(device) for device in (cpu, cuda, mps)] == [last, last, first]
     assert [devices.runs_ahead(device) for device in (cpu, cuda, mps)] == [False, True, False]
     assert devices.loading(cuda, 2) == {"pin_memory": True, "multiprocessing_context": "spawn"}
     nothing = {"pin_memory": False, "multiprocessing_context": None}

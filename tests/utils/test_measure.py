@@ -48,6 +48,20 @@ def bytes_of(function) -> int:
         return int(so_far()[1])
 
 
+def test_a_gpus_work_counts_once_where_kernels_overlap():
+    assert measure.covered([(5.0, 6.0), (0.0, 2.0), (1.0, 3.0), (5.5, 5.75)]) == 4.0
+    assert measure.covered([]) == 0.0 and measure.device_seconds(lambda: None, CPU) is None
+
+
+@pytest.mark.gpu
+def test_the_work_of_a_gpu_is_within_the_time_it_takes():
+    device = torch.device("cuda")
+    a = torch.randn(4096, 4096, device=device)
+    call = lambda: [a @ a for _ in range(20)]  # noqa: E731
+    (seconds,) = in_turns({"": call}, device, repeats=1, warmup=2)[""]
+    assert 0.3 * seconds < measure.device_seconds(call, device) < 3 * seconds
+
+
 def test_bytes_are_those_that_operations_read_and_write():
     x, y = torch.ones(10, 100), torch.ones(10, 100)  # 4,000 bytes each
     assert bytes_of(lambda: x + y) == 3 * 4000
