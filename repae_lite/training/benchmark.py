@@ -430,7 +430,7 @@ def parts_of(work: Work, parts: Parts) -> Iterator[None]:
 
 
 def measure(item: str, settings: Settings) -> list[dict]:
-    """The rows of an item of `WORKS`, as JSON values; seconds, bytes and FLOPs of one call.
+    """The rows of an item of `WORKS`, timed in turns, as JSON values; seconds, bytes and FLOPs of one call.
 
     `memory` is the most that was held: on CUDA by torch for this row, on a CPU by this process since the item
     began. `outside_kernels`, on CUDA alone, is the share of the time in which the GPU does nothing. `parts`
@@ -442,25 +442,29 @@ def measure(item: str, settings: Settings) -> list[dict]:
     device, rows, before = torch.device(settings.device), [], peak_resident()
     settings.set_tf32()
     with ExitStack() as stack:
-        for work in WORKS[item](settings, stack):
+        works = list(WORKS[item](settings, stack))
+        for work in works:
             row = {"item": item, "what": work.name, "images": work.images, "precision": work.precision}
             if work.precision is not None:
                 row |= _counted(work)
             if settings.config.compile:
                 _compile(compiled_parts(work.state) if work.state else work.compiles, device)
             if device.type == "cuda":
+                work.call()  # which may compile
                 torch.cuda.reset_peak_memory_stats(device)
-            seconds = in_turns({"": work.call}, device, **settings.rounds)[""]
-            row["seconds"] = summary(seconds)
-            row["images_per_second"] = work.images / row["seconds"]["median"]
+                work.call()
             row["memory"] = peak_memory(device)
+            rows.append(row)
+        seconds = in_turns({work.name: work.call for work in works}, device, **settings.rounds)
+        for work, row in zip(works, rows, strict=True):
+            row["seconds"] = summary(seconds[work.name])
+            row["images_per_second"] = work.images / row["seconds"]["median"]
             if (busy := device_seconds(work.call, device)) is not None:
                 row["outside_kernels"] = max(0.0, 1 - busy / row["seconds"]["median"])
             if device.type == "cpu" and before is not None:
                 row["memory"] = peak_resident() - before
             if work.state is not None:
                 _time_parts(work, row["parts"], device, settings.repeats)
-            rows.append(row)
     return rows
 
 
