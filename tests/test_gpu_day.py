@@ -134,10 +134,8 @@ def test_the_bench_goes_on_after_a_failure_and_looks_for_the_largest_batch(gpu_d
             make_parser().parse_args(["bench", *entry["words"]])
     before = len(ran)
     gpu_day.take("bench", gpu_day.Day(tmp_path, "cuda", False))
-    assert ran[before:] == [
-        "bench-checkpointing-4",
-        "bench-reference-48",
-    ]  # what was measured is not repeated
+    # What was measured is not repeated.
+    assert ran[before:] == ["bench-checkpointing-4", "bench-reference-48"]
 
 
 @pytest.mark.slow

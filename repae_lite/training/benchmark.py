@@ -127,6 +127,12 @@ class Settings:
         """How often what is measured is called."""
         return {"repeats": self.repeats, "warmup": self.warmup, "progress": self.progress}
 
+    @property
+    def agreement(self) -> float:
+        """How far losses that rounding alone tells apart may be from each other; see `check_agreement`."""
+        tf32 = self.config.allow_tf32 and torch.device(self.device).type == "cuda"
+        return max(AGREEMENT[self.precision], TF32_AGREEMENT * tf32)
+
     def set_tf32(self) -> None:
         """Has float32 products take TF32 or not, as the options say."""
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = self.config.allow_tf32
@@ -564,10 +570,7 @@ def against(settings: Settings, reference: ModuleType, *, ways: bool = True) -> 
         "reference": step_of(theirs, reference.Official()),
     }
     losses = {"ours": as_floats(calls["ours"]()), "reference": calls["reference"]()}
-    tolerance = AGREEMENT[precision]
-    if device.type == "cuda" and settings.config.allow_tf32:
-        tolerance = max(tolerance, TF32_AGREEMENT)
-    check_agreement(losses, tolerance)
+    check_agreement(losses, settings.agreement)
     seconds = in_turns(calls, device, **settings.rounds)
     memory = None
     if device.type == "cuda":
@@ -592,7 +595,7 @@ def against(settings: Settings, reference: ModuleType, *, ways: bool = True) -> 
         spent = in_turns(calls, device, **settings.rounds)
     return {
         "losses": losses,
-        "tolerance": tolerance,
+        "tolerance": settings.agreement,
         "precision": precision,
         "seconds": {name: summary(values) for name, values in seconds.items()},
         "ratio": summary([r / o for o, r in zip(seconds["ours"], seconds["reference"], strict=True)]),

@@ -141,10 +141,8 @@ def bench(day: Day) -> Found:
     around = full.removeprefix("repae ")
     few = "--no-ways --repeats 3 --warmup 1"
     if day.quick:
-        yield (
-            "tiny",
-            _bench(day, "tiny", f"repae --vae tiny --model tiny --batch-size 2 --repeats 1 {AGAINST}"),
-        )
+        words = f"repae --vae tiny --model tiny --batch-size 2 --repeats 1 {AGAINST}"
+        yield "tiny", _bench(day, "tiny", words)
         return
     runs = {
         "reference-8": f"{full} --batch-size 8 {AGAINST}",
@@ -154,33 +152,31 @@ def bench(day: Day) -> Found:
         "ldm": f"ldm encoder {around} --batch-size 32",
     }
     failed, largest = [], 8
-    for name, words in runs.items():
-        try:
-            yield name, _bench(day, name, words)
-        except ChildProcessError as error:
-            failed.append(f"{name}: {error}")
+
+    def each(runs: dict[str, str]) -> Found:
+        for name, words in runs.items():
+            try:
+                yield name, _bench(day, name, words)
+            except ChildProcessError as error:
+                failed.append(f"{name}: {error}")
+
+    yield from each(runs)
     for size in (16, 32, 48, 64, 96, 128):  # until one does not fit beside a second state
+        name = f"reference-{size}"
         try:
-            yield (
-                f"reference-{size}",
-                _bench(day, f"reference-{size}", f"{full} --batch-size {size} {AGAINST} {few}"),
-            )
+            yield name, _bench(day, name, f"{full} --batch-size {size} {AGAINST} {few}")
             largest = size
         except ChildProcessError as error:
-            yield f"reference-{size}", str(error)
+            yield name, str(error)
             if "out of memory" not in str(error):
-                failed.append(f"reference-{size}: {error}")
+                failed.append(f"{name}: {error}")
             break
     last = {
         "ldm-compiled": f"ldm {around} --batch-size 32 --compile",
         "sampling": f"sample encode decode {around} --batch-size 32 --num-steps 10 --repeats 3 --warmup 1",
         f"reference-{largest}-compiled": f"{full} --batch-size {largest} --compile {AGAINST} {few}",
     }
-    for name, words in last.items():
-        try:
-            yield name, _bench(day, name, words)
-        except ChildProcessError as error:
-            failed.append(f"{name}: {error}")
+    yield from each(last)
     if failed:
         raise ChildProcessError("; ".join(failed))
 

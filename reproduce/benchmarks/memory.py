@@ -13,7 +13,7 @@ products and convolutions, two to a multiplication.
 import argparse
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from unittest.mock import patch
 
@@ -25,23 +25,17 @@ from torch.utils.flop_counter import FlopCounterMode
 from repae_lite.commands.machine import GIB, needs
 from repae_lite.commands.presets import read_preset
 from repae_lite.method.losses import LPIPSLoss
-from repae_lite.method.steps import Draws, Mechanics, StepConfig, TrainState, all_updates, make_ema
+from repae_lite.method.steps import Draws, StepConfig, TrainState, all_updates, make_ema
 from repae_lite.networks.discriminator import PatchDiscriminator
 from repae_lite.networks.encoders import VisionEncoder
 from repae_lite.networks.layers import set_gradient_checkpointing
 from repae_lite.networks.sit import SiT
 from repae_lite.networks.vae import VAE_PRESETS, AutoencoderKL, ResidualBlock
 from repae_lite.training.config import TrainConfig
+from repae_lite.training.parallel import ParallelMechanics
 
 CARDS = (8, 12, 24)  # GiB
 REST = 1.5  # GiB, assumed: context, workspaces, what lives only inside an operation
-
-
-class HalfPrecision(Mechanics):
-    """Autocast to bfloat16."""
-
-    def autocast(self) -> AbstractContextManager:
-        return torch.autocast("cpu", torch.bfloat16)
 
 
 @contextmanager
@@ -106,11 +100,11 @@ def networks(config: TrainConfig, half: bool) -> TrainState:
         **({"alignment_depth": config.encoder_depth} if config.encoder_depth else {}),
     )
     trained = {"vae": vae, "discriminator": discriminator, "sit": sit}
-    mechanics = HalfPrecision() if half else Mechanics()
     optimizers = {
         name: torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=1e-6)
         for name, module in trained.items()
     }
+    mechanics = ParallelMechanics(torch.device("cpu"), "bf16" if half else "no", optimizers)
     perceptual = LPIPSLoss(pretrained_trunk=False)
     return TrainState(
         vae, sit, make_ema(sit), optimizers, StepConfig(), discriminator, perceptual, mechanics=mechanics
@@ -162,13 +156,6 @@ def parts(config: TrainConfig) -> None:
         channels = level.block[0].norm1.num_channels
         return level(x.mean(1, keepdim=True).expand(-1, channels, -1, -1))
 
-    def norms_again(call: Callable) -> Callable:
-        def run(x: torch.Tensor, z: torch.Tensor) -> object:
-            set_gradient_checkpointing(True, *(m for m in vae.modules() if isinstance(m, ResidualBlock)))
-            return call(x, z)
-
-        return run
-
     calls = {
         "VAE, encoder": lambda x, z: vae.encode(x).mean,
         "VAE, decoder": lambda x, z: vae.decode(z),
@@ -178,27 +165,27 @@ def parts(config: TrainConfig) -> None:
         "SiT to the tap, for the VAE": lambda x, z: align(z, whole=False),
         "SiT, its update": lambda x, z: align(z.detach(), whole=True),
     }
-    calls |= {
-        f"{name}, norms computed again": norms_again(call) for name, call in calls.items() if "VAE," in name
-    }
-    for name, call in calls.items():
-        found = []
-        for images in (1, 2):  # autocast's copies of the weights do not grow with the batch
-            x = torch.rand(images, 3, config.resolution, config.resolution).requires_grad_()
-            z = torch.randn(images, channels, sit.config.input_size, sit.config.input_size).requires_grad_()
-            saved = Saved(vae, sit, state.discriminator, state.perceptual)
-            counter = FlopCounterMode(display=False)
-            with saved_tensors_hooks(saved.pack, saved.unpack), as_on_a_gpu(), counter:
-                exact = name in (
-                    "LPIPS",
-                    "discriminator, its update",
-                )  # as officially; see DIFFERENCES.md, D11
-                with nullcontext() if exact else state.mechanics.autocast():
-                    kept = call(x, z)
-                found.append((saved.peak / GIB, counter.get_total_flops() / 1e12))
-                del kept
-        gib, tflop = (two - one for one, two in zip(*found, strict=True))
-        print(f"{name}: {gib:.3f} GiB, {tflop:.3f} TFLOP, {gib / tflop:.1f} GiB per TFLOP", flush=True)
+    blocks = [module for module in vae.modules() if isinstance(module, ResidualBlock)]
+    for again in (False, True):
+        set_gradient_checkpointing(again, *blocks)
+        for name, call in calls.items():
+            if again and "VAE," not in name:
+                continue
+            exact = name.startswith(("LPIPS", "discriminator"))  # in float32, as officially (D11)
+            found = []
+            for images in (1, 2):  # autocast's copies of the weights do not grow with the batch
+                x = torch.rand(images, 3, config.resolution, config.resolution).requires_grad_()
+                z = torch.randn(images, channels, sit.config.input_size, sit.config.input_size)
+                saved = Saved(vae, sit, state.discriminator, state.perceptual)
+                counter = FlopCounterMode(display=False)
+                with saved_tensors_hooks(saved.pack, saved.unpack), as_on_a_gpu(), counter:
+                    with nullcontext() if exact else state.mechanics.autocast():
+                        kept = call(x, z.requires_grad_())
+                    found.append((saved.peak / GIB, counter.get_total_flops() / 1e12))
+                    del kept
+            gib, tflop = (two - one for one, two in zip(*found, strict=True))
+            what = name + ", norms computed again" * again
+            print(f"{what}: {gib:.3f} GiB, {tflop:.3f} TFLOP, {gib / tflop:.1f} GiB per TFLOP", flush=True)
 
 
 def main() -> None:
