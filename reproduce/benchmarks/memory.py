@@ -171,7 +171,7 @@ def parts(config: TrainConfig) -> None:
         for name, call in calls.items():
             if again and "VAE," not in name:
                 continue
-            exact = name.startswith(("LPIPS", "discriminator"))  # in float32, as officially (D11)
+            exact = name.startswith(("LPIPS", "discriminator"))  # float32: DIFFERENCES.md, D11
             found = []
             for images in (1, 2):  # autocast's copies of the weights do not grow with the batch
                 x = torch.rand(images, 3, config.resolution, config.resolution).requires_grad_()
