@@ -9,6 +9,7 @@ from reference_models import assert_golden_steps, golden_state
 from small_states import LABELS, make_batch, make_state
 
 from repae_lite.method.steps import Draws, TrainState, repae_step
+from repae_lite.networks import layers
 
 
 @pytest.fixture
@@ -34,7 +35,8 @@ def two_steps(step, state: TrainState) -> list[dict[str, float]]:
 
 
 ONE_BY_ONE = (
-    "per_image_alignment contiguous ema_by_parameter host_reads float32_losses loss_calls final_layer"
+    "per_image_alignment contiguous ema_by_parameter host_reads float32_losses loss_calls final_layer "
+    "plain_linear"
 )
 
 
@@ -74,6 +76,8 @@ def calls_of(reference, way: str, monkeypatch) -> dict[str, int]:
     )
     counted(torch.Tensor, "item")
     counted(reference.F, "normalize")
+    counted(reference.F, "linear")
+    monkeypatch.setattr(layers, "faster_by_convolution", lambda _: True)
     x, targets, draws = make_batch()
     step(x, LABELS, targets, Draws(**draws))
     monkeypatch.undo()
@@ -81,8 +85,10 @@ def calls_of(reference, way: str, monkeypatch) -> dict[str, int]:
 
 
 def test_ways_change_what_is_computed(reference, monkeypatch):
-    ways = ("", "loss_calls", "final_layer", "host_reads", "contiguous", "per_image_alignment")
+    ways = ("", *filter(lambda way: way not in ("ema_by_parameter", "float32_losses"), reference.WAYS))
     counts = {way: calls_of(reference, way, monkeypatch) for way in ways}
+    linear = [module for module in make_state().sit.modules() if isinstance(module, layers.Linear)]
+    assert len(linear) < counts["plain_linear"].pop("linear") < 2 * len(linear)  # one pass ends at the tap
     plain = counts[""]  # on a CPU, Adam reads its step counts, too
     assert plain | {"item": 0} == {"discriminator": 2, "final_layer": 1, "item": 0, "normalize": 2 * 2 * 2}
     assert counts == {
@@ -92,6 +98,7 @@ def test_ways_change_what_is_computed(reference, monkeypatch):
         "host_reads": plain | {"item": plain["item"] + 16},
         "contiguous": plain | {"contiguous": 1},
         "per_image_alignment": plain | {"normalize": 4 * plain["normalize"]},
+        "plain_linear": plain,
     }
 
 

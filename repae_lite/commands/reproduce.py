@@ -68,7 +68,8 @@ FLAGS = {
         "--micro-batches": {
             "type": int,
             "metavar": "N",
-            "help": "cut every process's training batch into so many parts: less memory, the same step",
+            "help": "cut every process's training batch into so many parts: less memory, the same step, but "
+            "that a discriminator's BatchNorm sees each part alone",
         },
         "--steps": {"type": int, "metavar": "N", "help": "train for fewer steps, to try it out"},
         "--samples": {"type": int, "metavar": "N", "help": "draw fewer images, to try it out"},

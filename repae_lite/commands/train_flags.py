@@ -85,8 +85,9 @@ def memory_advice(args: argparse.Namespace, error: BaseException) -> str:
     ways = []
     if at_once > 1:
         ways.append(
-            f"--micro-batches {2 * config.micro_batches} (the same step, {-(-at_once // 2)} images at once "
-            f"instead of {at_once}: about half of what grows with them)"
+            f"--micro-batches {2 * config.micro_batches} ({-(-at_once // 2)} images at once instead of "
+            f"{at_once}: about half of what grows with them; the same step, but for a "
+            "discriminator's BatchNorm)"
         )
     if not config.gradient_checkpointing:
         ways.append("--gradient-checkpointing (most of the activations, for about a third more time)")

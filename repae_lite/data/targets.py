@@ -162,7 +162,8 @@ class _Unfinished:
         head = struct.pack("<Q", len(text)) + text  # as https://huggingface.co/docs/safetensors describes it
         self.starts, self.values = [len(head) + at for at in ends[:-1]], [n * d for _, n, d in shapes]
         with writing(folder.parent):
-            self.done = self.saved = int(self.journal.read_text()) if self.journal.exists() else 0
+            known = self.path.exists() and self.journal.exists()  # the file may have been finished and moved
+            self.done = self.saved = int(self.journal.read_text()) if known else 0
             if not self.done:
                 self.path.write_bytes(head)
             with open(self.path, "rb") as file:

@@ -622,6 +622,8 @@ def all_updates(
     Returns:
         The losses and gradient norms, still on the device, and the latents z (B, C, h, w).
     """
+    for optimizer in state.optimizers.values():  # SiT's gradients would be held beside the VAE's activations
+        optimizer.zero_grad(set_to_none=True)
     vae = vae_step(state, x, labels, targets, **vars(draws))
     losses = vae.losses
     if state.gan_active:

@@ -1,4 +1,5 @@
-"""Layers for large training: BatchNorm over the *whole* batch, activations recomputed instead of kept.
+"""Layers for large training: BatchNorm over the *whole* batch, activations recomputed instead of kept,
+linear layers by the faster of two libraries.
 
 The official code normalises by `SyncBatchNorm`, which exists on GPUs only (DIFFERENCES.md, D10); this one
 works wherever torch.distributed does.
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from repae_lite.utils.devices import faster_by_convolution
 from repae_lite.utils.processes import process_count, sum_over_processes
 
 
@@ -86,6 +88,24 @@ class BatchNorm2d(nn.BatchNorm2d):
         self.num_batches_tracked.add_(1)
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
         self.running_var.lerp_((var * count / (count - 1)).to(self.running_var.dtype), self.momentum)
+
+
+class Linear(nn.Linear):
+    """`torch.nn.Linear`; where that is faster, a convolution over one row of tokens, with the same result.
+
+    Attributes:
+        by_convolution: whether it may be, where `repae_lite.utils.devices.faster_by_convolution` says so.
+    """
+
+    by_convolution = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (…, in_features) to (…, out_features)."""
+        if not self.by_convolution or not faster_by_convolution(x):
+            return super().forward(x)
+        row = x.reshape(1, -1, 1, self.in_features).permute(0, 3, 1, 2)  # (1, C, tokens, 1), channels last
+        y = F.conv2d(row, self.weight[:, :, None, None], self.bias)
+        return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], self.out_features)
 
 
 def recompute(module: Callable[..., Tensor], *inputs: Tensor) -> Tensor:

@@ -7,13 +7,15 @@ import math
 
 from torch import Tensor, nn
 
+from repae_lite.networks.layers import Linear
+
 
 class MLPProjector(nn.Sequential):
     """REPA's (arXiv 2410.06940): three linear layers with SiLU between, (B, N, in_dim) to (B, N, out_dim)."""
 
     def __init__(self, in_dim: int, width: int, out_dim: int):
         super().__init__(
-            nn.Linear(in_dim, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, out_dim)
+            Linear(in_dim, width), nn.SiLU(), Linear(width, width), nn.SiLU(), Linear(width, out_dim)
         )
 
 

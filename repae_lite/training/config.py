@@ -361,7 +361,8 @@ class TrainConfig:
     )
     micro_batches: int = _option(
         1,
-        "cut every process's batch into so many parts: less memory, the same step",
+        "cut every process's batch into so many parts: less memory, the same step, but that a "
+        "discriminator's BatchNorm sees each part alone (D10)",
         "machine",
         within=POSITIVE,
         free=True,

@@ -5,7 +5,7 @@
         manifest.json    versions, hardware, batch sizes, time and memory
         metrics.jsonl    one line per logged step, the same bytes however often the run was interrupted
         samples/         0000500.png …
-        divergence/      reports of the collapse guard
+        divergence/      reports of the collapse guard; what a rollback discarded
         checkpoints/     0000500/ with sit, ema, vae, discriminator as safetensors and resume.pt;
                          or 0000500.pt, the official file
 
@@ -25,7 +25,7 @@ import os
 import shutil
 import zipfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -88,6 +88,7 @@ class RunFolder:
         self.path = Path(path)
         self.metrics_path = self.path / "metrics.jsonl"
         self.checkpoints_path = self.path / "checkpoints"
+        self.rollback_path = self.path / "divergence" / "rollback"  # until the next checkpoint knows of it
 
     # ---------------------------------------------------------------- checkpoints
 
@@ -169,6 +170,7 @@ class RunFolder:
                 f"cannot write the checkpoint of step {step} in {self.checkpoints_path} "
                 f"({error.strerror or error}): {kept}; {remedy} go on with --resume latest"
             ) from None
+        self.rollback_path.unlink(missing_ok=True)
         return path
 
     def _save_folder(
@@ -241,25 +243,59 @@ class RunFolder:
                 for path in paths:
                     _discard(path)
 
-    def roll_back(self, step: int) -> None:
+    def roll_back(self, step: int, rollbacks: int) -> None:
         """Moves later checkpoints to divergence/ and cuts off later metrics.
+
+        What it is about to do is written down first, so that a run killed from here on goes on as if it had
+        not been: see `finish_rollback` and `rollbacks_since`.
+
+        Args:
+            step: of the checkpoint to go on from.
+            rollbacks: of this run, this one included.
 
         Raises:
             OSError: a checkpoint cannot be moved.
         """
+        write_text(self.rollback_path, json.dumps({"step": step, "rollbacks": rollbacks}) + "\n")
         evidence = self.path / "divergence" / EVIDENCE
         if evidence.exists():
             set_aside(evidence, "is of an earlier rollback")
         evidence.mkdir(parents=True)
-        for path in [path for later in self.checkpoints() if later > step for path in self._of_step(later)]:
-            try:
-                os.rename(path, evidence / path.name)
-            except OSError as error:
-                raise OSError(
-                    f"cannot roll back: {path} cannot be moved to {evidence} ({error.strerror}): move it, "
-                    "then go on with --resume latest"
-                ) from None
+        self._discard_after(step)
         self.cut_metrics(step)
+
+    def _discard_after(self, step: int) -> None:
+        """Moves later checkpoints to divergence/, last to first: until all are, the newest is no good one."""
+        evidence = self.path / "divergence" / EVIDENCE
+        for later in sorted(self.checkpoints(), reverse=True):
+            for path in self._of_step(later) if later > step else []:
+                try:
+                    os.rename(path, evidence / path.name)
+                except OSError as error:
+                    raise OSError(
+                        f"cannot roll back: {path} cannot be moved to {evidence} ({error.strerror}): move "
+                        "it, then go on with --resume latest"
+                    ) from None
+
+    def _noted_rollback(self) -> dict[str, int]:
+        """The last rollback, of which no checkpoint knows: its step, and the rollbacks so far; else zeros."""
+        found = read_json(self.rollback_path) if self.rollback_path.is_file() else {}
+        return {name: int(found.get(name, 0)) for name in ("step", "rollbacks")}
+
+    def finish_rollback(self) -> None:
+        """Moves what a rollback that was killed has left; later checkpoints that know of it stay."""
+        noted, last = self._noted_rollback(), max(self.checkpoints(), default=0)
+        if noted["rollbacks"] and last > noted["step"]:
+            with suppress(ValueError, FileNotFoundError):  # a damaged one is dealt with where it is resumed
+                if read_checkpoint(self.checkpoints()[last]).extras.get("rollbacks", 0) < noted["rollbacks"]:
+                    (self.path / "divergence" / EVIDENCE).mkdir(parents=True, exist_ok=True)
+                    self._discard_after(noted["step"])
+
+    def rollbacks_since(self, checkpoint: Path | None) -> int | None:
+        """How often the run has rolled back, the last time to this checkpoint, which does not know of it."""
+        noted = self._noted_rollback()
+        own = noted["rollbacks"] and checkpoint == self.checkpoints().get(noted["step"])
+        return noted["rollbacks"] if own else None
 
     # ---------------------------------------------------------------- metrics and reports
 

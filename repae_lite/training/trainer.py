@@ -54,9 +54,11 @@ from repae_lite.utils.locks import locked
 from repae_lite.utils.output import patient_output
 from repae_lite.utils.pixels import save_grid, to_uint8, to_unit_range
 from repae_lite.utils.processes import (
+    STOPPING,
     WAITING,
     StopFlag,
     check_settings,
+    ignore_stop_signals,
     join,
     mean_over_processes,
     same_everywhere,
@@ -68,7 +70,6 @@ from repae_lite.utils.seeding import generator
 
 ROLLBACKS = 3
 SAMPLE_STEPS = 25
-STOPPING = ("SIGTERM", "SIGUSR1", "SIGINT")
 HALTED = 3  # exit code of the collapse guard; others in repae_lite.commands.train_flags.EXIT_CODES
 logger = logging.getLogger(__name__)
 
@@ -84,16 +85,17 @@ def train(config: TrainConfig) -> None:
     check_tracker(config.report_to)
     accelerator = _accelerator(config)
     with ExitStack() as stack:
-        folder, source = RunFolder(config.folder), [None]
+        folder, start = RunFolder(config.folder), [None, None]
         with together():
             if accelerator.is_main_process:
                 stack.enter_context(_claimed(folder.path))
                 _check_new(config, folder)
                 folder.remove_leftovers()
                 if config.resume_from:
-                    source = [find_checkpoint(config.resume_from, folder)]
-        (source,) = broadcast_object_list(source)
-        Trainer(config, accelerator, folder).run(source)
+                    folder.finish_rollback()
+                    source = find_checkpoint(config.resume_from, folder)
+                    start = [source, folder.rollbacks_since(source)]
+        Trainer(config, accelerator, folder).run(*broadcast_object_list(start))
 
 
 def _accelerator(config: TrainConfig) -> Accelerator:
@@ -218,15 +220,15 @@ class Trainer:
 
     # ---------------------------------------------------------------- the loop
 
-    def run(self, source) -> None:
-        """Trains from a checkpoint's path, or from the beginning for None."""
+    def run(self, source: Path | None, rollbacks: int | None) -> None:
+        """Trains from a checkpoint, or from the beginning for None; `rollbacks` that it does not know of."""
         state, config = self.state, self.config
         own = source is not None and source.resolve().parent == self.folder.checkpoints_path.resolve()
         with together():
             if source is not None:
                 with with_way_out(source, own=own):
                     checkpoint = read_checkpoint(source)
-                self._resume(checkpoint, own=own)
+                self._resume(checkpoint, own=own, rollbacks=rollbacks)
             if self.main:
                 self._open_folder(own)
         same_everywhere(*self.networks.values())
@@ -351,7 +353,7 @@ class Trainer:
             batch_sampler=self._batches(range(self.state.step, self.last_step)),
             num_workers=workers,
             generator=torch.Generator(),  # its own: the workers' seeds would come from torch's
-            worker_init_fn=_ignore_stop_signals,
+            worker_init_fn=ignore_stop_signals,
             **loading(self.device, workers),
         )
 
@@ -538,8 +540,13 @@ class Trainer:
             return self.state.sit.latent_stats()
         return latent_stats(self.state.vae, self.data, self.device)
 
-    def _resume(self, checkpoint: Checkpoint, *, own: bool) -> None:
+    def _resume(self, checkpoint: Checkpoint, *, own: bool, rollbacks: int | None = None) -> None:
         """Continues from a checkpoint; one of this run (own) must have the same options and data.
+
+        Args:
+            checkpoint: as read.
+            own: see above.
+            rollbacks: of this run; None for those that the checkpoint knows of.
 
         Raises:
             ValueError: another architecture, other options, other data.
@@ -575,6 +582,7 @@ class Trainer:
                 f"{checkpoint.path} holds the state of {before}, not of {config.optimizer}: give --optimizer "
                 f"{before}"
             )
+        self._tell_other_parts(extras.get("args") or {})
         with with_way_out(checkpoint.path, own=True) if own else nullcontext():
             fill(self.networks, checkpoint)
             for name, optimizer in self.state.optimizers.items():
@@ -583,11 +591,22 @@ class Trainer:
                 if not states and checkpoint.step and "betas" in optimizer.defaults:
                     logger.warning(f"{checkpoint.path} has no optimiser states of {name}: they start anew")
         self.state.step = checkpoint.step
-        self.rollbacks = extras.get("rollbacks", 0)
+        known = extras.get("rollbacks", 0)
+        self.rollbacks = known if rollbacks is None else rollbacks
         self.unread.clear()
-        self.mechanics.load_state_dict(extras.get("scalers", {}))
+        self.mechanics.load_state_dict(extras.get("scalers", {}), 0.5 ** (self.rollbacks - known))
         if "guard" in extras:
             self.guard.load_state_dict(extras["guard"])
+
+    def _tell_other_parts(self, before: dict) -> None:
+        """Warns if the discriminator's BatchNorm sees another number of images than until now (D10)."""
+        now = self.config.micro_batches
+        if self.main and self.state.discriminator is not None and before.get("micro_batches", now) != now:
+            logger.warning(
+                f"--micro-batches is {now} from here on, and was {before['micro_batches']}: the "
+                "discriminator's BatchNorm sees each part alone, so its numbers change a little "
+                "(DIFFERENCES.md, D10)"
+            )
 
     def _check_own(self, checkpoint: Checkpoint) -> None:
         """Refuses a checkpoint of this run that lacks what this run put into it.
@@ -637,15 +656,12 @@ class Trainer:
                 report = self.folder.report(self.state.step, content)
                 logger.warning(f"{sentence}; {action}; see {report}")
                 if can:
-                    self.folder.roll_back(step)
+                    self.folder.roll_back(step, self.rollbacks + 1)
         if not can:
             raise SystemExit(HALTED)
-        rollbacks = self.rollbacks + 1
         with together():
             checkpoint = read_checkpoint(self.folder.checkpoints()[step])
-            self._resume(checkpoint, own=True)
-        self.mechanics.load_state_dict(checkpoint.extras["scalers"], 0.5 ** (rollbacks - self.rollbacks))
-        self.rollbacks = rollbacks
+            self._resume(checkpoint, own=True, rollbacks=self.rollbacks + 1)
 
     @together()
     @torch.no_grad()
@@ -663,6 +679,7 @@ class Trainer:
         name = Path(self.config.eval_protocol).stem
         return {"eval_protocol": name, "eval_protocol_hash": self.judge.record["hash"]}
 
+    @torch.no_grad()
     def _sample(self) -> None:
         """Draws a grid of the moving average's samples, or of a lone VAE's reconstructions."""
         ema = self._whole_ema(wanted=self.main)
@@ -695,13 +712,6 @@ def _not_finite(error: FloatingPointError, step: int) -> Finding:
     return Finding(f"{error} (in step {step})", step)
 
 
-def _ignore_stop_signals(_: int) -> None:
-    """Lets a loader process outlive a signal to the whole group: the training process decides when to end."""
-    for name in STOPPING:
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
-
-
 def _compile(state, device: torch.device) -> None:
     """Compiles SiT's blocks and the VAE, or says why not."""
     obstacle = try_compile(device)
@@ -727,9 +737,8 @@ def _signals() -> Iterator[list[int]]:
             raise KeyboardInterrupt
         caught.append(number)
 
-    wanted = [getattr(signal, name) for name in STOPPING if hasattr(signal, name)]
     if threading.current_thread() is threading.main_thread():
-        before = {number: signal.signal(number, note) for number in wanted}
+        before = {number: signal.signal(number, note) for number in STOPPING}
     try:
         yield caught
     finally:

@@ -9,6 +9,7 @@ Every choice that depends on a device is made here, and `repae check` tells what
 | pinned memory, spawning | no                  | yes                             | no                  |
 | fused AdamW             | torch's choice      | yes                             | torch's choice      |
 | convolutions' layout    | channels last       | channels last                   | channels first      |
+| linear layers           | AMD: by convolution | products                        | products            |
 | torch.compile           | with a C++ compiler | from 7.0 on, Triton, a compiler | where a trial works |
 
 Numbers like 8.0 are CUDA compute capabilities.
@@ -37,6 +38,7 @@ OLD_CARDS = (
     "the build of torch 2.14 or older for CUDA 12.6, whose pip command is at "
     "https://pytorch.org/get-started/previous-versions/"
 )
+CPUINFO = Path("/proc/cpuinfo")
 CHOOSE = "choose a build at https://pytorch.org/get-started/locally/"
 HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 # What torch raises for a device that it cannot use; AssertionError without CUDA compiled in.
@@ -329,6 +331,38 @@ def conv_layout(device: torch.device) -> torch.memory_format:
     CUDA's tensor cores work on channels last, and a CPU gains by it, too (reproduce/PERFORMANCE.md).
     """
     return torch.channels_last if device.type in ("cuda", "cpu") else torch.contiguous_format
+
+
+def _mkl_is_slow() -> bool:
+    """Whether MKL, which has PyTorch's products, is slower than oneDNN, which has its convolutions: on AMD's
+    processors with AVX-512, half as fast (reproduce/PERFORMANCE.md).
+    """
+    both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+    if not both or torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return False
+    try:
+        return "AuthenticAMD" in platform.processor() + CPUINFO.read_text()[:4096]
+    except OSError:  # not Linux; what Windows calls its processor ends in the vendor's name
+        return "AuthenticAMD" in platform.processor()
+
+
+def faster_by_convolution(x: Tensor) -> bool:
+    """Whether a linear layer of x is faster as a 1×1 convolution: of many float32 tokens, where MKL is slow.
+
+    PyTorch hands small convolutions, and on one thread all such ones, to MKL again. What is compiled stays
+    whole: a compiler cannot ask for the number of threads.
+    """
+    return (
+        MKL_IS_SLOW
+        and not torch.compiler.is_compiling()
+        and x.device.type == "cpu"
+        and x.dtype == torch.float32
+        and x.numel() > 20_480
+        and torch.get_num_threads() > 1
+    )
+
+
+MKL_IS_SLOW = _mkl_is_slow()
 
 
 def loading(device: torch.device, workers: int) -> dict:

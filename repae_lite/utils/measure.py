@@ -79,14 +79,16 @@ def covered(spans: Iterable[tuple[float, float]]) -> float:
 
 
 def device_seconds(call: Callable[[], object], device: torch.device) -> float | None:
-    """For how long a GPU computes or copies during a call, by torch's profiler; None but on CUDA."""
+    """For how long a GPU computes or copies during a call; None but on CUDA, and where torch's profiler may
+    not look into it.
+    """
     if device.type != "cuda":
         return None
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         call()
         synchronize(device)
-    events = (event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA)
-    return covered((event.time_range.start, event.time_range.end) for event in events) / 1e6
+    ranges = [e.time_range for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    return covered((each.start, each.end) for each in ranges) / 1e6 if ranges else None
 
 
 # ---------------------------------------------------------------- memory
@@ -190,7 +192,7 @@ def timed_parts(device: torch.device) -> Parts:
 
         def event() -> torch.cuda.Event:
             made = torch.cuda.Event(enable_timing=True)
-            made.record()
+            made.record(torch.cuda.current_stream(device))
             return made
 
         def seconds(begin: torch.cuda.Event, end: torch.cuda.Event) -> float:

@@ -6,6 +6,7 @@ where they meet; accelerate decides on devices and the backend.
 
 import hashlib
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ MEETING = timedelta(minutes=30)  # until all are there: machines may start one a
 # optimisers: two hours are enough for a disk that writes 1.6 MB/s.
 WAITING = timedelta(hours=2)
 ASKING = 2.0  # seconds: launchers and schedulers give 30 and more from their signal to the end
+STOPPING = [getattr(signal, n) for n in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, n)]
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 # Settings of accelerate that this project does not honour: what they may be, and what to do otherwise.
 OFF = ("", "0", "f", "false", "n", "no", "off")
@@ -266,6 +268,15 @@ def mean_over_processes(values: Tensor) -> Tensor:
         dist.all_reduce(values)
         values /= process_count()
     return values
+
+
+def ignore_stop_signals(_: int) -> None:
+    """Lets a loader process outlive a signal to the whole group: the training process decides when to end.
+
+    It is here because a spawned process imports what it is called from: the trainer would take 200 MB.
+    """
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)
 
 
 class StopFlag:

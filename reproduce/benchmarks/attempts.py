@@ -23,7 +23,7 @@ from record import commit, head
 
 from repae_lite.method import steps
 from repae_lite.method.steps import as_floats
-from repae_lite.networks.layers import set_gradient_checkpointing
+from repae_lite.networks.layers import Linear, set_gradient_checkpointing
 from repae_lite.networks.vae import ResidualBlock
 from repae_lite.training import benchmark, build
 from repae_lite.training.benchmark import Settings, Work
@@ -104,6 +104,15 @@ def state_dict_average(settings: Settings) -> Work:
     return work
 
 
+def plain_linear(settings: Settings) -> Work:
+    """Linear layers as PyTorch computes them."""
+    work = ours(settings)
+    for module in work.state.sit.modules():
+        if isinstance(module, Linear):
+            module.by_convolution = False
+    return work
+
+
 def norms(settings: Settings) -> Work:
     """Of all activations, what the VAE's norms and swishes keep is computed again."""
     work = ours(settings)
@@ -132,6 +141,7 @@ ATTEMPTS: dict[str, Callable[[Settings], Work]] = {
     "a read of every norm": reads,
     "draws from the host": host_draws,
     "moving average from state dicts": state_dict_average,
+    "linear layers of PyTorch": plain_linear,
     "norms computed again": norms,
     "gradient checkpointing": checkpointing,
     "compiling": compiled,

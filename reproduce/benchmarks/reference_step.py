@@ -9,6 +9,7 @@ computes what the official code computes, and in the same way: it passes the gol
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from repae_lite.method.interpolant import interpolate
 from repae_lite.method.steps import GRAD_NORMS, Draws, TrainState, as_floats
-from repae_lite.networks.layers import set_gradient_checkpointing
+from repae_lite.networks.layers import Linear, set_gradient_checkpointing
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Official:
             just done so, and its gradients go on to the pixels of the images. (LPIPS is called once a step
             in either way.)
         final_layer: the alignment pass goes on from the tap to the final layer, whose output nobody reads.
+        plain_linear: SiT's linear layers as PyTorch computes them, where a CPU has a faster way.
     """
 
     per_image_alignment: bool = True
@@ -42,6 +44,7 @@ class Official:
     float32_losses: bool = True
     loss_calls: bool = True
     final_layer: bool = True
+    plain_linear: bool = True
 
     @classmethod
     def only(cls, *names: str) -> "Official":
@@ -107,7 +110,7 @@ class ReferenceStep:
         state.sit.eval()
         for p in self.sit_trains:
             p.requires_grad_(False)
-        with self.autocast():
+        with self.autocast(), self.linear_layers():
             posterior = state.vae.encode(x)
             z = posterior.sample(draws.eps_posterior)
             x_hat = state.vae.decode(z)
@@ -135,7 +138,7 @@ class ReferenceStep:
         state.sit.train()
         for p in self.sit_trains:
             p.requires_grad_(True)
-        with self.autocast():
+        with self.autocast(), self.linear_layers():
             align, denoising = self.sit_losses(z.detach(), labels, targets, draws, align_only=False)
             loss = denoising + config.proj_coeff * align
         metrics |= {"denoising": denoising, "sit_align": align, "sit_total": loss}
@@ -151,6 +154,10 @@ class ReferenceStep:
     def autocast(self) -> AbstractContextManager:
         """The precision of forward passes."""
         return torch.autocast(self.device, self.dtype) if self.dtype else nullcontext()
+
+    def linear_layers(self) -> AbstractContextManager:
+        """How SiT's linear layers are computed."""
+        return patch.object(Linear, "by_convolution", not self.official.plain_linear)
 
     def loss_precision(self) -> AbstractContextManager:
         """The precision of LPIPS and discriminator."""

@@ -13,7 +13,8 @@ from torch.testing import assert_close
 
 from repae_lite.method.losses import VAELossConfig
 from repae_lite.method.steps import Mechanics, latent_step, repae_step
-from repae_lite.networks.layers import BatchNorm2d, recompute, set_gradient_checkpointing
+from repae_lite.networks import layers
+from repae_lite.networks.layers import BatchNorm2d, Linear, recompute, set_gradient_checkpointing
 from repae_lite.networks.vae import AutoencoderKL, ResidualBlock
 
 
@@ -78,6 +79,26 @@ def test_two_processes_normalise_as_one(tmp_path):
     assert first[5].dtype == torch.bfloat16
     assert_close(torch.cat([first[5], second[5]]).float(), expected.detach(), rtol=0.01, atol=0.01)
     assert_close(first[6], theirs.running_mean)
+
+
+@pytest.mark.parametrize("shape", [(4, 16, 24), (4, 24), (24,)])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("half", [False, True])
+def test_a_linear_layer_by_convolution_is_the_linear_layer(monkeypatch, shape, bias, half):
+    layer, x = Linear(24, 40, bias=bias), torch.randn(shape, requires_grad=True)
+    results = []
+    for by_convolution in (False, True):
+        monkeypatch.setattr(layers, "faster_by_convolution", lambda _, by=by_convolution: by)
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            out = layer(x)
+        assert out.shape == (*shape[:-1], 40) and out.dtype == (torch.bfloat16 if half else torch.float32)
+        results.append([out, *torch.autograd.grad(out.float().square().sum(), [x, *layer.parameters()])])
+    made = results[1][0].grad_fn.next_functions[0][0].name()
+    assert made == "PermuteBackward0"  # it was a convolution
+    for one, other in zip(*results, strict=True):
+        assert_close(one, other, **({"rtol": 0.05, "atol": 0.1} if half else {"rtol": 1e-4, "atol": 1e-4}))
+    layer.by_convolution = False
+    assert torch.equal(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
 
 
 def test_recomputing_gives_the_same_gradients_and_moves_statistics_once():

@@ -186,6 +186,13 @@ def test_agreement_is_relative_but_for_means_that_cancel():
         agree(more=1.0)
 
 
+def test_infinite_norms_agree_with_each_other_alone():
+    norms = {"grad_norm_sit": float("inf")}
+    check_agreement({"ours": norms, "reference": norms}, 1e-2)
+    with pytest.raises(ValueError, match="grad_norm_sit is inf and 1, further"):
+        check_agreement({"ours": norms, "reference": {"grad_norm_sit": 1.0}}, 1e-2)
+
+
 def test_what_cannot_be_measured_is_refused(reference, monkeypatch):
     plain = tiny(enc_type="none")
     with pytest.raises(ValueError, match="give --enc-type a name"):

@@ -112,6 +112,25 @@ def test_an_interrupted_file_goes_on_from_its_journal(tmp_path, images, batches,
     assert sorted(file.name for file in tmp_path.iterdir()) == ["tokens", "whole"]
 
 
+def test_a_file_that_was_finished_and_went_is_written_again(tmp_path, images, monkeypatch):
+    path = tmp_path / "tokens"
+
+    def killed(one, other, replace=os.replace):
+        replace(one, other)
+        if other == path:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            cache_targets([means()], images, path, step=4)
+    whole = path.read_bytes()
+    path.unlink()
+    cache_targets([means()], images, path, step=4)
+    assert path.read_bytes() == whole
+    assert [file.name for file in tmp_path.iterdir()] == ["tokens"]
+
+
 WORK = """
 import sys, torch.distributed as dist
 from test_cached_targets import ImageH5Dataset, cache_targets, means

@@ -68,10 +68,10 @@ def trained(width: int = 3, steps: int = 2):
     return net, optimizer
 
 
-def save(folder: RunFolder, step: int, kind: str = "safetensors", steps: int = 2, **more):
+def save(folder: RunFolder, step: int, kind: str = "safetensors", steps: int = 2, rollbacks: int = 0, **more):
     net, optimizer = trained(steps=steps)
     groups = {"discriminator": {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}}
-    extras = {"args": {"model": "x"}, "groups": groups, "data": "abc"}
+    extras = {"args": {"model": "x"}, "groups": groups, "data": "abc", "rollbacks": rollbacks}
     folder.save(step, {"discriminator": net}, {"discriminator": optimizer}, STATS, extras, kind=kind, **more)
     return net, optimizer
 
@@ -529,12 +529,38 @@ def test_rolling_back_keeps_what_it_takes_away(folder):
     for step in (2, 4, 6):
         save(folder, step)
         folder.log({"step": step})
-    folder.roll_back(2)
+    folder.roll_back(2, 1)
     assert list(folder.checkpoints()) == [2] and [record["step"] for record in folder.metrics()] == [2]
     assert sorted(os.listdir(folder.path / "divergence" / "evidence")) == ["0000004", "0000006"]
     save(folder, 4)
-    folder.roll_back(2)
+    folder.roll_back(2, 2)
     assert sorted(os.listdir(folder.path / "divergence" / "evidence-1")) == ["0000004", "0000006"]
     assert os.listdir(folder.path / "divergence" / "evidence") == ["0000004"]
     report = folder.report(6, {"finding": "x", "history": [{"norm": float("inf")}]})
     assert json.loads(report.read_text()) == {"finding": "x", "history": [{"norm": None}]}
+
+
+def test_a_rollback_that_is_killed_is_finished_by_the_next_start(folder, monkeypatch):
+    for step in (2, 4, 6):
+        save(folder, step)
+
+    def killed(one, other, rename=os.rename):
+        rename(one, other)
+        if Path(one).name == "0000006":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", killed)
+        with pytest.raises(KeyboardInterrupt):
+            folder.roll_back(2, 1)
+    assert list(folder.checkpoints()) == [2, 4]  # the diverged ones go first that would be resumed first
+    folder.finish_rollback()
+    first = folder.checkpoints()[2]
+    assert list(folder.checkpoints()) == [2] and folder.rollbacks_since(first) == 1
+    assert sorted(os.listdir(folder.path / "divergence" / "evidence")) == ["0000004", "0000006"]
+    noted = folder.rollback_path.read_bytes()
+    save(folder, 4, rollbacks=1)
+    assert not folder.rollback_path.exists() and folder.rollbacks_since(first) is None
+    folder.rollback_path.write_bytes(noted)  # killed between the checkpoint and the note's end
+    folder.finish_rollback()
+    assert list(folder.checkpoints()) == [2, 4] and folder.rollbacks_since(folder.checkpoints()[4]) is None

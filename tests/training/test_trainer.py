@@ -5,6 +5,7 @@ import io
 import json
 import multiprocessing
 import os
+import pickle
 import re
 import signal
 import subprocess
@@ -274,6 +275,23 @@ def test_a_loader_process_that_dies_is_one_sentence(tmp_path, monkeypatch, capsy
         in refused(capsys, tmp_path, *words, lines=None).splitlines()[-1]
     )
     assert not multiprocessing.active_children()
+
+
+def test_a_loader_process_does_not_import_what_trains(tmp_path, monkeypatch):
+    """As one that is spawned, for CUDA, would have to if it got anything of the trainer."""
+    given = {}
+
+    def loader(data, *args, worker_init_fn, **kwargs):
+        given["pickled"] = pickle.dumps((data, worker_init_fn))
+        return torch.utils.data.DataLoader(data, *args, worker_init_fn=worker_init_fn, **kwargs)
+
+    monkeypatch.setattr(training, "DataLoader", loader)
+    run(tmp_path, max_train_steps=1)
+    code = "import pickle, sys; pickle.load(sys.stdin.buffer); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], input=given["pickled"], capture_output=True, cwd=ROOT)
+    modules = set(done.stdout.decode().split())
+    assert "repae_lite.data.training_data" in modules, done.stderr
+    assert not modules & {"accelerate", "timm", "repae_lite.training.trainer"}
 
 
 def test_a_full_disk_is_said_once_and_well(tmp_path, monkeypatch, capsys):
@@ -563,6 +581,15 @@ def test_saving_memory_keeps_the_trajectory(whole, tmp_path, changes):
         assert one == pytest.approx(other, rel=2e-3, abs=1e-4)
 
 
+def test_other_parts_for_the_discriminator_are_told_of(tmp_path, caplog):  # D10
+    options = {"loss_cfg_path": "configs/l1_lpips_kl_gan.yaml", "max_train_steps": 2}
+    run(tmp_path, **options)
+    run(tmp_path, resume="latest", **options)
+    assert "BatchNorm" not in caplog.text
+    run(tmp_path, resume="latest", micro_batches=2, **options)
+    assert "--micro-batches is 2 from here on, and was 1" in caplog.text
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_trains_and_resumes(tmp_path, precision):
     straight = run(tmp_path, "straight", mixed_precision=precision, max_train_steps=3, checkpointing_steps=1)
@@ -761,6 +788,26 @@ def test_rolling_back_halves_the_learning_rates_and_goes_on(tmp_path, monkeypatc
         assert mine["lr_sit"] == theirs["lr_sit"] / 2 and mine["lr_vae"] == theirs["lr_vae"] / 2
     monkeypatch.undo()
     assert_same_run(folder, run(tmp_path, on_divergence="rollback", resume="latest"))
+
+
+def test_a_run_killed_when_it_has_rolled_back_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):
+    options = {"on_divergence": "rollback", "checkpointing_steps": 4}
+    with monkeypatch.context() as patch:
+        fail_once(patch, 5)
+        whole = run(tmp_path / "whole", **options)
+
+    def killed(self, *given, roll_back=RunFolder.roll_back):
+        roll_back(self, *given)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        fail_once(patch, 5)
+        patch.setattr(RunFolder, "roll_back", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, **options)
+    folder = run(tmp_path, resume="latest", max_train_steps=5, **options)  # which ends before the next is due
+    assert not folder.rollback_path.exists()  # the checkpoint of step 5 knows
+    assert_same_run(whole, run(tmp_path, resume="latest", **options))
 
 
 def test_a_rollback_to_the_very_beginning_is_possible(tmp_path, monkeypatch):

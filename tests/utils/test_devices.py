@@ -232,6 +232,48 @@ def test_what_runs_where():
     assert devices.loading(cuda, 0)["multiprocessing_context"] is None
 
 
+@pytest.mark.parametrize(
+    ("vendor", "capability", "slow"),
+    [
+        ("AuthenticAMD", "AVX512", True),
+        ("AuthenticAMD", "AVX2", False),
+        ("GenuineIntel", "AVX512", False),
+    ],
+)
+@pytest.mark.parametrize("system", ["Linux", "Windows"])
+def test_linear_layers_are_convolutions_where_mkl_is_slow(
+    tmp_path, monkeypatch, vendor, capability, slow, system
+):
+    on_linux = system == "Linux"
+    if on_linux:
+        (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nvendor_id\t: {vendor}\n")
+    name = "" if on_linux else f"AMD64 Family 26 Model 2 Stepping 1, {vendor}"
+    monkeypatch.setattr(devices, "CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(devices.platform, "processor", lambda: name)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    for library in (torch.backends.mkl, torch.backends.mkldnn):
+        monkeypatch.setattr(library, "is_available", lambda: True)
+    assert devices._mkl_is_slow() is slow
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
+    assert not devices._mkl_is_slow()
+
+
+def test_convolutions_pay_for_many_float32_tokens_on_several_threads(monkeypatch):
+    many, few = torch.zeros(512, 128), torch.zeros(32, 128)
+    monkeypatch.setattr(devices, "MKL_IS_SLOW", True)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert devices.faster_by_convolution(many) and not devices.faster_by_convolution(few)
+    assert not devices.faster_by_convolution(many.double())
+    assert not devices.faster_by_convolution(many.to("meta"))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert not devices.faster_by_convolution(many)
+    compiled = torch.compile(devices.faster_by_convolution, backend="eager", fullgraph=True)
+    assert not compiled(many)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(devices, "MKL_IS_SLOW", False)
+    assert not devices.faster_by_convolution(many)
+
+
 def test_precision_falls_back_unless_it_was_asked_for(card, monkeypatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert devices.choose_precision("auto", cpu) == "no"

@@ -272,9 +272,9 @@ CACHE = "cache-latents --vae-ckpt tiny --vae-latents-name x --device cpu --pproc
         (
             TRAIN,
             STEP,
-            "try --micro-batches 2 (the same step, 2 images at once instead of 4: about half of what grows "
-            "with them), --gradient-checkpointing (most of the activations, for about a third more time), a "
-            "smaller --batch-size than 4 (another recipe)",
+            "try --micro-batches 2 (2 images at once instead of 4: about half of what grows with them; the "
+            "same step, but for a discriminator's BatchNorm), --gradient-checkpointing (most of the "
+            "activations, for about a third more time), a smaller --batch-size than 4 (another recipe)",
         ),
         (
             [*TRAIN, "--micro-batches", "4", "--gradient-checkpointing"],
