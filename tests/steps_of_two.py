@@ -44,6 +44,7 @@ KINDS = {
     "fused optimisers": ({}, {}),
     "in pieces": ({}, {}),
     "in pieces, fused optimisers": ({}, {}),
+    "in pieces, compiled": ({}, {}),
     "in pieces, recomputed activations": ({}, {"gradient_checkpointing": True}),
     "in pieces, naive, micro-batches": (
         NAIVE | {"vae_loss": VAELossConfig(gan_weight=0.0)},

@@ -8,6 +8,7 @@ import psutil
 import pytest
 import torch
 
+from repae_lite.commands import bench
 from repae_lite.commands.main import make_parser
 from repae_lite.commands.train_flags import config_from
 from repae_lite.training.build import build
@@ -129,9 +130,10 @@ def test_the_bench_goes_on_after_a_failure_and_looks_for_the_largest_batch(gpu_d
         "result"
     ].keys()
     assert found["result"]["reference-48"] == "out of memory on the GPU" and "bench-reference-64" not in ran
-    for entry in found["result"].values():  # every command is one
+    for entry in found["result"].values():  # every command is one, and no option is idle
         if isinstance(entry, dict):
-            make_parser().parse_args(["bench", *entry["words"]])
+            args = make_parser().parse_args(["bench", *entry["words"]])
+            bench.refuse_idle(args, args.what)
     before = len(ran)
     gpu_day.take("bench", gpu_day.Day(tmp_path, "cuda", False))
     # What was measured is not repeated.

@@ -25,6 +25,17 @@ ITEMS = {
     "preprocess": "photographs to images.h5",
     "evaluate": "the judge's features, and the metrics of 2,000 images",
 }
+STEPS = ("repae", "ldm", "vae")
+ACTS_ON = {  # what an option changes; the others change nearly everything
+    "model": ("repae", "ldm", "sample"),
+    "enc_type": ("repae", "ldm", "encoder"),
+    "mixed_precision": (*STEPS, "encoder"),
+    "gradient_checkpointing": STEPS,
+    "micro_batches": (*STEPS, "encoder"),
+    "compile": (*STEPS, "sample", "encode", "decode"),
+    "num_steps": ("sample",),
+    "num_workers": ("loader", "preprocess"),
+}
 EPILOG = f"""What there is: {"; ".join(f"{name}, {about}" for name, about in ITEMS.items())}.
 
 Medians with quartiles. Memory is the most that torch held on a GPU; on a CPU, where every item has a process
@@ -109,6 +120,7 @@ def run(args: argparse.Namespace) -> None:
         value = getattr(args, flag)
         if value is not None and value < least:
             raise ValueError(f"--{flag.replace('_', '-')} is {value}: give {least} or more")
+    refuse_idle(args, items)
     if started_together():
         raise ValueError("repae bench is one process's work: start it without accelerate or torchrun")
     reference = reference_module() if args.against else None
@@ -124,10 +136,16 @@ def run(args: argparse.Namespace) -> None:
         num_steps=args.num_steps,
         progress=True,
     )
+    config = settings.config
+    if config.micro_batches > config.batch_size:
+        raise ValueError(
+            f"{config.batch_size} images cannot be cut into {config.micro_batches} micro-batches: lower "
+            "--micro-batches"
+        )
     if reference:
         benchmark.check_comparable(settings)
     content = {"machine": machine(torch.device(device)), "options": given | {"what": items}}
-    content["precision"], content["rows"] = settings.precision, []
+    content["rows"] = []
     for name in items:
         print(f"measuring {name}", file=sys.stderr)
         content["rows"] += _measured(name, settings)
@@ -145,6 +163,21 @@ def run(args: argparse.Namespace) -> None:
         if drawn:
             drawn.savefig(output / "bench.png", dpi=150)
     print(f"written to {output / 'bench.json'}" + ", with a chart in bench.png" * bool(drawn))
+
+
+def refuse_idle(args: argparse.Namespace, items: list[str]) -> None:
+    """Refuses options that change nothing of what is measured.
+
+    Raises:
+        ValueError: the first such option.
+    """
+    measured = {*items, *(["repae"] if args.against else [])}
+    for name, touched in ACTS_ON.items():
+        if vars(args).get(name) is not None and not measured & {*touched}:
+            raise ValueError(
+                f"--{name.replace('_', '-')} changes nothing here: it is for {', '.join(touched)}; measure "
+                "one of these, or leave it out"
+            )
 
 
 def reference_module() -> ModuleType:
@@ -238,12 +271,13 @@ def add_shares(rows: list[dict], peaks: dict) -> None:
 
 def report(content: dict) -> str:
     """The rows as a table, the parts of training steps below, and what the peaks are."""
-    head = ["", "median", "quartiles", "images/s", "memory", "GFLOP", "of matmul", "of copy"]
+    head = ["", "precision", "median", "quartiles", "images/s", "memory", "GFLOP", "of matmul", "of copy"]
     cells = [head]
     for row in content["rows"]:
         spent = row["seconds"]
         cells.append([
             row["what"],
+            {None: "—", "no": "fp32"}.get(row["precision"], row["precision"]),
             _time(spent["median"]),
             f"{_time(spent['low'])} – {_time(spent['high'])}",
             f"{row['images_per_second']:,.4g}",
@@ -267,9 +301,8 @@ def report(content: dict) -> str:
     busy = f", load {about['load']} when it began" if "load" in about else ""
     products = ", ".join(f"{value / 1e9:,.4g} GFLOP/s ({name})" for name, value in found["matmul"].items())
     lines.append(
-        f"{about['device']}, {about['cores']} cores, threads used {about['threads']}{busy}; precision "
-        f"{content['precision']}; peaks measured here: products {products or 'not needed'}, copies "
-        f"{found['copy'] / 1e9:,.4g} GB/s"
+        f"{about['device']}, {about['cores']} cores, threads used {about['threads']}{busy}; peaks "
+        f"measured here: products {products or 'not needed'}, copies {found['copy'] / 1e9:,.4g} GB/s"
     )
     if any(row["memory"] is None for row in content["rows"]):
         lines.append("memory: neither torch nor the system counts it here")

@@ -28,16 +28,13 @@ logger = logging.getLogger(__name__)
 
 
 def find_shards(source: str | Path) -> list[Path]:
-    """The shards that are meant by a tar, a range as in `train-{000..099}.tar`, or a folder of tars.
-
-    Those of `hf://datasets/OWNER/NAME[@REVISION]/…` are brought into the Hub's cache first, all of them.
-
-    Returns:
-        Their paths in order; none for a folder of something else.
+    """The shards that are meant by a tar, a range as in `train-{000..099}.tar`, or a folder of tars; none for
+    a folder of something else. Those of `hf://datasets/OWNER/NAME[@REVISION]/…` are brought into the Hub's
+    cache first, all of them.
 
     Raises:
         FileNotFoundError: one of them is not there.
-        ValueError: a folder with shards of several kinds; an address on the Hub that is none.
+        ValueError: a folder with shards of several kinds; an address on the Hub that is none; an empty range.
         ConnectionError, OSError: see `fetching`.
     """
     path = Path(source)
@@ -64,6 +61,8 @@ def _expand(names: str) -> Iterator[str]:
     if not (found := re.search(r"\{(\d+)\.\.(\d+)\}", names)):
         yield names
         return
+    if int(found[1]) > int(found[2]):
+        raise ValueError(f"the range {found[0]} in {names} is empty: put its smaller number first")
     for number in range(int(found[1]), int(found[2]) + 1):
         yield from _expand(f"{names[: found.start()]}{number:0{len(found[1])}}{names[found.end() :]}")
 

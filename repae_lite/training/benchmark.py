@@ -4,6 +4,7 @@ Networks have random weights, or those that ship with the embedded scale: times 
 plain official step that ours is compared with is reproduce/benchmarks/reference_step.py.
 """
 
+import gc
 import logging
 import tempfile
 import warnings
@@ -31,7 +32,7 @@ from repae_lite.evaluation import metrics
 from repae_lite.evaluation.features import load_judge
 from repae_lite.method.losses import LPIPSLoss
 from repae_lite.method.sampling import Guidance, sample_ode, sample_sde
-from repae_lite.method.steps import Draws, TrainState, all_updates, as_floats, latent_updates
+from repae_lite.method.steps import Draws, Mechanics, TrainState, all_updates, as_floats, latent_updates
 from repae_lite.networks.encoders import load_encoders
 from repae_lite.networks.sit import SiT
 from repae_lite.networks.vae import VAE_PRESETS, AutoencoderKL
@@ -239,8 +240,10 @@ def draws_of(settings: Settings, step: int) -> Draws:
 
 
 def _tokens(settings: Settings, encoders: list[nn.Module], images: Tensor) -> list[Tensor]:
+    """Targets in micro-batches, as in training."""
+    cuts = Mechanics(micro_batches=settings.config.micro_batches).chunks(len(images))
     with settings.autocast():
-        return [encoder(images) for encoder in encoders]
+        return [torch.cat([encoder(images[cut]) for cut in cuts]) for encoder in encoders]
 
 
 def _training(settings: Settings, command: str) -> Iterator[Work]:
@@ -452,6 +455,7 @@ def measure(item: str, settings: Settings) -> list[dict]:
     Raises:
         ValueError: what the item needs is not there.
     """
+    gc.collect()  # what was compiled before refers to itself, and is still on the device
     device, rows, before = torch.device(settings.device), [], peak_resident()
     settings.set_tf32()
     with ExitStack() as stack:
@@ -559,6 +563,7 @@ def against(settings: Settings, reference: ModuleType, *, ways: bool = True) -> 
     """
     check_comparable(settings)
     settings.set_tf32()
+    gc.collect()
     device, precision = torch.device(settings.device), settings.precision
     setup = networks(settings)
     ours, theirs = setup.state, networks(settings).state  # the same: all follows from the seed

@@ -1,4 +1,6 @@
-"""Everything that only a GPU can tell, within 25 minutes, so that a card at hand for half an hour is enough.
+"""What one GPU can tell, within 25 minutes, so that a card at hand for half an hour is enough.
+
+Not what several would: --shard, and NCCL between cards.
 
     python reproduce/benchmarks/gpu_day.py --output runs/gpu_day
     python reproduce/benchmarks/gpu_day.py --device cpu --quick     # tries the parts, measures nothing
@@ -139,6 +141,7 @@ def bench(day: Day) -> Found:
     """
     full = "repae --vae f8d4 --model SiT-XL/2 --mixed-precision bf16 --allow-tf32"
     around = full.removeprefix("repae ")
+    exact = around.replace(" --mixed-precision bf16", "")  # sampling is in float32
     few = "--no-ways --repeats 3 --warmup 1"
     if day.quick:
         words = f"repae --vae tiny --model tiny --batch-size 2 --repeats 1 {AGAINST}"
@@ -173,7 +176,7 @@ def bench(day: Day) -> Found:
             break
     last = {
         "ldm-compiled": f"ldm {around} --batch-size 32 --compile",
-        "sampling": f"sample encode decode {around} --batch-size 32 --num-steps 10 --repeats 3 --warmup 1",
+        "sampling": f"sample encode decode {exact} --batch-size 32 --num-steps 10 --repeats 3 --warmup 1",
         f"reference-{largest}-compiled": f"{full} --batch-size {largest} --compile {AGAINST} {few}",
     }
     yield from each(last)
@@ -355,7 +358,8 @@ def main() -> int:
     same = all(before[key] == about[key] for key in ("machine", "versions", "commit", "quick"))
     about["parts"] = before["parts"] if same else {}
     if not same:  # another card, version or commit: nothing of it counts
-        shutil.rmtree(day.folder / "bench", ignore_errors=True)
+        for kept in ("bench", "attempts", "runs", "data_small"):
+            shutil.rmtree(day.folder / kept, ignore_errors=True)
     for name in options.only:
         if about["parts"].get(name, {}).get("state") == "done":
             print(f"{name}: done before", flush=True)

@@ -10,7 +10,7 @@ from repae_lite.commands import bench
 from repae_lite.commands.main import main
 from repae_lite.training import benchmark
 
-TINY = "--vae tiny --model tiny --batch-size 2 --repeats 2 --warmup 0 --device cpu".split()
+TINY = "--vae tiny --batch-size 2 --repeats 2 --warmup 0 --device cpu".split()
 
 
 def test_a_step_is_measured_shown_and_written(tmp_path, capsys):
@@ -30,7 +30,7 @@ def test_a_step_is_measured_shown_and_written(tmp_path, capsys):
     assert found["options"]["what"] == ["repae", "decode"] and found["options"]["batch_size"] == 2
     assert found["machine"]["threads"] > 0 and found["versions"]["torch"] and found["date"]
     lines = said.splitlines()
-    assert lines[0].split()[:2] == ["median", "quartiles"]
+    assert lines[0].split()[:3] == ["precision", "median", "quartiles"] and "fp32" in lines[1]
     for name in ("REPA-E step", "VAE decode", "SiT, backward", "moving average", "reference / ours: median"):
         assert any(line.startswith(name) for line in lines), name
     assert f"{found['against']['ratio']['median']:.3f}" in said
@@ -65,6 +65,10 @@ def test_the_items_are_those_that_can_be_measured():
         (["--batch-size", "0"], "--batch-size is 0: it must be more than 0"),
         (["--resolution", "30"], "30"),
         (["encoder", "--enc-type", "none"], "no encoder to measure"),
+        (["loader", "--num-steps", "4"], "--num-steps changes nothing here: it is for sample; measure"),
+        (["--num-workers", "1"], "--num-workers changes nothing here: it is for loader, preprocess"),
+        (["decode", "--mixed-precision", "bf16"], "--mixed-precision changes nothing here: it is for repae"),
+        (["--micro-batches", "3"], "2 images cannot be cut into 3 micro-batches: lower --micro-batches"),
         (["--no-ways"], "--no-ways shortens --against reference: give that, too"),
         (["--against", "reference", "--micro-batches", "2"], "takes each batch at once, as officially"),
         (

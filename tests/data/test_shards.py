@@ -104,6 +104,12 @@ def test_shards_hold_what_the_images_in_a_folder_are(folder, images, caplog):
     TrainingData(dataset, None).require_classes()
 
 
+@pytest.mark.parametrize("source", ["a/train-{003..001}.tar", "hf://datasets/a/b/train-{3..1}.tar"])
+def test_a_range_that_runs_backwards_is_refused(source):
+    with pytest.raises(ValueError, match=r"the range \{0*3\.\.0*1\} in .*train-.* is empty: put its smaller"):
+        find_shards(source)
+
+
 def test_a_range_a_folder_and_the_files_are_the_same_data(folder, monkeypatch):
     whole = find_shards(folder)
     assert [path.name for path in whole] == [f"train-{number:03d}.tar" for number in range(4)]
