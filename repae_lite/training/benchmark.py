@@ -508,6 +508,7 @@ def _time_parts(work: Work, found: dict[str, dict], device: torch.device, repeat
     with parts_of(work, parts):
         for _ in range(repeats):
             work.call()
+            parts.switch(REST)  # from the moving average
     for name, seconds in parts.totals().items():
         found.setdefault(name, {"flops": 0, "bytes": 0})["seconds"] = seconds / repeats
 

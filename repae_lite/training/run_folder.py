@@ -279,8 +279,10 @@ class RunFolder:
 
     def _noted_rollback(self) -> dict[str, int]:
         """The last rollback, of which no checkpoint knows: its step, and the rollbacks so far; else zeros."""
-        found = read_json(self.rollback_path) if self.rollback_path.is_file() else {}
-        return {name: int(found.get(name, 0)) for name in ("step", "rollbacks")}
+        counts = {"step": _COUNT, "rollbacks": _COUNT}
+        if not self.rollback_path.is_file():
+            return dict.fromkeys(counts, 0)
+        return _checked(read_json(self.rollback_path), counts, self.rollback_path)
 
     def finish_rollback(self) -> None:
         """Moves what a rollback that was killed has left; later checkpoints that know of it stay."""

@@ -571,6 +571,7 @@ class Trainer:
                     f"{checkpoint.path} is of a run with other weights of the losses than "
                     f"{config.loss_cfg_path} now"
                 )
+            self._tell_other_parts(extras.get("args", {}))
         if self.frozen_vae and not self._is_of_this_vae(checkpoint):
             raise ValueError(
                 f"{checkpoint.path} is of a run on another VAE than {config.vae_ckpt}: name it, or start "
@@ -582,7 +583,6 @@ class Trainer:
                 f"{checkpoint.path} holds the state of {before}, not of {config.optimizer}: give --optimizer "
                 f"{before}"
             )
-        self._tell_other_parts(extras.get("args") or {})
         with with_way_out(checkpoint.path, own=True) if own else nullcontext():
             fill(self.networks, checkpoint)
             for name, optimizer in self.state.optimizers.items():

@@ -90,6 +90,15 @@ def test_cached_targets_are_the_encoders_and_their_step_does_without_one():
     assert live["flops"] - cached["flops"] == live["parts"]["encoder, forward"]["flops"] > 0
 
 
+def test_no_part_goes_on_into_the_next_step(monkeypatch):
+    made, seen, draws = [], [], benchmark.draws_of
+    parts = benchmark.timed_parts
+    monkeypatch.setattr(benchmark, "timed_parts", lambda device: made.append(parts(device)) or made[0])
+    monkeypatch.setattr(benchmark, "draws_of", lambda *how: seen.extend(p.now for p in made) or draws(*how))
+    measure("ldm", replace(tiny(), repeats=3))
+    assert seen == ["rest"] * len(seen) and len(seen) >= 3
+
+
 def test_watching_a_step_changes_nothing_and_leaves_nothing():
     settings, losses = tiny(), []
     for watch in (False, True):

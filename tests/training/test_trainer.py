@@ -567,6 +567,14 @@ def test_irepa_by_its_two_switches(whole, tmp_path):
 # ---------------------------------------------------------------- memory and precision
 
 
+@pytest.mark.parametrize("command", ["vae", "ldm"])
+def test_a_sample_grid_keeps_no_activations(tmp_path, monkeypatch, command):
+    kept = []
+    monkeypatch.setattr(training, "save_grid", lambda *_: kept.append(torch.is_grad_enabled()))
+    run(tmp_path, command=command, max_train_steps=1, sampling_steps=1, sample_images=2)
+    assert kept == [False]
+
+
 @pytest.mark.parametrize(
     "changes",
     [
