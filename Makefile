@@ -12,11 +12,6 @@ export JUPYTER_PATH := $(CURDIR)/.venv/share/jupyter
 export PYTHON
 unexport PYTHONPATH PYTHONHOME
 
-# glibc gives the memory of a large tensor back to the system and fetches it anew for the next one, which costs
-# some 10 % of a small step on a CPU (reproduce/PERFORMANCE.md).
-tour lab: export MALLOC_MMAP_MAX_ := 0
-tour lab: export MALLOC_TRIM_THRESHOLD_ := 100000000000
-
 .PHONY: help tour lab test site clean set-up
 .DEFAULT_GOAL := help
 

@@ -201,30 +201,13 @@ def reference_module() -> ModuleType:
 
 
 def _measured(name: str, settings: object) -> list[dict]:
-    """An item's rows; on a CPU from a process of its own, whose memory is that of the item alone.
-
-    Raises:
-        ValueError: that process was killed.
-    """
-    import multiprocessing
-    from concurrent.futures import ProcessPoolExecutor
-    from concurrent.futures.process import BrokenProcessPool
-
-    import torch
-
-    from repae_lite.training.benchmark import measure
+    """An item's rows; on a CPU from a process of its own, whose memory is that of the item alone."""
+    from repae_lite.training import benchmark
 
     if settings.device != "cpu":
-        return measure(name, settings)
-    context, threads = multiprocessing.get_context("spawn"), (torch.get_num_threads(),)
-    try:
-        with ProcessPoolExecutor(1, context, torch.set_num_threads, threads) as pool:
-            return pool.submit(measure, name, settings).result()
-    except BrokenProcessPool:
-        raise ValueError(
-            f"the process that measured {name} was killed, as happens when memory runs out: take a smaller "
-            "--batch-size or --model"
-        ) from None
+        return benchmark.measure(name, settings)
+    with benchmark.own_process(name) as call:
+        return call(benchmark.measure, name, settings)
 
 
 def machine(device: object) -> dict:

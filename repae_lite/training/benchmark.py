@@ -6,10 +6,14 @@ plain official step that ours is compared with is reproduce/benchmarks/reference
 
 import gc
 import logging
+import multiprocessing
+import runpy
 import tempfile
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -41,6 +45,8 @@ from repae_lite.training.config import NONE, OPTIONS, TrainConfig
 from repae_lite.training.parallel import PRECISIONS, ParallelMechanics, StepBatches, draw
 from repae_lite.utils.devices import (
     MKL_IS_SLOW,
+    can_keep_memory,
+    check_device,
     choose_precision,
     conv_layout,
     loading,
@@ -456,6 +462,7 @@ def measure(item: str, settings: Settings) -> list[dict]:
         ValueError: what the item needs is not there.
     """
     gc.collect()  # what was compiled before refers to itself, and is still on the device
+    check_device(settings.device)
     device, rows, before = torch.device(settings.device), [], peak_resident()
     settings.set_tf32()
     with ExitStack() as stack:
@@ -563,28 +570,31 @@ def against(settings: Settings, reference: ModuleType, *, ways: bool = True) -> 
         ValueError: see `check_comparable`; or the losses do not agree.
     """
     check_comparable(settings)
+    check_device(settings.device)
     settings.set_tf32()
     gc.collect()
     device, precision = torch.device(settings.device), settings.precision
-    setup = networks(settings)
-    ours, theirs = setup.state, networks(settings).state  # the same: all follows from the seed
-    images, labels = (tensor.to(device) for tensor in batch_of(settings))
-    draws, x = draws_of(settings, 0), to_unit_range(images)
-    targets = _tokens(settings, setup.encoders, images)
-    how = {"dtype": PRECISIONS[precision], "compile": settings.config.compile}
-
-    def step_of(state: TrainState, official: object) -> Callable[[], dict[str, float]]:
-        return partial(reference.ReferenceStep(state, official, **how), x, labels, targets, draws)
-
+    apart = device.type == "cpu" and can_keep_memory()
+    setup, batch = _compared(settings)
+    ours, theirs = setup.state, None if apart else networks(settings).state  # all the same: by the seed
     if settings.config.compile:
         _compile(compiled_parts(ours), device)
-    calls = {
-        "ours": partial(_our_step, ours, x, labels, targets, draws),
-        "reference": step_of(theirs, reference.Official()),
-    }
-    losses = {"ours": as_floats(calls["ours"]()), "reference": calls["reference"]()}
-    check_agreement(losses, settings.agreement)
-    seconds = in_turns(calls, device, **settings.rounds)
+    with ExitStack() as stack:
+
+        def step_of(state: TrainState | None, official: object) -> Callable[[], dict[str, float]]:
+            if not (apart and official.memory_given_back):
+                return _reference_step(settings, vars(reference), official, state, batch)
+            call = stack.enter_context(own_process("the reference"))
+            call(_set_up_apart, settings, reference.__file__, vars(official))
+            return partial(call, _step_apart)
+
+        calls = {
+            "ours": partial(_our_step, ours, *batch),
+            "reference": step_of(theirs, reference.Official()),
+        }
+        losses = {"ours": as_floats(calls["ours"]()), "reference": calls["reference"]()}
+        check_agreement(losses, settings.agreement)
+        seconds = in_turns(calls, device, **settings.rounds)
     memory = None
     if device.type == "cuda":
         memory = {  # without what else is held meanwhile
@@ -594,6 +604,8 @@ def against(settings: Settings, reference: ModuleType, *, ways: bool = True) -> 
     idle = {"float32_losses": "there is no autocast"} if precision == "no" else {}
     if device.type != "cpu" or not MKL_IS_SLOW:
         idle["plain_linear"] = "there is no faster way here"
+    if not apart:
+        idle["memory_given_back"] = "there is no other way here"
     if ours.discriminator is None:
         idle["loss_calls"] = "there is no discriminator"
     if not ways:
@@ -604,10 +616,12 @@ def against(settings: Settings, reference: ModuleType, *, ways: bool = True) -> 
     wanted, spent = [way for way in reference.WAYS if way not in idle], {}
     if wanted:
         faster = networks(settings).state
-        calls = {"": step_of(faster, reference.Official.only())}
-        for way in wanted:  # the optimisers' states, too, have a layout
-            calls[way] = step_of(theirs if way == "contiguous" else faster, reference.Official.only(way))
-        spent = in_turns(calls, device, **settings.rounds)
+        theirs = theirs or networks(settings).state
+        with ExitStack() as stack:
+            calls = {"": step_of(faster, reference.Official.only())}
+            for way in wanted:  # the optimisers' states, too, have a layout
+                calls[way] = step_of(theirs if way == "contiguous" else faster, reference.Official.only(way))
+            spent = in_turns(calls, device, **settings.rounds)
     return {
         "losses": losses,
         "tolerance": settings.agreement,
@@ -622,6 +636,53 @@ def against(settings: Settings, reference: ModuleType, *, ways: bool = True) -> 
             for way in reference.WAYS
         },
     }
+
+
+def _compared(settings: Settings) -> tuple[TrainSetup, tuple]:
+    """Networks, and the images, labels, targets and draws of a step, which are the same in every process."""
+    setup = networks(settings)
+    images, labels = (tensor.to(settings.device) for tensor in batch_of(settings))
+    targets = _tokens(settings, setup.encoders, images)
+    return setup, (to_unit_range(images), labels, targets, draws_of(settings, 0))
+
+
+def _reference_step(
+    settings: Settings, module: dict, official: object, state: TrainState, batch: tuple
+) -> Callable[[], dict[str, float]]:
+    how = {"dtype": PRECISIONS[settings.precision], "compile": settings.config.compile}
+    return partial(module["ReferenceStep"](state, official, **how), *batch)
+
+
+_apart: dict[str, Callable[[], dict[str, float]]] = {}  # in a process of its own: its step
+
+
+def _set_up_apart(settings: Settings, file: str, official: dict[str, bool]) -> None:
+    """Makes the reference's step in this process, which leaves the memory of tensors to glibc."""
+    module = runpy.run_path(file)
+    setup, batch = _compared(settings)
+    _apart["step"] = _reference_step(settings, module, module["Official"](**official), setup.state, batch)
+
+
+def _step_apart() -> dict[str, float]:
+    return _apart["step"]()
+
+
+@contextmanager
+def own_process(what: str) -> Iterator[Callable]:
+    """Inside, a function that calls others in a new process, with as many threads as this one.
+
+    Raises:
+        ValueError: that process was killed.
+    """
+    context, threads = multiprocessing.get_context("spawn"), (torch.get_num_threads(),)
+    try:
+        with ProcessPoolExecutor(1, context, torch.set_num_threads, threads) as pool:
+            yield lambda function, *given: pool.submit(function, *given).result()
+    except BrokenProcessPool:
+        raise ValueError(
+            f"the process that measured {what} was killed, as happens when memory runs out: take a smaller "
+            "--batch-size or --model"
+        ) from None
 
 
 def _our_step(state: TrainState, *batch) -> dict[str, Tensor]:

@@ -10,11 +10,13 @@ Every choice that depends on a device is made here, and `repae check` tells what
 | fused AdamW             | torch's choice      | yes                             | torch's choice      |
 | convolutions' layout    | channels last       | channels last                   | channels first      |
 | linear layers           | AMD: by convolution | products                        | products            |
+| memory of freed tensors | kept (glibc)        | torch's choice                  | torch's choice      |
 | torch.compile           | with a C++ compiler | from 7.0 on, Triton, a compiler | where a trial works |
 
 Numbers like 8.0 are CUDA compute capabilities.
 """
 
+import ctypes
 import logging
 import os
 import platform
@@ -38,6 +40,7 @@ OLD_CARDS = (
     "the build of torch 2.14 or older for CUDA 12.6, whose pip command is at "
     "https://pytorch.org/get-started/previous-versions/"
 )
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 CPUINFO = Path("/proc/cpuinfo")
 CHOOSE = "choose a build at https://pytorch.org/get-started/locally/"
 HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -81,6 +84,8 @@ def choose_device(name: str | None = None) -> str:
 def check_device(device: torch.device | str, *, asked: bool = True) -> None:
     """Refuses a device that torch cannot compute on; says so if the CPU stands in for a GPU.
 
+    On a CPU the process keeps its memory from now on, see `keep_memory`.
+
     Args:
         device: as accelerate or `choose_device` chose it.
         asked: the user named it. Otherwise a CPU beside a GPU that torch cannot use is worth a warning.
@@ -93,6 +98,8 @@ def check_device(device: torch.device | str, *, asked: bool = True) -> None:
     obstacle = cuda_obstacle(index) if device.type == "cuda" and index < gpus() else None
     if obstacle:
         raise ValueError(f"{obstacle}; {_another_gpu(index)}--cpu or --device cpu computes without a GPU")
+    if device.type == "cpu":
+        keep_memory()
     unusable = unusable_gpu() if device.type == "cpu" and not asked else None
     if unusable:
         logger.warning(f"running on the CPU: {unusable}")
@@ -331,6 +338,23 @@ def conv_layout(device: torch.device) -> torch.memory_format:
     CUDA's tensor cores work on channels last, and a CPU gains by it, too (reproduce/PERFORMANCE.md).
     """
     return torch.channels_last if device.type in ("cuda", "cpu") else torch.contiguous_format
+
+
+def can_keep_memory() -> bool:
+    """Whether `keep_memory` does something here."""
+    return platform.libc_ver()[0] == "glibc" and "MALLOC_MMAP_MAX_" not in os.environ
+
+
+def keep_memory() -> None:
+    """Has this process keep the memory of tensors that are gone for the next ones, where glibc is.
+
+    Otherwise it goes back to the system, and the pages that come again must be cleared: a tenth to a fifth of
+    a training step (reproduce/PERFORMANCE.md). MALLOC_MMAP_MAX_ in the environment decides instead.
+    """
+    if can_keep_memory():
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, -1)  # never
 
 
 def _mkl_is_slow() -> bool:

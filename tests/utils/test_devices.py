@@ -1,6 +1,8 @@
 """Devices by name, the processes of a launcher, and the space that work needs."""
 
 import logging
+import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -230,6 +232,29 @@ def test_what_runs_where():
     nothing = {"pin_memory": False, "multiprocessing_context": None}
     assert devices.loading(cpu, 2) == devices.loading(mps, 2) == nothing
     assert devices.loading(cuda, 0)["multiprocessing_context"] is None
+
+
+FAULTS = """
+import resource, sys, torch
+from repae_lite.utils.devices import check_device
+if sys.argv[1:]:
+    check_device("cpu")
+for i in range(21):
+    if i == 1:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(2**24)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="its malloc is another one")
+def test_a_process_that_computes_on_the_cpu_keeps_its_memory():
+    def faults(*words: str, **environment: str) -> int:
+        command = [sys.executable, "-c", FAULTS, *words]
+        return int(subprocess.check_output(command, env=os.environ | environment, text=True))
+
+    assert faults("on the CPU") < faults() / 10
+    assert faults("on the CPU", MALLOC_MMAP_MAX_="65536") > faults() / 2  # as the user says
 
 
 @pytest.mark.parametrize(
