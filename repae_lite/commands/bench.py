@@ -43,7 +43,8 @@ of its own, by how much that process grew. FLOPs are those of products, convolut
 counts them; bytes are what all operations read and write, each by itself, so that with caches more than the
 whole copy peak can be reached. Peaks are measured here: a large product, a large copy. --against reference
 also runs reproduce/benchmarks/reference_step.py, the official order of a step written plainly, in turns with
-ours on the same weights and draws, checks that the losses agree, and times each official way alone."""
+ours on the same weights and draws, checks that the losses agree, and times each official way alone; on a CPU
+it has a process of its own, since what happens to freed memory is a matter of the process."""
 WANTED = (
     "--vae --model --enc-type --resolution --batch-size --mixed-precision --allow-tf32 --compile "
     "--gradient-checkpointing --micro-batches --num-workers"
@@ -312,7 +313,7 @@ def report_against(found: dict) -> str:
         f"by pair {pairs}",
     ]
     if found["memory"] is None:
-        lines.append("memory: only CUDA tells that of each, as both live in one process")
+        lines.append("memory: only CUDA tells that of each")
     cells = [["what each official way costs alone", "median", "range"]]
     for way, entry in found["ways"].items():
         way = way.replace("_", " ")

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from unittest.mock import patch
 
 import numpy as np
@@ -574,23 +574,16 @@ def against(settings: Settings, reference: ModuleType, *, ways: bool = True) -> 
     settings.set_tf32()
     gc.collect()
     device, precision = torch.device(settings.device), settings.precision
-    apart = device.type == "cpu" and can_keep_memory()
+    apart = _is_apart(settings, reference.Official())
     setup, batch = _compared(settings)
     ours, theirs = setup.state, None if apart else networks(settings).state  # all the same: by the seed
+    reference_step = partial(_reference_step, settings, reference, batch)
     if settings.config.compile:
         _compile(compiled_parts(ours), device)
     with ExitStack() as stack:
-
-        def step_of(state: TrainState | None, official: object) -> Callable[[], dict[str, float]]:
-            if not (apart and official.memory_given_back):
-                return _reference_step(settings, vars(reference), official, state, batch)
-            call = stack.enter_context(own_process("the reference"))
-            call(_set_up_apart, settings, reference.__file__, vars(official))
-            return partial(call, _step_apart)
-
         calls = {
             "ours": partial(_our_step, ours, *batch),
-            "reference": step_of(theirs, reference.Official()),
+            "reference": reference_step(reference.Official(), theirs, stack),
         }
         losses = {"ours": as_floats(calls["ours"]()), "reference": calls["reference"]()}
         check_agreement(losses, settings.agreement)
@@ -618,9 +611,10 @@ def against(settings: Settings, reference: ModuleType, *, ways: bool = True) -> 
         faster = networks(settings).state
         theirs = theirs or networks(settings).state
         with ExitStack() as stack:
-            calls = {"": step_of(faster, reference.Official.only())}
+            calls = {"": reference_step(reference.Official.only(), faster, stack)}
             for way in wanted:  # the optimisers' states, too, have a layout
-                calls[way] = step_of(theirs if way == "contiguous" else faster, reference.Official.only(way))
+                state = theirs if way == "contiguous" else faster
+                calls[way] = reference_step(reference.Official.only(way), state, stack)
             spent = in_turns(calls, device, **settings.rounds)
     return {
         "losses": losses,
@@ -646,21 +640,41 @@ def _compared(settings: Settings) -> tuple[TrainSetup, tuple]:
     return setup, (to_unit_range(images), labels, targets, draws_of(settings, 0))
 
 
+def _is_apart(settings: Settings, official: object) -> bool:
+    """Whether a reference step needs a process of its own: one that does not keep the memory of tensors."""
+    return official.memory_given_back and settings.device == "cpu" and can_keep_memory()
+
+
 def _reference_step(
-    settings: Settings, module: dict, official: object, state: TrainState, batch: tuple
+    settings: Settings,
+    reference: ModuleType,
+    batch: tuple,
+    official: object,
+    state: TrainState | None,
+    stack: ExitStack,
+) -> Callable[[], dict[str, float]]:
+    """A step of the reference, on the state or in a process of its own, which lives as long as the stack."""
+    if not _is_apart(settings, official):
+        return _reference_step_here(settings, reference, batch, official, state)
+    call = stack.enter_context(own_process("the reference"))
+    call(_set_up_apart, settings, reference.__file__, vars(official))
+    return partial(call, _step_apart)
+
+
+def _reference_step_here(
+    settings: Settings, reference: ModuleType, batch: tuple, official: object, state: TrainState
 ) -> Callable[[], dict[str, float]]:
     how = {"dtype": PRECISIONS[settings.precision], "compile": settings.config.compile}
-    return partial(module["ReferenceStep"](state, official, **how), *batch)
+    return partial(reference.ReferenceStep(state, official, **how), *batch)
 
 
 _apart: dict[str, Callable[[], dict[str, float]]] = {}  # in a process of its own: its step
 
 
 def _set_up_apart(settings: Settings, file: str, official: dict[str, bool]) -> None:
-    """Makes the reference's step in this process, which leaves the memory of tensors to glibc."""
-    module = runpy.run_path(file)
-    setup, batch = _compared(settings)
-    _apart["step"] = _reference_step(settings, module, module["Official"](**official), setup.state, batch)
+    reference, (setup, batch) = SimpleNamespace(**runpy.run_path(file)), _compared(settings)
+    ways = reference.Official(**official)
+    _apart["step"] = _reference_step_here(settings, reference, batch, ways, setup.state)
 
 
 def _step_apart() -> dict[str, float]:
