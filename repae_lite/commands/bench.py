@@ -11,6 +11,7 @@ from types import ModuleType
 
 from repae_lite.commands.shared_flags import DEVICE
 from repae_lite.commands.train_flags import train_flags
+from repae_lite.training.config import COMMANDS
 from repae_lite.utils.tables import table_lines
 
 ITEMS = {
@@ -25,14 +26,13 @@ ITEMS = {
     "preprocess": "photographs to images.h5",
     "evaluate": "the judge's features, and the metrics of 2,000 images",
 }
-STEPS = ("repae", "ldm", "vae")
 ACTS_ON = {  # what an option changes; the others change nearly everything
     "model": ("repae", "ldm", "sample"),
     "enc_type": ("repae", "ldm", "encoder"),
-    "mixed_precision": (*STEPS, "encoder"),
-    "gradient_checkpointing": STEPS,
-    "micro_batches": (*STEPS, "encoder"),
-    "compile": (*STEPS, "sample", "encode", "decode"),
+    "mixed_precision": (*COMMANDS, "encoder"),
+    "gradient_checkpointing": COMMANDS,
+    "micro_batches": (*COMMANDS, "encoder"),
+    "compile": (*COMMANDS, "sample", "encode", "decode"),
     "num_steps": ("sample",),
     "num_workers": ("loader", "preprocess"),
 }

@@ -88,6 +88,7 @@ class RunFolder:
         self.path = Path(path)
         self.metrics_path = self.path / "metrics.jsonl"
         self.checkpoints_path = self.path / "checkpoints"
+        self.evidence_path = self.path / "divergence" / EVIDENCE
         self.rollback_path = self.path / "divergence" / "rollback"  # until the next checkpoint knows of it
 
     # ---------------------------------------------------------------- checkpoints
@@ -257,25 +258,23 @@ class RunFolder:
             OSError: a checkpoint cannot be moved.
         """
         write_text(self.rollback_path, json.dumps({"step": step, "rollbacks": rollbacks}) + "\n")
-        evidence = self.path / "divergence" / EVIDENCE
-        if evidence.exists():
-            set_aside(evidence, "is of an earlier rollback")
-        evidence.mkdir(parents=True)
+        if self.evidence_path.exists():
+            set_aside(self.evidence_path, "is of an earlier rollback")
         self._discard_after(step)
         self.cut_metrics(step)
 
     def _discard_after(self, step: int) -> None:
         """Moves later checkpoints to divergence/, last to first: until all are, the newest is no good one."""
-        evidence = self.path / "divergence" / EVIDENCE
-        for later in sorted(self.checkpoints(), reverse=True):
-            for path in self._of_step(later) if later > step else []:
-                try:
-                    os.rename(path, evidence / path.name)
-                except OSError as error:
-                    raise OSError(
-                        f"cannot roll back: {path} cannot be moved to {evidence} ({error.strerror}): move "
-                        "it, then go on with --resume latest"
-                    ) from None
+        self.evidence_path.mkdir(parents=True, exist_ok=True)
+        late = [later for later in self.checkpoints() if later > step]
+        for path in [path for later in reversed(late) for path in self._of_step(later)]:
+            try:
+                os.rename(path, self.evidence_path / path.name)
+            except OSError as error:
+                raise OSError(
+                    f"cannot roll back: {path} cannot be moved to {self.evidence_path} ({error.strerror}): "
+                    "move it, then go on with --resume latest"
+                ) from None
 
     def _noted_rollback(self) -> dict[str, int]:
         """The last rollback, of which no checkpoint knows: its step, and the rollbacks so far; else zeros."""
@@ -290,7 +289,6 @@ class RunFolder:
         if noted["rollbacks"] and last > noted["step"]:
             with suppress(ValueError, FileNotFoundError):  # a damaged one is dealt with where it is resumed
                 if read_checkpoint(self.checkpoints()[last]).extras.get("rollbacks", 0) < noted["rollbacks"]:
-                    (self.path / "divergence" / EVIDENCE).mkdir(parents=True, exist_ok=True)
                     self._discard_after(noted["step"])
 
     def rollbacks_since(self, checkpoint: Path | None) -> int | None:
